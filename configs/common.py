@@ -1,0 +1,113 @@
+"""The vocabulary that every config shares, with units and meaning beside each key.
+
+A config is `get_config(arg)` in a file that imports nothing but ml_collections and this module, so
+that it loads on a laptop or a login node without jax. Every default stands in a config: the code
+reads keys and never supplies one. Arguments combine: `configs/X.py:f8,smoke`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def base(task: str) -> ConfigDict:
+    """Keys of every task: "denoiser", "autoencoder" or "classifier"."""
+    config = ConfigDict()
+    config.task = task
+    config.seed = 0  # of initialisation, data order and every draw
+
+    config.train = ConfigDict()
+    config.train.steps = 1000  # optimiser steps in all; may be extended on resume
+    config.train.batch_size = 128  # examples a step, over all devices and processes
+    config.train.accumulate = 1  # parts that a batch is computed in
+    config.train.log_every_steps = 50
+    config.train.save_every_steps = 1000
+    config.train.keep_checkpoints = 3  # the newest N; older ones are deleted
+    config.train.max_skipped_in_a_row = 20  # non-finite steps before the run ends
+
+    config.data = ConfigDict()
+    config.data.name = ""  # a builder of diffusion/data, or "latents"
+    config.data.dir = ""  # where prepare_data or encode_latents wrote it
+    config.data.image_size = 32  # pixels a side
+    config.data.channels = 3
+    config.data.flip = False  # mirror half of the training images
+
+    config.model = ConfigDict()
+
+    config.optim = ConfigDict()
+    config.optim.name = "adam"  # "adam", "adamw" or "sgd"
+    config.optim.learning_rate = 2e-4  # the one used: never scaled by batch or devices
+    config.optim.warmup_steps = 0  # linear, from 0
+    config.optim.decay = "constant"  # "constant", "cosine", "linear" or "inverse_sqrt"
+    config.optim.decay_steps = 0  # where the decay ends, from step 0
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.0
+    config.optim.clip_norm = 0.0  # bound of the gradient's global norm; 0: off
+
+    config.ema = ConfigDict()
+    config.ema.decay = 0.0  # 0: no average is kept
+    config.ema.ramp = False  # LDM's min(decay, (1 + n) / (10 + n))
+
+    config.parallel = ConfigDict()
+    config.parallel.mode = "jit"  # "jit" (mesh of data x fsdp) or "pmap" (replicated)
+    config.parallel.data = -1  # devices on the data axis; -1: those that are left
+    config.parallel.fsdp = 1  # devices that share one copy of the state
+    config.parallel.remat = "none"  # recompute activations: "none", "full" or a policy
+
+    config.evaluation = ConfigDict()
+    config.evaluation.every_steps = 0  # loss on held-out data; 0: never
+    config.evaluation.batch_size = 250
+
+    config.wandb = ConfigDict()
+    config.wandb.mode = "auto"  # online with a key, else offline; or "online", "offline", "disabled"
+    config.wandb.project = "diffusion"
+    return config
+
+
+def denoiser() -> ConfigDict:
+    """Keys that a diffusion task adds; pixel-space DDPM unless the config says otherwise."""
+    config = base("denoiser")
+    config.process = ConfigDict()
+    config.process.prediction = "eps"  # what the network puts out
+    config.process.schedule = ConfigDict({"name": "ddpm_linear", "num_steps": 1000})
+    config.process.objective = ConfigDict({"name": "simple"})
+    config.conditioning = ConfigDict()
+    config.conditioning.drop = 0.0  # fraction of conditions replaced by the null one
+    config.conditioning.mask_padding = False  # hide padding tokens from cross-attention
+    config.sample = ConfigDict()
+    config.sample.sampler = "ddim"
+    config.sample.steps = 50  # network evaluations
+    config.sample.guidance_scale = 1.0  # LDM's s = 1 + w; 1: none
+    config.sample.clip = False  # predicted x0 to [-1, 1] (pixel space)
+    config.sample.batch_size = 64
+    return config
+
+
+def parse(arg: str | None, choices: tuple[str, ...] = ()) -> tuple[str, bool]:
+    """`"f8,smoke"` to ("f8", True). The first of `choices` is the default.
+
+    Raises ValueError for anything that is neither a choice nor "smoke".
+    """
+    words = [word for word in (arg or "").split(",") if word]
+    unknown = [word for word in words if word not in (*choices, "smoke")]
+    chosen = [word for word in words if word in choices]
+    if unknown or len(chosen) > 1:
+        raise ValueError(
+            f"config argument {arg!r} is unknown: use one of {[*choices, 'smoke']}, "
+            "or two of them joined by a comma"
+        )
+    return (chosen or list(choices) or [""])[0], "smoke" in words
+
+
+def smoke(config: ConfigDict, steps: int = 4) -> ConfigDict:
+    """Makes a run of seconds: few steps, a small batch, no wandb."""
+    config.train.steps = steps
+    config.train.batch_size = 8
+    config.train.log_every_steps = 1
+    config.train.save_every_steps = 2
+    config.evaluation.batch_size = 8
+    if config.optim.decay_steps:
+        config.optim.decay_steps = max(steps, config.optim.warmup_steps + 1)
+    config.optim.warmup_steps = min(config.optim.warmup_steps, 1)
+    config.wandb.mode = "disabled"
+    return config

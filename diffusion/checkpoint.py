@@ -1,0 +1,345 @@
+"""Checkpoints: Orbax, a manifest of hashes, and falling back to the newest one that is whole.
+
+A checkpoint of step `s` is the folder `DIR/<s>`, made in this order:
+
+1. Orbax writes the arrays to a temporary folder beside it, in the background, each device its own
+   shards, and renames that folder to `DIR/<s>`: the commit.
+2. Process 0 hashes every file of it and writes `manifest.json` there, last, by a rename too
+   (`diffusion/manifest.py`), with the step, where the data stood and the caller's metadata.
+
+So a step without a manifest is unfinished, at whatever moment the process was killed, and one whose
+files do not hash to its manifest is damaged. The hashes are needed because Orbax restores a flipped
+bit without noticing. A damaged step is renamed `<s>.corrupt`, never deleted.
+
+The state may be any pytree of arrays. It is stored as nested dicts of the names on each leaf's path
+and restored into a target's structure, so the types (Flax dataclasses, Optax named tuples, empty
+states) are the caller's own and the arrays may be laid out over other devices than they were saved
+from. Nothing is converted: what comes back is what was saved, to the bit.
+
+With several processes every one calls `save`, `wait`, `restore` and `close`, at the same steps, on
+a directory that all of them see; process 0 judges, cleans and writes the manifest.
+"""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from diffusion.manifest import (
+    MANIFEST,
+    TEMPORARY,
+    CorruptError,
+    clean,
+    finished,
+    latest_step,
+    newest_good,
+    prune,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+
+__all__ = [
+    "Checkpoints",
+    "CorruptError",
+    "Items",
+    "Restored",
+    "latest_step",
+    "restore_params",
+    "verify",
+]
+
+_NONE = -1  # "no step", where processes exchange step numbers
+
+log = logging.getLogger(__name__)
+
+
+class _QuietOrbax(logging.Filter):
+    """Orbax reports every file at level INFO on absl's one logger; only its warnings are news."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_QuietOrbax())
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` found: the state in the target's types, and what went with it."""
+
+    step: int
+    state: Any
+    data_state: Any
+    metadata: Any
+
+
+class Items(NamedTuple):
+    """Part of a checkpoint as NumPy: `items[name]` is a nested dict; `hash` names it."""
+
+    step: int
+    items: dict[str, Any]
+    metadata: Any
+    hash: str
+
+
+def _name(key: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Leaves by the names on their path: `("opt_state", "unet", "0", "mu", "kernel")`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = {tuple(_name(key) for key in path): leaf for path, leaf in leaves}
+    if len(flat) < len(leaves):
+        raise ValueError("two leaves of the state have one name (dict keys 1 and '1'): rename one")
+    return flat
+
+
+def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _saved_leaves(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
+    """Shape and dtype of every stored leaf, from Orbax's metadata; no arrays are read."""
+    return _flatten(ocp.metadata(str(folder)).metadata)
+
+
+def _check_target(folder: pathlib.Path, target: Mapping[tuple[str, ...], Any]) -> None:
+    """ValueError when the target's tree is not the saved one: another network or optimiser."""
+    saved = _saved_leaves(folder)
+    problems = [f"{'.'.join(p)} is in the checkpoint only" for p in saved if p not in target]
+    for path, leaf in target.items():
+        if path not in saved:
+            problems.append(f"{'.'.join(path)} is missing from the checkpoint")
+            continue
+        have = (tuple(saved[path].shape), np.dtype(saved[path].dtype))
+        want = (tuple(leaf.shape), np.dtype(leaf.dtype))
+        if have != want:
+            problems.append(f"{'.'.join(path)} is {have[1]}{have[0]}, wanted {want[1]}{want[0]}")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"checkpoint {folder} does not fit this run's state: {'; '.join(problems[:5])}{more}. "
+            "Use the config it was saved with, or another workdir."
+        )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        if jax.process_count() > 1:
+            raise ValueError("with several processes every leaf of the target needs a sharding")
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def restore_params(
+    directory: str | os.PathLike,
+    items: Sequence[str] = ("params", "ema"),
+    step: int | None = None,
+) -> Items:
+    """Reads only the top-level `items` of a saved state, as NumPy, without a target; read-only.
+
+    Takes `step`, or the newest checkpoint that verifies. An item that had no leaves when it was
+    saved (an `ema` of no networks) is an empty dict. Raises ValueError when there is no checkpoint.
+    """
+    root = pathlib.Path(directory).absolute()
+    chosen = newest_good(root, step, set_aside=False)
+    if chosen is None:
+        raise ValueError(
+            f"{root} holds no finished checkpoint; train first, or name another workdir"
+        )
+    folder = root / str(chosen)
+    manifest, saved = read_manifest(folder), _saved_leaves(folder)
+    wanted = {p: np.empty(x.shape, x.dtype) for p, x in saved.items() if p[0] in items}
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        tree = ocp.load(str(folder), _nest(wanted)) if wanted else {}
+    return Items(
+        step=chosen,
+        items={name: tree.get(name, {}) for name in items},
+        metadata=manifest["metadata"],
+        hash=manifest["sha256"][:16],
+    )
+
+
+def _from_first(value: int) -> int:
+    """Process 0's value, on every process; a barrier as well."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory`; a context manager.
+
+    Keeps the newest `keep_last`, every step that `keep_every_steps` divides, and, with
+    `keep_best="name"`, the one whose `metadata["name"]` is lowest. Opening it removes what killed
+    saves left, so only the run that writes a directory opens it: to read, use `restore_params`.
+
+    Raises ValueError for impossible retention, OSError when the directory cannot be made.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        keep_last: int = 3,
+        keep_every_steps: int | None = None,
+        async_save: bool = True,
+        keep_best: str | None = None,
+    ):
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}; keep at least 1 checkpoint")
+        if keep_every_steps is not None and keep_every_steps < 1:
+            raise ValueError(f"keep_every_steps is {keep_every_steps}; give 1 or more, or None")
+        self.directory = pathlib.Path(directory).absolute()
+        self._retention = (keep_last, keep_every_steps, keep_best)
+        self._async = async_save
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._first = jax.process_index() == 0
+        if self._first:
+            clean(self.directory)
+        _from_first(0)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.close()
+            return
+        self._join()  # no collectives: the other processes may be gone
+        if self._error is not None:
+            log.error("the last checkpoint was not written either: %s", self._error)
+
+    def latest_step(self) -> int | None:
+        """The newest finished step, or None."""
+        return latest_step(self.directory)
+
+    def save(self, step: int, state: Any, data_state: Any, metadata: Any) -> bool:
+        """Saves `state` (a pytree of arrays), with `data_state` and `metadata` (JSON-able).
+
+        Returns once the arrays are copied off the devices, so they may be donated; the rest runs in
+        the background, and an error in it is raised by the next `save`, `wait` or `close`. An
+        earlier save is waited for. `data_state` is process 0's: it must not depend on the process.
+        False, with nothing written, if this step is already saved.
+
+        Raises OSError (full or read-only disk, the earlier checkpoints untouched), ValueError
+        (not JSON).
+        """
+        self.wait()
+        step, folder = int(step), self.directory / str(step)
+        body = {"step": step, "data_state": data_state, "metadata": metadata}
+        try:  # now, not later in the thread: the caller's objects go on changing
+            body = json.loads(json.dumps(body, default=_plain))
+        except TypeError as error:
+            raise ValueError(f"checkpoint {folder}: data_state and metadata: {error}") from error
+        if _from_first(step in finished(self.directory)):
+            log.info("step %d is already saved", step)
+            return False
+        try:
+            response = ocp.save_async(str(folder), _nest(_flatten(state)), overwrite=True)
+        except Exception as error:
+            raise self._failed(folder, error) from error
+        self._thread = threading.Thread(
+            target=self._finish, args=(folder, response, body), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        if not self._async:
+            self.wait()
+        return True
+
+    def _finish(self, folder: pathlib.Path, response: Any, body: dict[str, Any]) -> None:
+        try:
+            response.result()
+            if self._first:
+                write_manifest(folder, body)
+                prune(self.directory, *self._retention)
+        except Exception as error:
+            self._error = self._failed(folder, error)
+            self._error.__cause__ = error
+
+    def _failed(self, folder: pathlib.Path, error: Exception) -> OSError:
+        if self._first and not (folder / MANIFEST).is_file():
+            for path in self.directory.glob(f"{folder.name}*"):
+                if path == folder or path.name.startswith(folder.name + TEMPORARY):
+                    shutil.rmtree(path, ignore_errors=True)
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        return OSError(
+            f"checkpoint {folder} could not be written: {reason}. The last finished one is step "
+            f"{self.latest_step()}; free space or mend the directory, then run the command again."
+        )
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def wait(self) -> None:
+        """Returns when the last save is whole on disk; raises OSError if it failed anywhere."""
+        self._join()
+        error, self._error = self._error, None
+        if jax.process_count() > 1:
+            failed = multihost_utils.process_allgather(np.int32(error is not None))
+            if error is None and failed.any():
+                error = OSError(f"checkpoint not written: failed on process {np.argmax(failed)}")
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self.wait()
+
+    def restore(self, target: Any, step: int | None = None) -> Restored | None:
+        """The newest checkpoint that verifies, or `step`, as a `target`-like state; None: none.
+
+        `target` is the state's pytree with `jax.ShapeDtypeStruct` leaves (or arrays) that carry the
+        shardings wanted, over any devices. Damaged checkpoints are logged by file, renamed to
+        `<step>.corrupt`, and the next older one is tried.
+
+        Raises ValueError: target unlike the saved state; `step` given and absent or damaged.
+        """
+        self.wait()
+        chosen, error = None, None
+        if self._first:
+            try:
+                chosen = newest_good(self.directory, step, set_aside=True)
+            except ValueError as problem:
+                error = problem
+        agreed = _from_first(_NONE - 1 if error else _NONE if chosen is None else chosen)
+        if agreed < _NONE:
+            raise error or ValueError(f"{self.directory}: step {step} is absent or damaged")
+        if agreed == _NONE:
+            return None
+        folder = self.directory / str(agreed)
+        manifest, wanted = read_manifest(folder), _flatten(target)
+        _check_target(folder, wanted)
+        tree = _flatten(ocp.load(str(folder), _nest({p: _abstract(x) for p, x in wanted.items()})))
+        state = jax.tree.unflatten(jax.tree.structure(target), [tree[path] for path in wanted])
+        return Restored(agreed, state, manifest["data_state"], manifest["metadata"])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and np.ndim(value) == 0:
+        return np.asarray(value).item()
+    raise TypeError(f"{value!r:.80} ({type(value).__name__}) is not JSON; convert it first")

@@ -1,0 +1,322 @@
+"""First-stage latents on disk: encoded once, read by every latent run.
+
+A directory holds `latents-00000-of-00012.array_record`, ..., each of a fixed number of examples,
+and `provenance.json`, written last. A record is one row of a NumPy structured dtype, so its size is
+fixed and a batch is decoded by one `frombuffer`. Shards are written under a temporary name and
+renamed, in any order and by any process; those that are there are not made again, and `plan.json`,
+written first, keeps the shards of two first stages apart.
+
+A latent is the first stage's Gaussian posterior, mean m and log-variance l per element, so that
+training can draw z = m + exp(l / 2) eps afresh. Per channel c, over all examples and places,
+
+    shift_c = E[z_c] = E[m_c],     std_c^2 = Var[z_c] = Var[m_c] + E[exp(l_c)],              (1)
+
+and what a denoiser sees is (z - shift) * scale. Rules of `Scaling`: a fixed factor (Stable
+Diffusion's 0.18215; LDM https://arxiv.org/abs/2112.10752, section D.1), one factor from the
+standard deviation of the first examples (LDM's `scale_by_std`, about zero mean as there), or
+standardisation per channel (EDM2, https://arxiv.org/abs/2312.02696, appendix B.1: channels of one
+set differ several-fold in spread).
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from array_record.python import (
+    array_record_data_source,
+    array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  # compiled, no stubs
+)
+
+from diffusion.data import provenance
+from diffusion.data.sources import Batch
+
+PLAN = "plan.json"
+REMEDY = (
+    "run `python -m experiments.encode_latents` with the same --config; it goes on where it stopped"
+)
+# Whole groups are read and decompressed at once: groups of one make random access exact, and noise
+# does not compress.
+OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Examples start .. stop - 1, in the file `path`."""
+
+    path: pathlib.Path
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be written.
+
+    Attributes:
+      directory: where. count: examples in all: those of the data set times the variants
+      (compositions, flips) of each. shard_size: examples a shard (the last may have fewer). fields:
+      name -> (NumPy dtype, shape of one example); "mean" and, unless the code is deterministic,
+        "logvar" have shape (*space, channels).
+      made_from: what identifies the latents: hash of the first stage, preprocessing, tokenizer,
+      data
+        set, variants; anything JSON, compared on resuming and on reading.
+    """
+
+    directory: pathlib.Path
+    count: int
+    shard_size: int
+    fields: Mapping[str, tuple[str, tuple[int, ...]]]
+    made_from: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.shard_size < 1:
+            raise ValueError(
+                f"latents: count={self.count} and shard_size={self.shard_size} must be at least 1"
+            )
+
+    @property
+    def dtype(self) -> np.dtype:
+        return record_dtype(self.fields)
+
+    def body(self) -> dict[str, Any]:
+        fields = {name: [dtype, list(shape)] for name, (dtype, shape) in self.fields.items()}
+        body = {"count": self.count, "shard_size": self.shard_size, "fields": fields}
+        return json.loads(json.dumps({**body, "made_from": dict(self.made_from)}))
+
+    def shards(self) -> list[Shard]:
+        total = -(-self.count // self.shard_size)
+        return [
+            Shard(
+                self.directory / f"latents-{i:05d}-of-{total:05d}.array_record",
+                i * self.shard_size,
+                min((i + 1) * self.shard_size, self.count),
+            )
+            for i in range(total)
+        ]
+
+    def begin(self) -> None:
+        """Makes the directory, or checks that what is in it is a part of this plan.
+
+        Raises:
+          ValueError: it holds other data, or latents of another plan; nothing is changed.
+        """
+        if (self.directory / provenance.FILE).exists():
+            provenance.check_provenance(provenance.read(self.directory, REMEDY), self.body())
+            return
+        plan = self.directory / PLAN
+        if plan.exists():
+            provenance.check_provenance(json.loads(plan.read_bytes()), self.body())
+            return
+        if self.directory.exists() and any(self.directory.iterdir()):
+            raise ValueError(
+                f"{self.directory} is not empty and holds no latents: name another directory, or empty it"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        provenance.write_whole(plan, json.dumps(self.body()).encode())
+
+    def missing(self, process_index: int = 0, process_count: int = 1) -> list[Shard]:
+        """Shards not yet written; each process is dealt its own."""
+        dealt = self.shards()[process_index::process_count]
+        return [shard for shard in dealt if not shard.path.exists()]
+
+
+def record_dtype(fields: Mapping[str, Any]) -> np.dtype:
+    """The structured dtype of a record, little-endian."""
+    layout = [
+        (name, np.dtype(d).newbyteorder("<"), tuple(shape)) for name, (d, shape) in fields.items()
+    ]
+    return np.dtype(layout)
+
+
+def write_shard(plan: Plan, shard: Shard, columns: Mapping[str, np.ndarray]) -> None:
+    """Writes one shard, whole or not at all.
+
+    Args:
+      columns: each field of the plan for the examples of the shard, stacked.
+
+    Raises:
+      ValueError: a field is missing, of another shape, or not finite in its stored precision.
+    """
+    rows = np.zeros(shard.stop - shard.start, plan.dtype)
+    for name in plan.fields:
+        column = np.asarray(columns[name]) if name in columns else None
+        if column is None or column.shape != rows[name].shape:
+            raise ValueError(
+                f"latents: field {name!r} has shape {None if column is None else column.shape}, "
+                f"but the plan says {rows[name].shape}"
+            )
+        with np.errstate(over="ignore"):  # an overflow becomes infinite, which is reported below
+            rows[name] = column
+        if not np.isfinite(rows[name]).all():
+            bad = int(np.argwhere(~np.isfinite(rows[name]))[0, 0]) + shard.start
+            raise ValueError(
+                f"latents: field {name!r} of example {bad} is not finite as {plan.fields[name][0]}: "
+                "look at the first stage, or store float32"
+            )
+    # Hidden and named by process, so that a leftover is never taken for a shard nor written by two.
+    temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.partial")
+    writer = array_record_module.ArrayRecordWriter(str(temporary), OPTIONS)
+    for row in rows:
+        writer.write(row.tobytes())
+    writer.close()
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(shard.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """How latents are shifted and scaled before a denoiser sees them.
+
+    Attributes:
+      rule: "fixed" (scale = `value`, no shift), "std" (scale = 1 / std of the first `examples`, no
+        shift) or "channel" (eq. 1 per channel).
+      value: of "fixed".
+      examples: of "std"; 0 means all.
+    """
+
+    rule: str
+    value: float = 1.0
+    examples: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("fixed", "std", "channel"):
+            raise ValueError(f"latent scaling {self.rule!r} is unknown: use fixed, std or channel")
+        if not np.isfinite(self.value) or self.value <= 0:
+            raise ValueError(f"latent scale {self.value} must be finite and above 0")
+
+
+def finish(plan: Plan, scaling: Scaling) -> dict[str, Any]:
+    """Once every shard is there: statistics (eq. 1), and the provenance that makes the latents whole.
+
+    Raises:
+      ValueError: a shard is missing; a channel that never varies under the rule "channel".
+    """
+    if (plan.directory / provenance.FILE).exists():
+        known = provenance.read(plan.directory, REMEDY)
+        provenance.check_provenance(known, {"scaling": dataclasses.asdict(scaling)})
+        return known
+    missing = plan.missing()
+    if missing:
+        raise ValueError(f"{len(missing)} shards such as {missing[0].path} are missing: {REMEDY}")
+    shift, std = statistics(plan)
+    used_shift, scale = _scale(plan, scaling, shift, std)
+    for leftover in plan.directory.glob(".*.partial"):
+        leftover.unlink()
+    (plan.directory / PLAN).unlink(missing_ok=True)
+    return provenance.write(
+        plan.directory,
+        {
+            **plan.body(),
+            "statistics": {"mean": shift.tolist(), "std": std.tolist()},
+            "scaling": dataclasses.asdict(scaling),
+            "shift": used_shift.tolist(),
+            "scale": scale.tolist(),
+        },
+    )
+
+
+def _scale(
+    plan: Plan, scaling: Scaling, shift: np.ndarray, std: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    none = np.zeros_like(shift)
+    if scaling.rule == "fixed":
+        return none, np.full_like(std, scaling.value)
+    if scaling.rule == "std":
+        # Of all elements about their common mean, as torch's `z.flatten().std()` in LDM.
+        means, stds = (shift, std) if not scaling.examples else statistics(plan, scaling.examples)
+        spread = np.sqrt(np.mean(stds**2 + means**2) - np.mean(means) ** 2)
+        used_shift, spread = none, np.full_like(std, spread)
+    else:
+        used_shift, spread = shift, std
+    if not (spread > 0).all():
+        raise ValueError(
+            f"latent scaling {scaling.rule!r}: channel {int(np.argmin(spread))} never varies, so it "
+            "has no scale; use scaling 'fixed', or train the first stage longer"
+        )
+    return used_shift, 1 / spread
+
+
+def statistics(plan: Plan, examples: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std of z per channel (eq. 1): float64, over the first `examples` or all."""
+    number, total, centred, noise = 0, 0.0, 0.0, 0.0
+    for rows in _chunks(plan, examples or plan.count):
+        mean = rows["mean"].astype(np.float64).reshape(-1, rows["mean"].shape[-1])
+        n, chunk_mean = len(mean), mean.mean(0)
+        # Chan's update of mean and centred sum of squares, free of cancellation.
+        delta, whole = chunk_mean - (total / number if number else chunk_mean), number + n
+        centred = centred + ((mean - chunk_mean) ** 2).sum(0) + delta**2 * number * n / whole
+        total, number = total + mean.sum(0), whole
+        if "logvar" in plan.fields:
+            logvar = rows["logvar"].astype(np.float64).reshape(mean.shape)
+            noise = noise + np.exp(logvar).sum(0)
+    return np.asarray(total / number), np.sqrt((centred + noise) / number)
+
+
+def _chunks(plan: Plan, examples: int, chunk: int = 1024) -> Iterator[np.ndarray]:
+    for shard in plan.shards():
+        stop = min(shard.stop, examples) - shard.start
+        with array_record_data_source.ArrayRecordDataSource([str(shard.path)]) as records:
+            for first in range(0, stop, chunk):
+                raw = records.__getitems__(range(first, min(first + chunk, stop)))
+                yield np.frombuffer(b"".join(raw), plan.dtype)
+
+
+class LatentSource:
+    """Stored latents as a `Source`: "mean" and "logvar" float32, "tokens", "label", ... as stored.
+
+    Attributes:
+      shift, scale: float32 (channels,); a denoiser sees (z - shift) * scale.
+      provenance: of the directory.
+    """
+
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        expected: Mapping[str, Any] | None = None,
+        memory_limit_bytes: int = 4 * 2**30,
+    ) -> None:
+        """Opens `directory`; reads it into memory once where it fits.
+
+        Args:
+          expected: what its provenance must say, such as {"made_from": {"first_stage": sha256}}.
+
+        Raises:
+          ValueError: missing, half-written, a shard of another size, or made from something else.
+        """
+        self.directory = pathlib.Path(directory)
+        self.provenance = provenance.read(self.directory, REMEDY)
+        provenance.check_provenance(self.provenance, expected or {})
+        self.shift = np.array(self.provenance["shift"], np.float32)
+        self.scale = np.array(self.provenance["scale"], np.float32)
+        self._dtype = record_dtype(self.provenance["fields"])
+        self._count = int(self.provenance["count"])
+        paths = sorted(name for name in self.provenance["files"] if name.startswith("latents-"))
+        self._records: Any = array_record_data_source.ArrayRecordDataSource(
+            [str(self.directory / path) for path in paths]
+        )
+        self._rows: np.ndarray | None = None
+        if self._count * self._dtype.itemsize <= memory_limit_bytes:
+            self._rows = self._read(np.arange(self._count))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _read(self, indices: np.ndarray, chunk: int = 8192) -> np.ndarray:
+        rows = np.empty(len(indices), self._dtype)
+        for first in range(0, len(indices), chunk):
+            wanted = indices[first : first + chunk].tolist()
+            raw = b"".join(self._records.__getitems__(wanted))
+            rows[first : first + chunk] = np.frombuffer(raw, self._dtype)
+        return rows
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        rows = self._read(indices) if self._rows is None else self._rows[indices]
+        names = self._dtype.names or ()
+        columns = {name: np.ascontiguousarray(rows[name]) for name in names}
+        halves = {k: v.astype(np.float32) for k, v in columns.items() if v.dtype.kind == "f"}
+        return {**columns, **halves}

@@ -1,0 +1,157 @@
+"""Text to integers: word-level and byte-pair tokenizers, trained on captions or read from a file.
+
+All of them are `tokenizers.Tokenizer` inside (one `tokenizer.json` holds the whole of one), so what
+this module adds is arrays of fixed length, a null caption, and an account of what did not fit: a
+caption that is too long is counted, and a word that is not in the vocabulary is named.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+PAD, UNKNOWN, START, END = SPECIAL = ("[PAD]", "[UNK]", "[START]", "[END]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Captions to token ids.
+
+    Attributes:
+      serialised: the tokenizer as JSON, which identifies it.
+      pad_id: fills captions up to the length asked for.
+    """
+
+    serialised: str = dataclasses.field(repr=False)
+    pad_id: int = 0
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> "Tokenizer":
+        """Reads a `tokenizer.json`, or the one in a directory.
+
+        Raises:
+          ValueError: there is none, or it is not one.
+        """
+        path = pathlib.Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"tokenizer {path} does not exist")
+        return cls.of(path.read_text(encoding="utf-8"), str(path))
+
+    @classmethod
+    def of(cls, serialised: str, name: str = "tokenizer") -> "Tokenizer":
+        try:
+            backend = tokenizers.Tokenizer.from_str(serialised)
+        except Exception as error:  # the package raises plain Exception
+            raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
+        pad = backend.token_to_id(PAD)
+        return cls(serialised, 0 if pad is None else pad)
+
+    def save(self, path: str | pathlib.Path) -> None:
+        pathlib.Path(path).write_text(self.serialised, encoding="utf-8")
+
+    @functools.cached_property
+    def backend(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self.serialised)
+
+    @functools.cached_property
+    def _of_length(self) -> dict[int, tokenizers.Tokenizer]:
+        return {}
+
+    def _fixed(self, length: int) -> tokenizers.Tokenizer:
+        # Length is state of the backend: each length has a backend of its own, never changed again,
+        # so that threads may share it.
+        if length not in self._of_length:
+            special = self.backend.num_special_tokens_to_add(is_pair=False)
+            if length < special + 1:
+                raise ValueError(
+                    f"length={length} leaves no room beside {special} special tokens: raise it"
+                )
+            backend = tokenizers.Tokenizer.from_str(self.serialised)
+            backend.enable_truncation(length)
+            pad = self.backend.id_to_token(self.pad_id) or PAD
+            backend.enable_padding(length=length, pad_id=self.pad_id, pad_token=pad)
+            self._of_length[length] = backend
+        return self._of_length[length]
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.serialised.encode()).hexdigest()
+
+    def encode(self, captions: Sequence[str], length: int) -> np.ndarray:
+        """Token ids, cut or padded: int32 (captions, length). "" is the null caption."""
+        return self.encode_and_mark(captions, length)[0]
+
+    def encode_and_mark(
+        self, captions: Sequence[str], length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`encode`, and which captions were too long and were cut: bool (captions,)."""
+        encoded = self._fixed(length).encode_batch(list(captions))
+        tokens = np.array([one.ids for one in encoded], np.int32).reshape(-1, length)
+        return tokens, np.array([bool(one.overflowing) for one in encoded], bool)
+
+    def null(self, length: int) -> np.ndarray:
+        """The caption that says nothing, for classifier-free guidance: int32 (length,)."""
+        return self.encode([""], length)[0]
+
+    def decode(self, tokens: np.ndarray) -> list[str]:
+        """Text of token ids (captions, length), without special tokens."""
+        return self.backend.decode_batch(np.asarray(tokens).tolist(), skip_special_tokens=True)
+
+    def unknown(self, captions: Iterable[str]) -> list[str]:
+        """Words that the vocabulary lacks, each read as [UNK]: sorted, each once."""
+        unknown_id = self.backend.token_to_id(UNKNOWN)
+        words = set()
+        for text in captions:
+            one = self.backend.encode(text)
+            spans = (span for i, span in zip(one.ids, one.offsets) if i == unknown_id)
+            words.update(text[start:stop] for start, stop in spans)
+        return sorted(words)
+
+
+def train(captions: Iterable[str], kind: str = "word", vocabulary_size: int = 8192) -> Tokenizer:
+    """A tokenizer of the words ("word") or the byte pairs ("bpe") of `captions`.
+
+    Ids 0 to 3 are padding, unknown, start and end; the same captions in any order give the same
+    tokenizer.
+
+    Raises:
+      ValueError: an unknown kind, or no captions.
+    """
+    texts = sorted(captions)
+    if not texts:
+        raise ValueError("a tokenizer cannot be trained on 0 captions: give some")
+    if kind == "word":
+        backend = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.WordLevelTrainer(
+            vocab_size=vocabulary_size, special_tokens=list(SPECIAL), show_progress=False
+        )
+    elif kind == "bpe":
+        backend = tokenizers.Tokenizer(models.BPE(unk_token=UNKNOWN))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    else:
+        raise ValueError(f"tokenizer kind {kind!r} is unknown: use 'word' or 'bpe'")
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}",
+        special_tokens=[(token, SPECIAL.index(token)) for token in (START, END)],
+    )
+    return Tokenizer.of(backend.to_str())

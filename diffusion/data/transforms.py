@@ -1,0 +1,127 @@
+"""What happens to a batch between the source and the device: NumPy, whole batches at a time.
+
+A transform is a callable from batch to batch. It may use "index" and "epoch", which the loader
+adds, but nothing that depends on the rest of the batch, so that an example is the same in any
+batch.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from diffusion.data.builders.captioned_digits import compose
+from diffusion.data.sources import Batch, Source
+from diffusion.data.tokenizers import Tokenizer
+
+Transform = Callable[[Batch], Batch]
+
+
+@dataclasses.dataclass(frozen=True)
+class ComposeDigits:
+    """Grey digits to captioned colour pictures (see `builders.captioned_digits.compose`).
+
+    Replaces "image" by uint8 (batch, 32, 32, 3), and adds "caption" and, int32 (batch, 5),
+    "attributes" in the order of `compose.ATTRIBUTES`.
+
+    Attributes:
+      glyphs: every digit of the source, resized.
+      seed: of the compositions.
+      held_out: whether pairs held out of training may be drawn.
+    """
+
+    glyphs: compose.Glyphs
+    seed: int
+    held_out: bool = False
+
+    @classmethod
+    def of(cls, source: Source, seed: int, held_out: bool = False) -> "ComposeDigits":
+        images = source.batch(np.arange(len(source)))["image"]
+        return cls(compose.Glyphs.of(images[..., 0]), seed, held_out)
+
+    def __call__(self, batch: Batch) -> Batch:
+        image, captions, attributes = compose.compose(
+            self.glyphs, batch["label"], batch["index"], batch["epoch"], self.seed, self.held_out
+        )
+        stacked = np.stack([attributes[name] for name in compose.ATTRIBUTES], axis=1)
+        return {**batch, "image": image, "caption": captions, "attributes": stacked}
+
+
+class Tokenize:
+    """Captions to "tokens", int32 (batch, length); "caption" goes.
+
+    `captions` and `truncated` count what went through, over all threads.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, length: int) -> None:
+        self.tokenizer = tokenizer
+        self.length = length
+        self.captions = 0
+        self.truncated = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, batch: Batch) -> Batch:
+        tokens, cut = self.tokenizer.encode_and_mark(batch["caption"], self.length)
+        with self._lock:
+            self.captions += len(cut)
+            self.truncated += int(cut.sum())
+        rest = {name: value for name, value in batch.items() if name != "caption"}
+        return {**rest, "tokens": tokens}
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Keeps the named entries of a batch, and the loader's own "position" and "index"."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, batch: Batch) -> Batch:
+        kept = (*self.names, "position", "index", "valid")
+        return {name: value for name, value in batch.items() if name in kept}
+
+
+@dataclasses.dataclass(frozen=True)
+class PadImage:
+    """Pads images with `value` to `image_size` a side, centred (28 to 32: two pixels all round)."""
+
+    image_size: int
+    value: int = 0
+
+    def __call__(self, batch: Batch) -> Batch:
+        image = batch["image"]
+        missing = [self.image_size - side for side in image.shape[1:-1]]
+        if min(missing) < 0:
+            raise ValueError(
+                f"data.image_size={self.image_size} is under the images' {image.shape[1:-1]}: "
+                "padding cannot shrink them"
+            )
+        around = [(0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)]
+        return {**batch, "image": np.pad(image, around, constant_values=self.value)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """Repeats a single channel `channels` times; leaves images that have so many as they are."""
+
+    channels: int
+
+    def __call__(self, batch: Batch) -> Batch:
+        image = batch["image"]
+        if image.shape[-1] == self.channels:
+            return batch
+        if image.shape[-1] != 1:
+            raise ValueError(
+                f"data.channels={self.channels}, but images have {image.shape[-1]}: set it to that"
+            )
+        return {**batch, "image": np.repeat(image, self.channels, axis=-1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FlipOddEpochs:
+    """Mirrors images left to right in odd epochs, so that latents hold both variants."""
+
+    def __call__(self, batch: Batch) -> Batch:
+        image = batch["image"]
+        odd = (batch["epoch"] % 2 == 1).reshape(-1, *[1] * (image.ndim - 1))
+        return {**batch, "image": np.where(odd, image[..., ::-1, :], image)}

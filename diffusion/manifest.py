@@ -1,0 +1,207 @@
+"""Which checkpoints are whole: a manifest of hashes beside the files, and the steps of a directory.
+
+A folder `DIR/<step>` is finished when it holds `manifest.json`, which is written last, by a rename:
+the step, what the caller adds, `files` (path -> bytes, SHA-256), and `sha256` of all that, which
+names the checkpoint (provenance). Without a manifest a step is unfinished; a step whose files do
+not hash to its manifest is damaged. Nothing here knows JAX or what the files hold.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # of the manifest; a reader refuses a later one
+TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax calls a folder before its commit
+
+_STEP = re.compile(r"0|[1-9]\d*")
+
+log = logging.getLogger(__name__)
+
+
+class CorruptError(ValueError):
+    """A checkpoint that is not what was written; the message names the file."""
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _fsync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems have no fsync; full disks must be heard
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def _sha256(path: pathlib.Path, flush: bool = False) -> str:
+    with path.open("rb") as file:
+        if flush:
+            _fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hashes(paths: Sequence[pathlib.Path], flush: bool = False) -> list[str]:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
+        return list(pool.map(lambda path: _sha256(path, flush), paths))
+
+
+def write_manifest(folder: pathlib.Path, body: dict[str, Any]) -> None:
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    names = [p.relative_to(folder).as_posix() for p in paths]
+    sums = _hashes(paths, flush=True)
+    files = {n: {"bytes": p.stat().st_size, "sha256": s} for n, p, s in zip(names, paths, sums)}
+    body = body | {"format": FORMAT, "files": files}
+    temporary = folder / f".{MANIFEST}"
+    with temporary.open("w") as file:
+        json.dump(body | {"sha256": _digest(body)}, file, indent=1)
+        file.flush()
+        _fsync(file.fileno())
+    temporary.rename(folder / MANIFEST)
+    descriptor = os.open(folder, os.O_RDONLY)
+    _fsync(descriptor)
+    os.close(descriptor)
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of the checkpoint in `folder`, itself verified, the files not.
+
+    Raises CorruptError when it is missing, unreadable or altered.
+    """
+    path = pathlib.Path(folder) / MANIFEST
+    try:
+        body = json.loads(path.read_bytes())
+        claimed = body.pop("sha256")
+        if claimed != _digest(body):
+            raise ValueError("its own SHA-256 does not match")
+        newer = body["format"] > FORMAT
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptError(f"{path} is not a whole manifest: {error}") from error
+    if newer:  # not damaged: somebody else's, to be left alone
+        raise ValueError(f"{path} has format {body['format']}; this code reads up to {FORMAT}")
+    return body | {"sha256": claimed}
+
+
+def verify(folder: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of `folder`, every file hashed; CorruptError names the one that is bad."""
+    folder = pathlib.Path(folder)
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise CorruptError(f"{folder / MANIFEST} names {name!r}, outside its folder")
+        if not path.is_file():
+            raise CorruptError(f"{path} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            size = path.stat().st_size
+            raise CorruptError(f"{path} has {size} bytes where {entry['bytes']} were written")
+    paths = [folder / name for name in manifest["files"]]
+    try:
+        hashes = _hashes(paths)
+    except OSError as error:
+        raise CorruptError(f"{error.filename or folder} cannot be read: {error}") from error
+    for path, entry, found in zip(paths, manifest["files"].values(), hashes):
+        if found != entry["sha256"]:
+            raise CorruptError(f"{path} does not hash to what was written: its content has changed")
+    return manifest
+
+
+def finished(directory: pathlib.Path) -> list[int]:
+    """Steps with a manifest, newest first."""
+    if not directory.is_dir():
+        return []
+    names = [p.name for p in directory.iterdir() if _STEP.fullmatch(p.name)]
+    return sorted((int(n) for n in names if (directory / n / MANIFEST).is_file()), reverse=True)
+
+
+def _readable(directory: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for step in finished(directory):
+        with contextlib.suppress(CorruptError):
+            yield step, read_manifest(directory / str(step))
+
+
+def latest_step(directory: str | os.PathLike) -> int | None:
+    """The newest step under `directory` with a whole manifest, or None; changes nothing."""
+    return next((step for step, _ in _readable(pathlib.Path(directory))), None)
+
+
+def _set_aside(path: pathlib.Path, suffix: str) -> None:
+    target, count = path.with_name(f"{path.name}.{suffix}"), 1
+    while target.exists():
+        target, count = path.with_name(f"{path.name}.{suffix}.{count}"), count + 1
+    path.rename(target)
+    log.error("%s was set aside as %s", path, target.name)
+
+
+def clean(directory: pathlib.Path) -> None:
+    """Removes what killed saves left behind.
+
+    A committed step whose manifest is missing goes too, unless nothing better exists: then it is
+    renamed, because it may be the arrays of the only checkpoint there ever was.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    good = latest_step(directory) is not None
+    for path in directory.iterdir():
+        unfinished = _STEP.fullmatch(path.name) and not (path / MANIFEST).is_file()
+        if unfinished and not good:
+            _set_aside(path, "unfinished")
+        elif unfinished or TEMPORARY in path.name:
+            log.warning("removing %s, which a save that did not end left behind", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_good(root: pathlib.Path, step: int | None, set_aside: bool) -> int | None:
+    """The newest step (or `step`) whose files verify; damaged ones are logged and set aside."""
+    steps = finished(root)
+    if step is not None:
+        if step not in steps:
+            raise ValueError(f"{root} has no finished checkpoint of step {step}; it has {steps}")
+        verify(root / str(step))
+        return step
+    for candidate in steps:
+        try:
+            verify(root / str(candidate))
+            return candidate
+        except CorruptError as error:
+            log.error("checkpoint of step %d is damaged: %s", candidate, error)
+            if set_aside:
+                with contextlib.suppress(OSError):  # a read-only disk: pass it over instead
+                    _set_aside(root / str(candidate), "corrupt")
+    return None
+
+
+def prune(
+    directory: pathlib.Path, keep_last: int, keep_every_steps: int | None, keep_best: str | None
+) -> None:
+    """Deletes finished steps but the newest `keep_last`, the multiples of `keep_every_steps` and
+    the one whose `metadata[keep_best]` is lowest."""
+    steps = finished(directory)
+    keep = set(steps[:keep_last])
+    if keep_every_steps:
+        keep |= {step for step in steps if step % keep_every_steps == 0}
+    if keep_best and (scores := _scores(directory, keep_best)):
+        keep.add(min(scores, key=scores.__getitem__))
+    for step in set(steps) - keep:
+        folder = directory / str(step)
+        (folder / MANIFEST).unlink()  # first: a step half deleted is then an unfinished one
+        shutil.rmtree(folder)
+
+
+def _scores(directory: pathlib.Path, name: str) -> dict[int, float]:
+    scores = {}
+    for step, manifest in _readable(directory):
+        score = (manifest["metadata"] or {}).get(name)
+        if isinstance(score, int | float) and math.isfinite(score):
+            scores[step] = score
+    return scores

@@ -1,0 +1,248 @@
+"""Attention and the transformer blocks of the U-Net and the text encoders.
+
+Scaled dot-product attention (https://arxiv.org/abs/1706.03762, eq. 1), per head, over tokens:
+
+    (1)  out = softmax(q k^T / sqrt(head_dim)) v
+
+Transformer block of LDM (https://arxiv.org/abs/2112.10752, appendix E.2.1; pre-norm):
+
+    (2)  x = x + attn1(norm1(x));   x = x + attn2(norm2(x), context);   x = x + ff(norm3(x))
+
+Gated feed-forward (https://arxiv.org/abs/2002.05202, eq. 6):
+
+    (3)  ff(x) = W2 (a * gelu(g)),   [a, g] = W1 x
+
+Tokens of a grid are its places in row-major order, for any number of spatial axes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from diffusion.models.layers import Conv, Dense, GroupNorm, default_init, zero_init
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+# Below this many keys the score matrix is small, and XLA's own fusion as fast as a cuDNN call.
+CUDNN_MIN_KEYS = 256
+
+
+def dot_product_attention(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys heads head_dim"],
+    v: Float[Array, "batch keys heads head_dim"],
+    mask: Bool[Array, "#batch #heads #queries keys"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "batch queries heads head_dim"]:
+    """Eq. 1; softmax in promote_types(dtype, float32). `mask` True: the query may look at the key.
+
+    `implementation` "xla" or "cudnn" forces the kernel; None takes cuDNN's flash attention where
+    it applies.
+    """
+    if implementation is None:
+        implementation = "cudnn" if cudnn_applies(q, k, v, mask) else "xla"
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)  # pyright: ignore
+
+
+def cudnn_applies(q: Array, k: Array, v: Array, mask: Array | None) -> bool:
+    """Whether cuDNN's flash attention takes these arrays: half precision, width, no mask, a GPU.
+
+    Source: `jax/_src/cudnn/fused_attention_stablehlo.py::check_is_flash_attention`. A mask goes to
+    XLA, since cuDNN wants it as a bias, which restricts the lengths when training.
+    """
+    half = q.dtype in (jnp.bfloat16, jnp.float16) and q.dtype == k.dtype == v.dtype
+    if not half or mask is not None or k.shape[1] < CUDNN_MIN_KEYS or q.shape[-1] % 8:
+        return False
+    return jax.default_backend() == "gpu" and q.shape[-1] <= _max_head_dim()
+
+
+def _max_head_dim() -> int:
+    """256 from compute capability 9.0 on (Hopper), 128 before; 0 where the GPU is not cuDNN's."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    try:
+        return 256 if float(capability) >= 9.0 else 128  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # ROCm says "gfx90a"
+        return 0
+
+
+class Attention(nn.Module):
+    """Multi-head attention over tokens, from `x` to itself or to `context`.
+
+    `mask`: (batch, keys), or what broadcasts to (batch, heads, queries, keys); True: may be looked
+    at. The output width is that of `x`; `heads * head_dim` need not equal it.
+    """
+
+    heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = True
+    out_init: Callable[..., Any] = default_init
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        context: Float[Array, "batch keys context_width"] | None = None,
+        mask: Bool[Array, "#batch keys"] | Bool[Array, "#batch #heads #tokens keys"] | None = None,
+    ) -> Float[Array, "batch tokens width"]:
+        context = x if context is None else context
+        inner = self.heads * self.head_dim
+        project = functools.partial(Dense, inner, use_bias=self.qkv_bias, dtype=self.dtype)
+        q, k, v = (
+            project(name=name)(tokens).reshape(*tokens.shape[:2], self.heads, self.head_dim)
+            for name, tokens in (("to_q", x), ("to_k", context), ("to_v", context))
+        )
+        if mask is not None and mask.ndim == 2:
+            mask = mask[:, None, None, :]
+        y = dot_product_attention(q, k, v, mask).reshape(*x.shape[:2], inner)
+        y = checkpoint_name(y, "attention")
+        return Dense(
+            x.shape[-1],
+            use_bias=self.out_bias,
+            kernel_init=self.out_init,
+            dtype=self.dtype,
+            name="to_out",
+        )(y)
+
+
+class FeedForward(nn.Module):
+    """Two dense layers, `mult` times the width between them.
+
+    `activation` is "geglu" (eq. 3) or a key of ACTIVATIONS.
+    """
+
+    activation: str = "geglu"
+    mult: int = 4
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        gated = self.activation == "geglu"
+        width, inner = x.shape[-1], x.shape[-1] * self.mult
+        h = Dense(inner * (2 if gated else 1), dtype=self.dtype, name="proj_in")(x)
+        if gated:
+            h, gate = jnp.split(h, 2, axis=-1)
+            h = h * ACTIVATIONS["gelu"](gate)
+        else:
+            h = ACTIVATIONS[self.activation](h)
+        return Dense(width, dtype=self.dtype, name="proj_out")(h)
+
+
+class TransformerBlock(nn.Module):
+    """Eq. 2. With `cross` False there is no attn2 (nor norm2), only attn1 and the feed-forward.
+
+    With `cross` True and no context given, attn2 looks at the tokens themselves, as in CompVis.
+    """
+
+    heads: int
+    head_dim: int
+    cross: bool = True
+    activation: str = "geglu"
+    mult: int = 4
+    qkv_bias: bool = False
+    epsilon: float = 1e-5
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        context: Float[Array, "batch keys context_width"] | None = None,
+        context_mask: Bool[Array, "#batch keys"] | None = None,
+        mask: Bool[Array, "#batch tokens"]
+        | Bool[Array, "#batch #heads #tokens tokens"]
+        | None = None,
+    ) -> Float[Array, "batch tokens width"]:
+        norm = functools.partial(nn.LayerNorm, self.epsilon, self.dtype)
+        attend = functools.partial(
+            Attention, self.heads, self.head_dim, qkv_bias=self.qkv_bias, dtype=self.dtype
+        )
+        x = x + attend(name="attn1")(norm(name="norm1")(x), mask=mask)
+        if self.cross:
+            x = x + attend(name="attn2")(norm(name="norm2")(x), context, context_mask)
+        feed_forward = FeedForward(self.activation, self.mult, self.dtype, name="ff")
+        return x + feed_forward(norm(name="norm3")(x))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the places of a grid, a group norm before and a residual around (DDPM)."""
+
+    heads: int
+    head_dim: int
+    groups: int = 32
+    epsilon: float = 1e-5
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch *space channels"]
+    ) -> Float[Array, "batch *space channels"]:
+        h = GroupNorm(self.groups, self.epsilon, self.dtype, name="group_norm")(x)
+        attention = Attention(
+            self.heads,
+            self.head_dim,
+            qkv_bias=True,
+            out_init=zero_init,
+            dtype=self.dtype,
+            name="attention",
+        )
+        return x + attention(to_tokens(h)).reshape(x.shape)
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the places of a grid, looking at context tokens, a residual around.
+
+    `linear_projection`: project in and out with dense layers (SD 2.x) rather than 1x1 convolutions
+    (SD 1.x, LDM); both compute the same, but files store their weights in different shapes.
+    """
+
+    heads: int
+    head_dim: int
+    depth: int = 1
+    cross: bool = True
+    linear_projection: bool = False
+    groups: int = 32
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch *space channels"],
+        context: Float[Array, "batch keys context_width"] | None = None,
+        context_mask: Bool[Array, "#batch keys"] | None = None,
+    ) -> Float[Array, "batch *space channels"]:
+        inner = self.heads * self.head_dim
+        h = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
+        h = to_tokens(self._project(inner, default_init, "proj_in")(h))
+        for i in range(self.depth):
+            block = TransformerBlock(
+                self.heads, self.head_dim, self.cross, dtype=self.dtype, name=f"blocks_{i}"
+            )
+            h = block(h, context, context_mask)
+        h = h.reshape(*x.shape[:-1], inner)
+        return x + self._project(x.shape[-1], zero_init, "proj_out")(h)
+
+    def _project(self, features: int, init: Callable[..., Any], name: str) -> nn.Module:
+        if self.linear_projection:
+            return Dense(features, kernel_init=init, dtype=self.dtype, name=name)
+        return Conv(features, kernel_size=1, kernel_init=init, dtype=self.dtype, name=name)
+
+
+def to_tokens(
+    x: Float[Array, "batch *space channels"],
+) -> Float[Array, "batch tokens channels"]:
+    """The places of the grid in row-major order."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])

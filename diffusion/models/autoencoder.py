@@ -1,0 +1,452 @@
+"""The first stage of latent diffusion: encoder, decoder, and a KL or a vector-quantised bottleneck.
+
+LDM (https://arxiv.org/abs/2112.10752, section 3.1 and appendix G) compresses an image x by a factor f:
+
+    (1)  z = E(x),   x_hat = D(z),   size(z) = size(x) / f,   f = patch * 2^(levels - 1)
+
+KL bottleneck (https://arxiv.org/abs/1312.6114, eq. 10): a diagonal Gaussian, logvar clamped to [-30, 20],
+
+    (2)  [mean, logvar] = W E(x),   z = mean + exp(logvar / 2) * noise
+    (3)  KL(N(mean, exp(logvar)) || N(0, 1)) = 1/2 sum(mean^2 + exp(logvar) - 1 - logvar)
+
+VQ bottleneck (https://arxiv.org/abs/1711.00937, eqs. 1-3; sg: stop gradient): the nearest code e_k,
+
+    (4)  k = argmin_j |z - e_j|^2,   q = z + sg(e_k - z)
+    (5)  loss = commitment * |sg(e_k) - z|^2 + codebook_weight * |e_k - sg(z)|^2
+
+The weights 1.0 and 0.25 are what taming-transformers, LDM and Diffusers compute (`legacy`); the paper has
+them the other way round. What is diffused is z before it is quantised; decoding quantises.
+
+    (6)  perplexity = exp(-sum_j p_j log p_j),   p_j: the fraction of places that took code j
+
+Blocks (CompVis, `ldm/modules/diffusionmodules/model.py`): residual blocks without a time embedding,
+single-head attention where a level has it and in the middle, stride-2 convolutions padded (0, 1), nearest
+upsampling and a convolution, group norm with epsilon 1e-6.
+
+`patch` p > 1 is not LDM's: the encoder folds p x p pixels into channels before its first convolution and the
+decoder's last convolution is unfolded, so that no block runs at full resolution. p = 1 is LDM exactly.
+"""
+
+import functools
+import zlib
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, Num
+
+from diffusion.models.attention import AttentionBlock
+from diffusion.models.layers import Conv, Downsample, GroupNorm, ResBlock, Upsample
+
+EPSILON = 1e-6
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@flax.struct.dataclass
+class Posterior:
+    """Diagonal Gaussian over latents, eq. 2. `mean` and `logvar`: (batch, *space, channels)."""
+
+    mean: Any
+    logvar: Any
+
+    @property
+    def std(self) -> Array:
+        """Standard deviation, the shape of `mean`."""
+        return jnp.exp(0.5 * self.logvar)
+
+    def sample(self, keys: Key[Array, "batch"]) -> Float[Array, "batch *space channels"]:
+        """One draw per example from its own key, eq. 2."""
+        return self.mean + self.std * jax.vmap(self._noise)(keys)
+
+    def kl(self) -> Float[Array, "batch"]:
+        """Divergence from N(0, 1) in nats, summed over each example, eq. 3."""
+        terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
+        return 0.5 * terms.sum(tuple(range(1, terms.ndim)))
+
+    def _noise(self, key: Key[Array, ""]) -> Array:
+        return jax.random.normal(key, self.mean.shape[1:], self.mean.dtype)
+
+
+@flax.struct.dataclass
+class Code:
+    """The code of a VQ model before quantisation, as a posterior without spread."""
+
+    mean: Any
+
+    @property
+    def std(self) -> Array:
+        """Zeros."""
+        return jnp.zeros_like(self.mean)
+
+    @property
+    def logvar(self) -> Array:
+        """The floor of the KL model's, since log 0 could not be stored as a finite number."""
+        return jnp.full_like(self.mean, LOGVAR_RANGE[0])
+
+    def sample(self, keys: Key[Array, "batch"]) -> Float[Array, "batch *space channels"]:
+        """The mean: there is nothing to draw."""
+        del keys
+        return self.mean
+
+
+@flax.struct.dataclass
+class Quantized:
+    """Result of eqs. 4-5. `codes`: (batch, *space, channels), straight-through; `indices`: (batch, *space);
+    `loss`: (batch,), the mean of eq. 5 over an example."""
+
+    codes: Any
+    indices: Any
+    loss: Any
+
+
+def quantize(
+    z: Float[Array, "batch *space channels"],
+    codebook: Float[Array, "codes channels"],
+    commitment: float = 1.0,
+    codebook_weight: float = 0.25,
+) -> Quantized:
+    """Eqs. 4-5. The products run at the highest precision: TensorFloat-32 would change which code is nearest."""
+    product = jnp.einsum("...c,nc->...n", z, codebook, precision=lax.Precision.HIGHEST)
+    length = jnp.square(codebook).sum(-1)
+    indices = jnp.argmin(jnp.expand_dims(length, tuple(range(z.ndim - 1))) - 2 * product, axis=-1)
+    nearest = codebook[indices]
+    axes = tuple(range(1, z.ndim))
+    commit = jnp.square(lax.stop_gradient(nearest) - z).mean(axes)
+    embed = jnp.square(nearest - lax.stop_gradient(z)).mean(axes)
+    codes = z + lax.stop_gradient(nearest - z)
+    return Quantized(codes, indices, commitment * commit + codebook_weight * embed)
+
+
+def code_counts(indices: Int[Array, "..."], num_codes: int) -> Float[Array, "{num_codes}"]:
+    """How often each code was taken; counts add over batches and devices."""
+    return jnp.bincount(indices.reshape(-1), length=num_codes).astype(jnp.float32)
+
+
+def code_usage(counts: Float[Array, "codes"]) -> Float[Array, ""]:
+    """Fraction of the codes that were taken at all."""
+    return (counts > 0).mean(dtype=counts.dtype)
+
+
+def perplexity(counts: Float[Array, "codes"]) -> Float[Array, ""]:
+    """Eq. 6: the number of codes that, used evenly, would carry as much."""
+    p = counts / jnp.maximum(counts.sum(), 1)
+    return jnp.exp(jax.scipy.special.entr(p).sum())
+
+
+def reseed_dead_codes(
+    codebook: Float[Array, "codes channels"],
+    counts: Float[Array, "codes"],
+    z: Float[Array, "batch *space channels"],
+    key: Key[Array, ""],
+) -> Float[Array, "codes channels"]:
+    """The codebook with every code that `counts` says was never taken replaced by a random place of `z`."""
+    places = z.reshape(-1, z.shape[-1])
+    chosen = jax.random.randint(key, codebook.shape[:1], 0, places.shape[0])
+    return jnp.where(counts[:, None] > 0, codebook, places[chosen].astype(codebook.dtype))
+
+
+def space_to_depth(
+    x: Num[Array, "batch *space channels"], factor: int
+) -> Num[Array, "batch *out_space features"]:
+    """Blocks of `factor` places along every axis become channels; row-major in the block, then channels."""
+    batch, *space, channels = x.shape
+    rank = len(space)
+    x = x.reshape(batch, *(n for size in space for n in (size // factor, factor)), channels)
+    x = x.transpose(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+    return x.reshape(batch, *(size // factor for size in space), factor**rank * channels)
+
+
+def depth_to_space(
+    x: Num[Array, "batch *space features"], factor: int
+) -> Num[Array, "batch *out_space channels"]:
+    """The inverse of `space_to_depth`."""
+    batch, *space, features = x.shape
+    rank = len(space)
+    x = x.reshape(batch, *space, *(factor,) * rank, features // factor**rank)
+    pairs = (n for axis in range(1, rank + 1) for n in (axis, rank + axis))
+    x = x.transpose(0, *pairs, 2 * rank + 1)
+    return x.reshape(batch, *(size * factor for size in space), -1)
+
+
+class _Stage(nn.Module):
+    """What encoder and decoder share: the blocks of a level and the middle. Fields: see `FirstStage`."""
+
+    out_channels: int
+    channels: int
+    multipliers: tuple[int, ...]
+    blocks: int
+    attention: tuple[bool, ...]
+    mid_attention: bool
+    patch: int
+    groups: int
+    dtype: Any
+    remat: bool
+
+    def _block(self, h: Array, level: int, index: int, name: str) -> Array:
+        h = self._res(self.channels * self.multipliers[level], f"{name}_res_{index}")(h)
+        return self._attend(f"{name}_attn_{index}", h) if self.attention[level] else h
+
+    def _middle(self, h: Array) -> Array:
+        h = self._res(h.shape[-1], "mid_res_0")(h)
+        h = self._attend("mid_attn", h) if self.mid_attention else h
+        return self._res(h.shape[-1], "mid_res_1")(h)
+
+    def _finish(self, h: Array, features: int) -> Array:
+        h = nn.silu(GroupNorm(self.groups, EPSILON, self.dtype, name="norm_out")(h))
+        return Conv(features, dtype=self.dtype, name="conv_out")(h)
+
+    def _res(self, features: int, name: str) -> nn.Module:
+        block = nn.remat(ResBlock) if self.remat else ResBlock
+        return block(features, self.groups, EPSILON, zero_conv=False, dtype=self.dtype, name=name)  # pyright: ignore
+
+    def _attend(self, name: str, h: Array) -> Array:
+        block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        return block(1, h.shape[-1], self.groups, EPSILON, self.dtype, name=name)(h)  # pyright: ignore
+
+
+class Encoder(_Stage):
+    """(batch, *space, channels) to (batch, *space / f, out_channels)."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch *space channels"]
+    ) -> Float[Array, "batch *out_space features"]:
+        x = space_to_depth(x, self.patch) if self.patch > 1 else x
+        h = Conv(self.channels, dtype=self.dtype, name="conv_in")(x)
+        for level, multiplier in enumerate(self.multipliers):
+            for index in range(self.blocks):
+                h = self._block(h, level, index, f"down_{level}")
+            if level < len(self.multipliers) - 1:
+                width, name = self.channels * multiplier, f"down_{level}_sample"
+                h = Downsample(width, padding=(0, 1), dtype=self.dtype, name=name)(h)
+        return self._finish(self._middle(h), self.out_channels)
+
+
+class Decoder(_Stage):
+    """(batch, *space / f, features) to (batch, *space, out_channels); up_0 is the deepest level."""
+
+    @nn.compact
+    def __call__(
+        self, z: Float[Array, "batch *space features"]
+    ) -> Float[Array, "batch *out_space channels"]:
+        width = self.channels * self.multipliers[-1]
+        h = self._middle(Conv(width, dtype=self.dtype, name="conv_in")(z))
+        for i, level in enumerate(reversed(range(len(self.multipliers)))):
+            for index in range(self.blocks + 1):
+                h = self._block(h, level, index, f"up_{i}")
+            if level > 0:
+                h = Upsample(h.shape[-1], dtype=self.dtype, name=f"up_{i}_sample")(h)
+        h = self._finish(h, self.out_channels * self.patch ** (z.ndim - 2))
+        return depth_to_space(h, self.patch) if self.patch > 1 else h
+
+
+class FirstStage(nn.Module):
+    """Fields and methods that the KL and the VQ autoencoder share.
+
+    image_channels: of x.
+    channels, multipliers, blocks: level i has `blocks` residual blocks (the decoder one more) of
+        channels * multipliers[i] channels; every level but the last halves the size.
+    attention: per level, whether attention follows each block; () is nowhere. LDM names the sizes at a
+        256-pixel image instead: 16 is level 4, 32 level 3, 8 level 5.
+    mid_attention: attention in the middle (LDM's attn_type "none" is False).
+    z_channels, embed_channels: of encoder and decoder, and of the latents (None: equal).
+    use_quant_conv: the 1x1 convolutions between the two (some later models have none).
+    patch: pixels a side that one place of the first level covers; 1 is LDM.
+    dtype: what to compute in; parameters, posterior and x_hat stay float32 or wider.
+    remat: recompute each block in the backward pass.
+    """
+
+    image_channels: int = 3
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4)
+    blocks: int = 2
+    attention: tuple[bool, ...] = ()
+    mid_attention: bool = True
+    z_channels: int = 3
+    embed_channels: int | None = None
+    use_quant_conv: bool = True
+    patch: int = 1
+    groups: int = 32
+    dtype: Any = None
+    remat: bool = False
+
+    # Where the adaptive weight of the adversarial loss takes its gradients (LDM: the last layer).
+    last_layer: ClassVar[tuple[str, ...]] = ("decoder", "conv_out", "kernel")
+    moments: ClassVar[int] = 1  # outputs of the encoder per latent channel
+
+    @property
+    def downsampling(self) -> int:
+        """f of eq. 1."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.z_channels if self.embed_channels is None else self.embed_channels
+
+    def setup(self) -> None:
+        self._check_fields()
+        stage = {
+            "channels": self.channels,
+            "multipliers": self.multipliers,
+            "blocks": self.blocks,
+            "attention": self.attention or (False,) * len(self.multipliers),
+            "mid_attention": self.mid_attention,
+            "patch": self.patch,
+            "groups": self.groups,
+            "dtype": self.dtype,
+            "remat": self.remat,
+        }
+        self.encoder = Encoder(self.moments * self.z_channels, **stage)
+        self.decoder = Decoder(self.image_channels, **stage)
+        if self.use_quant_conv:
+            point = functools.partial(Conv, kernel_size=1, dtype=self.dtype)
+            self.quant_conv = point(self.moments * self.latent_channels)
+            self.post_quant_conv = point(self.z_channels)
+
+    def _encode(self, x: Array) -> Array:
+        self._check_image(x)
+        h = self.encoder(x)
+        h = self.quant_conv(h) if self.use_quant_conv else h
+        return h.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def _decode(self, z: Array) -> Array:
+        if z.shape[-1] != self.latent_channels:
+            raise ValueError(
+                f"latents have {z.shape[-1]} channels but the first stage has latent_channels="
+                f"{self.latent_channels}: use the first stage that encoded them"
+            )
+        h = self.post_quant_conv(z) if self.use_quant_conv else z
+        return self.decoder(h).astype(jnp.promote_types(z.dtype, jnp.float32))
+
+    def _check_fields(self) -> None:
+        if len(self.attention) not in (0, len(self.multipliers)):
+            raise ValueError(
+                f"attention={self.attention} has {len(self.attention)} entries but multipliers="
+                f"{self.multipliers} has {len(self.multipliers)}: give one entry a level, or ()"
+            )
+        if not self.use_quant_conv and self.latent_channels != self.z_channels:
+            raise ValueError(
+                f"embed_channels={self.embed_channels} differs from z_channels={self.z_channels}, which "
+                "needs use_quant_conv=True"
+            )
+
+    def _check_image(self, x: Array) -> None:
+        f, space = self.downsampling, tuple(x.shape[1:-1])
+        if any(size < f or size % f for size in space):
+            raise ValueError(
+                f"image size {space} must be a multiple of the first stage's downsampling factor f={f} on "
+                "every axis: resize, crop or pad the image, or use a first stage of smaller f"
+            )
+        if x.shape[-1] != self.image_channels:
+            raise ValueError(
+                f"image has {x.shape[-1]} channels but the first stage has image_channels="
+                f"{self.image_channels}: convert the image, or set image_channels"
+            )
+
+
+class AutoencoderKL(FirstStage):
+    """LDM's KL-regularised autoencoder, eqs. 1-3.
+
+    `apply({"params": p}, x, method="encode") -> Posterior`, `apply({"params": p}, z, method="decode")`,
+    `apply({"params": p}, x, keys, method="reconstruct") -> (x_hat, Posterior)`; latents are not scaled.
+    """
+
+    moments: ClassVar[int] = 2
+
+    def encode(self, x: Float[Array, "batch *space channels"]) -> Posterior:
+        """ValueError where a size is no multiple of `downsampling`, or channels differ."""
+        mean, logvar = jnp.split(self._encode(x), 2, axis=-1)
+        return Posterior(mean, jnp.clip(logvar, *LOGVAR_RANGE))
+
+    def decode(
+        self, z: Float[Array, "batch *space latent_channels"]
+    ) -> Float[Array, "batch *out_space channels"]:
+        """x_hat; not clipped. ValueError where the channels are not `latent_channels`."""
+        return self._decode(z)
+
+    def reconstruct(
+        self, x: Float[Array, "batch *space channels"], keys: Key[Array, "batch"] | None = None
+    ) -> tuple[Float[Array, "batch *space channels"], Posterior]:
+        """x_hat from a sample of the posterior (from its mean where `keys` is None), and the posterior."""
+        posterior = self.encode(x)
+        return self.decode(posterior.mean if keys is None else posterior.sample(keys)), posterior
+
+    def __call__(
+        self, x: Float[Array, "batch *space channels"], keys: Key[Array, "batch"] | None = None
+    ) -> Float[Array, "batch *space channels"]:
+        """x_hat alone."""
+        return self.reconstruct(x, keys)[0]
+
+
+class VQModel(FirstStage):
+    """LDM's vector-quantised autoencoder, eqs. 1 and 4-6, with the interface of `AutoencoderKL`.
+
+    num_codes: entries of the codebook. commitment, codebook_weight: of eq. 5.
+    """
+
+    num_codes: int = 8192
+    commitment: float = 1.0
+    codebook_weight: float = 0.25
+
+    def setup(self) -> None:
+        super().setup()
+        bound = 1.0 / self.num_codes
+        shape = (self.num_codes, self.latent_channels)
+        self.codebook = self.param("codebook", _uniform(bound), shape)
+
+    def encode(self, x: Float[Array, "batch *space channels"]) -> Code:
+        """`.mean` is the code before quantisation: what is diffused. Errors as `AutoencoderKL.encode`."""
+        return Code(self._encode(x))
+
+    def quantize(self, z: Float[Array, "batch *space latent_channels"]) -> Quantized:
+        """Eqs. 4-5 with this model's codebook and weights, in float32 or wider."""
+        return quantize(z, self.codebook, self.commitment, self.codebook_weight)
+
+    def decode(
+        self, z: Float[Array, "batch *space latent_channels"]
+    ) -> Float[Array, "batch *out_space channels"]:
+        """x_hat from codes that are first quantised."""
+        return self._decode(self.quantize(z).codes)
+
+    def reconstruct(
+        self, x: Float[Array, "batch *space channels"], keys: Key[Array, "batch"] | None = None
+    ) -> tuple[Float[Array, "batch *space channels"], Quantized]:
+        """x_hat and what the bottleneck did; `keys` is for the sake of the shared interface."""
+        del keys
+        quantized = self.quantize(self.encode(x).mean)
+        return self._decode(quantized.codes), quantized
+
+    def __call__(
+        self, x: Float[Array, "batch *space channels"], keys: Key[Array, "batch"] | None = None
+    ) -> Float[Array, "batch *space channels"]:
+        """x_hat alone."""
+        return self.reconstruct(x, keys)[0]
+
+
+def _uniform(bound: float) -> Any:
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def pytorch_init(key: Key[Array, ""], params: Any) -> Any:
+    """`params` with kernels and biases redrawn as PyTorch, hence CompVis, does: U(-b, b), b = fan_in^(-1/2).
+
+    Norms and codebook are kept. The draw of a layer depends on its path and on `key` alone.
+    """
+
+    def redraw(layer: Any, path: str) -> Any:
+        if not isinstance(layer, dict):
+            return layer
+        if "kernel" not in layer:
+            return {name: redraw(child, f"{path}/{name}") for name, child in layer.items()}
+        bound = (layer["kernel"].size / layer["kernel"].shape[-1]) ** -0.5
+        keys = {n: jax.random.fold_in(key, zlib.crc32(f"{path}/{n}".encode())) for n in layer}
+        return {n: _uniform(bound)(keys[n], p.shape, p.dtype) for n, p in layer.items()}
+
+    return redraw(params, "")

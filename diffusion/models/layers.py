@@ -1,0 +1,312 @@
+"""Rank-generic layers of the U-Net and the autoencoder: convolution, norm, residual block, sizes.
+
+Arrays are (batch, *space, channels) with one, two or three spatial axes, as read from the input.
+
+Sinusoidal time embedding (DDPM, https://arxiv.org/abs/2006.11239, appendix B; Transformer,
+https://arxiv.org/abs/1706.03762, section 3.5), with half = dim // 2 and i = 0 .. half - 1:
+
+    (1)  w_i = max_period^(-i / (half - freq_shift)),      emb(t) = [sin(w t), cos(w t)]
+
+DDPM has freq_shift = 1 and this order; ADM, LDM and Stable Diffusion freq_shift = 0 and [cos, sin].
+
+Group normalisation (https://arxiv.org/abs/1803.08494, eq. 1), over space and a group's channels:
+
+    (2)  y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+Residual block (DDPM, `diffusion_tf/models/unet.py`; the scale-shift variant is ADM's,
+https://arxiv.org/abs/2105.05233, eq. 3):
+
+    (3)  h   = conv1(resample(silu(norm1(x))))
+    (4)  h   = norm2(h + W silu(temb))   or   norm2(h) * (1 + a) + b,  [a, b] = W silu(temb)
+    (5)  out = shortcut(resample(x)) + conv2(dropout(silu(h)))
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, Key, Num
+
+Padding = int | tuple[int, int] | None
+
+# DDPM's `default_init` (`diffusion_tf/nn.py`): scale 1, and 1e-10 where it says "zero".
+default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+zero_init = nn.initializers.variance_scaling(1e-10, "fan_avg", "uniform")
+
+Dense = functools.partial(nn.Dense, kernel_init=default_init)
+
+
+class Conv(nn.Module):
+    """Convolution over every spatial axis with the same odd kernel, stride and padding.
+
+    `padding` None keeps the size at stride 1 (kernel_size // 2 on both sides); an int pads both
+    sides; (low, high) pads them apart. Rematerialisation policies know the output as "conv".
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: Padding = None
+    use_bias: bool = True
+    kernel_init: Callable[..., Any] = default_init
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch *space channels"]
+    ) -> Float[Array, "batch *out_space features"]:
+        rank = x.ndim - 2
+        shape = (self.kernel_size,) * rank + (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = (
+            self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        )
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.strides,) * rank,
+            self._padding(rank),
+            dimension_numbers=_channels_last(rank),
+        )
+        if bias is not None:
+            y = y + jnp.expand_dims(bias, tuple(range(rank + 1)))
+        return checkpoint_name(y, "conv")
+
+    def _padding(self, rank: int) -> list[tuple[int, int]]:
+        padding = self.kernel_size // 2 if self.padding is None else self.padding
+        return [(padding, padding) if isinstance(padding, int) else padding] * rank
+
+
+def _channels_last(rank: int) -> lax.ConvDimensionNumbers:
+    space = tuple(range(1, rank + 1))
+    image = (0, rank + 1, *space)
+    return lax.ConvDimensionNumbers(image, (rank + 1, rank, *range(rank)), image)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation, eq. 2; in promote_types(dtype, float32), output in the compute dtype.
+
+    ValueError where `groups` does not divide the channels.
+    """
+
+    groups: int = 32
+    epsilon: float = 1e-5
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch *space channels"]
+    ) -> Float[Array, "batch *space channels"]:
+        batch, channels = x.shape[0], x.shape[-1]
+        if channels % self.groups:
+            raise ValueError(
+                f"groups={self.groups} does not divide {channels} channels: choose a multiple of "
+                "groups, or fewer groups"
+            )
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        out_dtype = self.dtype or jnp.result_type(x, scale)
+        x, scale, bias = promote_dtype(
+            x, scale, bias, dtype=jnp.promote_types(out_dtype, jnp.float32)
+        )
+        # Space first, then channels within a group: both are plain reductions in a channels-last layout.
+        space = tuple(range(1, x.ndim - 1))
+        moments = jnp.stack([x.mean(space), jnp.square(x).mean(space)])
+        mean, square = moments.reshape(2, batch, self.groups, -1).mean(-1)
+        inverse = lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon)
+        mean, inverse = (jnp.repeat(m, channels // self.groups, axis=-1) for m in (mean, inverse))
+        y = (x - _over_space(mean, x)) * _over_space(inverse * scale[None], x)
+        return (y + _over_space(bias[None], x)).astype(out_dtype)
+
+
+def _over_space(v: Num[Array, "batch channels"], x: Num[Array, "..."]) -> Num[Array, "..."]:
+    """`v` with singleton spatial axes, to be broadcast against `x`."""
+    return jnp.expand_dims(v, tuple(range(1, x.ndim - 1)))
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask depends on the example's own key and the layer's place, on nothing else.
+
+    `keys` None: deterministic. Each layer folds a hash of its module path into the key, so that one
+    key per example serves the network, and masks are the same for any batch size and device count.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch *rest"], keys: Key[Array, "batch"] | None = None
+    ) -> Float[Array, "batch *rest"]:
+        if keys is None or self.rate == 0:
+            return x
+        place = zlib.crc32("/".join(self.path).encode())
+        keep = 1.0 - self.rate
+
+        def mask(key: Key[Array, ""]) -> Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, place), keep, x.shape[1:])
+
+        return jnp.where(jax.vmap(mask)(keys), x / keep, jnp.zeros_like(x))
+
+
+def upsample(
+    x: Num[Array, "batch *space channels"], factor: int = 2
+) -> Num[Array, "batch *out_space channels"]:
+    """Nearest-neighbour upsampling of every spatial axis.
+
+    Broadcast and reshape: `jax.image.resize` lowers to gathers, and to scatters in the gradient.
+    """
+    batch, *space, channels = x.shape
+    for axis in range(len(space)):
+        x = jnp.expand_dims(x, 2 * axis + 2)
+    x = jnp.broadcast_to(x, (batch, *(n for size in space for n in (size, factor)), channels))
+    return x.reshape(batch, *(size * factor for size in space), channels)
+
+
+def average_pool(
+    x: Float[Array, "batch *space channels"], factor: int = 2
+) -> Float[Array, "batch *out_space channels"]:
+    """Mean over blocks of `factor` places on every spatial axis. ValueError where it divides none."""
+    batch, *space, channels = x.shape
+    if any(size % factor for size in space):
+        raise ValueError(
+            f"size {tuple(space)} is not a multiple of {factor}: pad or crop the input to one"
+        )
+    x = x.reshape(batch, *(n for size in space for n in (size // factor, factor)), channels)
+    return x.mean(tuple(range(2, 2 * len(space) + 1, 2)))
+
+
+class Downsample(nn.Module):
+    """Halves every spatial axis: a strided convolution, or an average where `use_conv` is False.
+
+    `padding` 1 is symmetric (ADM, LDM); (0, 1) is TensorFlow's SAME (DDPM, the LDM autoencoder).
+    """
+
+    features: int
+    padding: Padding = 1
+    use_conv: bool = True
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch *space channels"]
+    ) -> Float[Array, "batch *out_space features"]:
+        if not self.use_conv:
+            return average_pool(x)
+        return Conv(self.features, strides=2, padding=self.padding, dtype=self.dtype, name="conv")(
+            x
+        )
+
+
+class Upsample(nn.Module):
+    """Doubles every spatial axis (nearest), then a convolution unless `use_conv` is False."""
+
+    features: int
+    use_conv: bool = True
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch *space channels"]
+    ) -> Float[Array, "batch *out_space features"]:
+        x = upsample(x)
+        return Conv(self.features, dtype=self.dtype, name="conv")(x) if self.use_conv else x
+
+
+RESAMPLE = {None: lambda x: x, "up": upsample, "down": average_pool}
+
+
+class ResBlock(nn.Module):
+    """Residual block, eqs. 3-5.
+
+    features: output channels; a 1x1 convolution is the shortcut where the input has others.
+    scale_shift: the time embedding scales and shifts after norm2 (ADM), or is added before it.
+    resample: None, "up" or "down": doubles or halves the size inside the block (BigGAN, ADM).
+    zero_conv: conv2 starts at (nearly) zero, so that the block starts as its shortcut.
+    """
+
+    features: int
+    groups: int = 32
+    epsilon: float = 1e-5
+    dropout: float = 0.0
+    scale_shift: bool = False
+    resample: str | None = None
+    zero_conv: bool = True
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch *space channels"],
+        temb: Float[Array, "batch embedding"] | None = None,
+        keys: Key[Array, "batch"] | None = None,
+    ) -> Float[Array, "batch *out_space features"]:
+        norm = functools.partial(GroupNorm, self.groups, self.epsilon, self.dtype)
+        conv = functools.partial(Conv, self.features, dtype=self.dtype)
+        resample = RESAMPLE[self.resample]
+        h = conv(name="conv1")(resample(nn.silu(norm(name="norm1")(x))))
+        h = self._condition(h, temb, norm(name="norm2"))
+        h = Dropout(self.dropout, name="dropout")(nn.silu(h), keys)
+        h = conv(kernel_init=zero_init if self.zero_conv else default_init, name="conv2")(h)
+        x = resample(x)
+        if x.shape[-1] != self.features:
+            x = conv(kernel_size=1, name="conv_shortcut")(x)
+        return x + h
+
+    def _condition(self, h: Array, temb: Array | None, norm: nn.Module) -> Array:
+        """Eq. 4."""
+        if temb is None:
+            return norm(h)
+        width = self.features * (2 if self.scale_shift else 1)
+        project = Dense(width, dtype=self.dtype, name="time_emb_proj")
+        shift = _over_space(project(nn.silu(temb)), h)
+        if not self.scale_shift:
+            return norm(h + shift)
+        scale, shift = jnp.split(shift, 2, axis=-1)
+        return norm(h) * (1 + scale) + shift
+
+
+class ClassEmbedder(nn.Module):
+    """Labels as a context of one token, as LDM conditions on ImageNet's classes (a null class counts).
+
+    A network beside the U-Net, as a text encoder is; CompVis calls it `cond_stage_model`.
+    """
+
+    num_classes: int
+    width: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, labels: Int[Array, "batch"]) -> Float[Array, "batch 1 width"]:
+        embed = nn.Embed(self.num_classes, self.width, dtype=self.dtype, name="embedding")
+        return embed(labels)[:, None, :]
+
+
+def timestep_embedding(
+    t: Num[Array, "batch"],
+    dim: int,
+    flip_sin_to_cos: bool = True,
+    freq_shift: float = 0.0,
+    max_period: float = 10000.0,
+) -> Float[Array, "batch {dim}"]:
+    """Eq. 1, in promote_types(t.dtype, float32); an odd `dim` ends in a zero. `t` may be a fraction."""
+    half = dim // 2
+    dtype = jnp.promote_types(t.dtype, jnp.float32)
+    # The references round each step to float32; at t = 1000 rounding elsewhere would show as 1e-5.
+    exponent = np.arange(half, dtype=dtype) * np.asarray(-math.log(max_period), dtype)
+    frequency = np.exp(exponent / np.asarray(half - freq_shift, dtype))
+    angle = t.astype(dtype)[:, None] * jnp.asarray(frequency)[None]
+    parts = (
+        [jnp.cos(angle), jnp.sin(angle)] if flip_sin_to_cos else [jnp.sin(angle), jnp.cos(angle)]
+    )
+    embedding = jnp.concatenate(parts, axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))

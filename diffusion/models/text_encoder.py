@@ -1,0 +1,175 @@
+"""Text encoders: one transformer that is CLIP's, OpenCLIP's, LDM's BERT-style one, or a tiny one.
+
+Pre-norm transformer (https://arxiv.org/abs/1706.03762; CLIP, https://arxiv.org/abs/2103.00020, section 2.4)
+over tokens s_1 .. s_n, with learned positions:
+
+    (1)  h = token[s] + position[1 .. n]
+    (2)  each layer:  h = h + attention(norm1(h));   h = h + W2 g(W1 norm2(h))
+    (3)  out = final_norm(h)
+
+What differs between the published encoders is in the fields:
+
+    CLIP ViT-L/14 (Stable Diffusion 1.x): the defaults; causal, g = quick GELU, x sigmoid(1.702 x).
+    OpenCLIP ViT-H/14 (SD 2.x): width 1024, 24 layers, 16 heads, g = GELU; SD 2.x takes the output of the
+        layer before the last, still normed: skip_layers=1 (Diffusers' directories hold 23 layers and skip none).
+    LDM's BERTEmbedder (https://arxiv.org/abs/2112.10752, appendix E.2.1; `ldm/modules/x_transformer.py`): `ldm_bert()`.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from diffusion.models.attention import Attention, FeedForward
+from diffusion.models.layers import Dropout
+
+# The two-pass variance: CLIP's residual stream has entries in the hundreds beside entries near zero.
+LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
+
+
+class TextLayer(nn.Module):
+    """Eq. 2."""
+
+    heads: int
+    head_dim: int
+    activation: str
+    mult: int
+    qkv_bias: bool
+    dropout: float
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        h: Float[Array, "batch length width"],
+        mask: Bool[Array, "#batch 1 #length length"] | None,
+        keys: Key[Array, "batch"] | None,
+    ) -> Float[Array, "batch length width"]:
+        norm = functools.partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+        attention = Attention(
+            self.heads, self.head_dim, qkv_bias=self.qkv_bias, dtype=self.dtype, name="attention"
+        )
+        feed_forward = FeedForward(self.activation, self.mult, self.dtype, name="ff")
+        out = attention(norm(name="norm1")(h), mask=mask)
+        h = h + Dropout(self.dropout, name="attention_dropout")(out, keys)
+        out = feed_forward(norm(name="norm2")(h))
+        return h + Dropout(self.dropout, name="ff_dropout")(out, keys)
+
+
+class TextTransformer(nn.Module):
+    """`encoder.apply({"params": p}, tokens, mask, keys) -> (batch, length, width)`: last hidden states, eq. 3.
+
+    vocab_size; max_length: positions there are.
+    width, layers, heads; head_dim: None is width // heads. mult: inner width of the feed-forward over width.
+    activation: a key of `attention.ACTIVATIONS`. causal: a token sees itself and those before it.
+    skip_layers: how many of the last layers are not run.
+    logits_head: hold the projection to the vocabulary that LDM's encoder has among its parameters; the hidden
+        states do not use it, so it gets no gradient.
+    dropout: after attention and feed-forward; embedding_dropout: on the sum of eq. 1.
+    epsilon: of the layer norms. dtype: what to compute in; parameters stay float32.
+    """
+
+    vocab_size: int = 49408
+    max_length: int = 77
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    head_dim: int | None = None
+    mult: int = 4
+    activation: str = "quick_gelu"
+    causal: bool = True
+    qkv_bias: bool = True
+    skip_layers: int = 0
+    logits_head: bool = False
+    dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    epsilon: float = 1e-5
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
+        keys: Key[Array, "batch"] | None = None,
+    ) -> Float[Array, "batch length width"]:
+        """Float32 or wider.
+
+        `mask` True: a token, False: padding, which no token looks at (what stands at padding is unspecified);
+        each row has at least one True. `keys` None: no dropout. A token outside the vocabulary gives NaN.
+        ValueError for more tokens than `max_length`, and for fields that contradict.
+        """
+        self._check(tokens)
+        length = tokens.shape[1]
+        h = self._embed(self.vocab_size, "token_embedding")(tokens)
+        position = self._embed(self.max_length, "position_embedding").embedding[:length]
+        h = h + position[None].astype(h.dtype)
+        h = Dropout(self.embedding_dropout, name="embedding_dropout")(h, keys)
+        look = self._look(length, mask)
+        for i in range(self.layers - self.skip_layers):
+            h = self._layer(f"layers_{i}")(h, look, keys)
+        h = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="final_norm")(h)
+        if self.logits_head and self.is_initializing():
+            nn.Dense(self.vocab_size, name="to_logits")(h)
+        return h.astype(jnp.promote_types(h.dtype, jnp.float32))
+
+    def _embed(self, entries: int, name: str) -> nn.Embed:
+        init = nn.initializers.normal(0.02)
+        return nn.Embed(entries, self.width, dtype=self.dtype, embedding_init=init, name=name)
+
+    def _layer(self, name: str) -> TextLayer:
+        return TextLayer(
+            self.heads,
+            self.head_dim or self.width // self.heads,
+            self.activation,
+            self.mult,
+            self.qkv_bias,
+            self.dropout,
+            self.epsilon,
+            self.dtype,
+            name=name,
+        )
+
+    def _look(self, length: int, mask: Array | None) -> Array | None:
+        """Which query may look at which key, (batch or 1, 1, length or 1, length); None: any at any."""
+        look = None if mask is None else mask[:, None, None, :]
+        if self.causal:
+            causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+            look = causal if look is None else causal & look
+        return look
+
+    def _check(self, tokens: Array) -> None:
+        if tokens.shape[1] > self.max_length:
+            raise ValueError(
+                f"tokens have length {tokens.shape[1]} but the text encoder has max_length="
+                f"{self.max_length} positions: truncate the tokens, or set max_length"
+            )
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(
+                f"heads={self.heads} does not divide width={self.width}: choose heads that do, or set head_dim"
+            )
+        if not 0 <= self.skip_layers < self.layers:
+            raise ValueError(
+                f"skip_layers={self.skip_layers} must be at least 0 and less than layers={self.layers}"
+            )
+
+
+def ldm_bert(width: int = 1280, layers: int = 32, **fields: Any) -> TextTransformer:
+    """LDM's BERTEmbedder: both directions, 8 heads of 64 whatever the width, no bias on q, k, v, GELU.
+
+    Its tokenizer is BERT's (bert-base-uncased), its weights are trained from scratch with the U-Net. The
+    published 581,994,042 parameters count the unused `to_logits`.
+    """
+    defaults = {
+        "vocab_size": 30522,
+        "heads": 8,
+        "head_dim": 64,
+        "activation": "gelu",
+        "causal": False,
+        "qkv_bias": False,
+        "logits_head": True,
+    }
+    return TextTransformer(width=width, layers=layers, **(defaults | fields))

@@ -1,0 +1,113 @@
+r"""Wrappers denoise -> denoise: guidance, thresholding, inpainting.
+
+``denoise(x_t, t)`` gives an estimate of x_0, or (x_0, variance output); a wrapper changes the
+estimate and passes the conditional variance output on. At fixed x_t every prediction type is affine
+in x_0, so guiding x_0 is guiding eps, v or the score:
+
+    x_0 = x_0^u + s (x_0^c - x_0^u)                                                           (1)
+
+(classifier-free guidance, arXiv:2207.12598 eq. 6, with LDM's s = 1 + w). Rescaling (Lin et al.
+eq. 15-16, arXiv:2305.08891), with standard deviations over each example,
+
+    x_0' = phi x_0 std(x_0^c) / std(x_0) + (1 - phi) x_0                                      (2)
+
+Deviation: (2) acts on x_0, as denoise returns it; the authors act on the network's own output.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from diffusion.process.gaussian import Denoise, expand
+
+
+def _split(output: Any) -> tuple[Array, tuple[Array, ...]]:
+    return (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, ())
+
+
+def _join(x0: Array, rest: tuple[Array, ...]) -> Any:
+    return (x0, *rest) if rest else x0
+
+
+def _map_x0(denoise: Denoise, function: Any) -> Denoise:
+    def wrapped(x_t: Array, t: Array) -> Any:
+        x0, rest = _split(denoise(x_t, t))
+        return _join(function(x0), rest)
+
+    return wrapped
+
+
+def _std(x: Array) -> Array:
+    return jnp.std(x.reshape(x.shape[0], -1), axis=1)
+
+
+def classifier_free(
+    denoise_cond: Denoise,
+    denoise_uncond: Denoise,
+    scale: float | Array,
+    interval: tuple[float, float] | None = None,
+    rescale: float = 0.0,
+) -> Denoise:
+    """Eq. 1 with ``scale`` s (1 is no guidance; () or (batch,)) and eq. 2 with phi = ``rescale``.
+
+    ``interval`` (low, high), in the schedule's t, both included: outside it the conditional
+    estimate is returned alone (Kynkaanniemi et al., arXiv:2404.07724). Raises ValueError for an
+    empty interval or a rescale outside [0, 1].
+    """
+    if interval is not None and not interval[0] <= interval[1]:
+        raise ValueError(
+            f"sample.guidance_interval: {interval}, but low <= high must hold; swap the two"
+        )
+    if not 0 <= rescale <= 1:
+        raise ValueError(
+            f"sample.guidance_rescale: {rescale}, but it must lie in [0, 1]; the paper uses 0.7"
+        )
+
+    def denoise(x_t: Array, t: Array) -> Any:
+        cond, rest = _split(denoise_cond(x_t, t))
+        uncond, _ = _split(denoise_uncond(x_t, t))
+        x0 = uncond + expand(scale, cond) * (cond - uncond)
+        if rescale:
+            factor = rescale * _std(cond) / jnp.maximum(_std(x0), 1e-12) + (1 - rescale)
+            x0 = expand(factor, x0) * x0
+        if interval is not None:
+            inside = (t >= interval[0]) & (t <= interval[1])
+            x0 = jnp.where(expand(inside, x0) != 0, x0, cond)
+        return _join(x0, rest)
+
+    return denoise
+
+
+def clip_x0(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
+    """x_0 clipped to [low, high], as DDPM samples (diffusion_utils_2.py, clip_denoised)."""
+    return _map_x0(denoise, lambda x0: jnp.clip(x0, low, high))
+
+
+def dynamic_threshold(denoise: Denoise, percentile: float = 0.995) -> Denoise:
+    """Clip |x_0| to s and divide by s: s the percentile of |x_0| per example, at least 1.
+
+    Imagen §2.3 (arXiv:2205.11487). Raises ValueError for a percentile outside (0, 1].
+    """
+    if not 0 < percentile <= 1:
+        raise ValueError(
+            f"sample.dynamic_threshold: {percentile}, but it must lie in (0, 1]; Imagen's is 0.995"
+        )
+
+    def threshold(x0: Float[Array, "batch *shape"]) -> Array:
+        magnitude = jnp.abs(x0.reshape(x0.shape[0], -1))
+        s = expand(jnp.maximum(jnp.quantile(magnitude, percentile, axis=1), 1.0), x0)
+        return jnp.clip(x0, -s, s) / s
+
+    return _map_x0(denoise, threshold)
+
+
+def inpaint(denoise: Denoise, known: Float[Array, "batch *shape"], mask: Array) -> Denoise:
+    """x_0 replaced by ``known`` where ``mask`` is 1; mask broadcasts to x_0 by NumPy's rules.
+
+    With x_0 = known the reverse step there samples q(x_{t-1} | x_t, x_0 = known) exactly (DDPM
+    eq. 7), so the known region follows its own forward process and ends at ``known``. Soft masks
+    blend.
+    """
+    mask = jnp.broadcast_to(jnp.asarray(mask, known.dtype), known.shape)
+    return _map_x0(denoise, lambda x0: mask * known + (1 - mask) * x0)

@@ -1,0 +1,192 @@
+r"""Which times a sampler visits, and the levels there, in float64 NumPy.
+
+A grid is n evaluated times, noise first, and a final level that is reached but not evaluated. For a
+discrete schedule of T levels (names as in Lin et al. Table 2, arXiv:2305.08891):
+
+    leading   i floor(T/n) + offset, i = n-1 .. 0        LDM's DDIM and PLMS with offset 1
+    linspace  round(linspace(T-1, 0, n))                 both ends; Improved DDPM §4
+    trailing  round(T - i T/n) - 1, i = 0 .. n-1         always starts at the last level
+    uniform   round(linspace(T-1, 0, n+1)), last dropped   DPM-Solver's time_uniform
+
+and for any schedule, as real times between the schedule's ends:
+
+    karras    sigma/alpha = (max^(1/rho) + i/(n-1) (min^(1/rho) - max^(1/rho)))^rho
+                                                          EDM eq. 5, arXiv:2206.00364
+    logsnr    logsnr uniform over n+1 levels, last dropped    DPM-Solver §3.3, arXiv:2206.00927
+
+On continuous schedules linspace and uniform are those lines without rounding, and trailing is
+uniform. The final level is ``clean`` (alpha = 1, sigma = 0; Diffusers' set_alpha_to_one), ``first``
+(the schedule's least noise, as LDM's alpha_bar[0] and DPM-Solver's t_0), or a time.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffusion.process.schedules import Schedule
+
+SPACINGS = ("leading", "linspace", "trailing", "uniform", "karras", "logsnr")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+    """``times`` (n,) evaluated; ``alpha``, ``sigma`` (n+1,), the last of them the final level."""
+
+    times: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    prior_std: float
+
+    @property
+    def steps(self) -> int:
+        return self.times.size
+
+    @property
+    def half_logsnr(self) -> np.ndarray:
+        """lambda = log(alpha / sigma), (n+1,); +-inf where there is no noise or no signal."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha) - np.log(self.sigma)
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """sigma / alpha (n+1,), k-diffusion's sigma; inf where there is no signal."""
+        with np.errstate(divide="ignore"):
+            return self.sigma / self.alpha
+
+
+def make_grid(
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    spacing: str | None = None,
+    steps_offset: int = 0,
+    final: str | float = "clean",
+    times: Sequence[float] | np.ndarray | None = None,
+    rho: float = 7.0,
+) -> Grid:
+    """The grid of ``steps`` evaluated times (50), or of exactly these ``times``.
+
+    ``spacing`` None is karras for EDM's schedule, uniform for other continuous ones, leading for
+    discrete. Raises ValueError for unknown names, steps < 1, steps > T, and times that do not fall.
+    """
+    if times is None:
+        steps = 50 if steps is None else steps
+        _check_steps(schedule, steps)
+        times = _spaced(schedule, steps, spacing or default_spacing(schedule), steps_offset, rho)
+    times = _checked_times(schedule, np.asarray(times), steps)
+    alpha, sigma = _final_level(schedule, final)
+    if sigma > schedule.sigma(times[-1]):
+        raise ValueError(
+            f"sample.final: {final!r} has more noise (sigma {sigma}) than the last evaluated time "
+            f"{times[-1]}; choose 'clean' or a smaller time"
+        )
+    return Grid(
+        times=times,
+        alpha=np.append(schedule.alpha(times), alpha),
+        sigma=np.append(schedule.sigma(times), sigma),
+        prior_std=1.0 if schedule.prior_std == 1 else float(schedule.sigma(times[0])),
+    )
+
+
+def default_spacing(schedule: Schedule, discrete: str = "leading") -> str:
+    """The habit of the schedule: ``discrete`` where it has steps, karras for EDM, else uniform."""
+    if schedule.num_steps is not None:
+        return discrete
+    return "karras" if schedule.prior_std != 1 else "uniform"
+
+
+def _check_steps(schedule: Schedule, steps: int) -> None:
+    if steps < 1:
+        raise ValueError(
+            f"sample.steps: {steps}, but at least 1 step is needed; raise sample.steps"
+        )
+    if schedule.num_steps is not None and steps > schedule.num_steps:
+        raise ValueError(
+            f"sample.steps: {steps}, but the schedule has only {schedule.num_steps} steps; set "
+            f"sample.steps to at most {schedule.num_steps}"
+        )
+
+
+def _spaced(schedule: Schedule, steps: int, spacing: str, offset: int, rho: float) -> np.ndarray:
+    if spacing not in SPACINGS:
+        raise ValueError(
+            f"sample.spacing: {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}"
+        )
+    if offset and spacing != "leading":
+        raise ValueError(
+            f"sample.steps_offset: {offset} with spacing {spacing!r}, but only 'leading' has an "
+            "offset; set sample.steps_offset to 0"
+        )
+    if spacing in ("karras", "logsnr"):
+        return _by_level(schedule, steps, spacing, rho)
+    if schedule.num_steps is not None:
+        return _discrete(schedule.num_steps, steps, spacing, offset)
+    if spacing == "leading":
+        raise ValueError(
+            f"sample.spacing: 'leading' counts steps, which {type(schedule).__name__} does not "
+            "have; choose uniform, linspace, karras or logsnr"
+        )
+    low, high = schedule.time_range
+    points = steps if spacing == "linspace" else steps + 1
+    return np.linspace(high, low, points)[:steps]
+
+
+def _discrete(total: int, steps: int, spacing: str, offset: int) -> np.ndarray:
+    if spacing == "leading":
+        times = np.arange(steps)[::-1] * (total // steps) + offset
+    elif spacing == "linspace":
+        times = np.round(np.linspace(total - 1, 0, steps))
+    elif spacing == "trailing":
+        times = np.round(total - np.arange(steps) * (total / steps)) - 1
+    else:
+        times = np.round(np.linspace(total - 1, 0, steps + 1))[:-1]
+    return times.astype(np.int64)
+
+
+def _by_level(schedule: Schedule, steps: int, spacing: str, rho: float) -> np.ndarray:
+    low, high = schedule.time_range
+    ends = np.array([float(schedule.logsnr(np.asarray(float(t)))) for t in (high, low)])
+    if not np.all(np.isfinite(ends)):
+        raise ValueError(
+            f"sample.spacing: {spacing!r} needs a finite logsnr at both ends of the schedule, "
+            f"which runs from {ends[0]} to {ends[1]}; choose uniform or trailing"
+        )
+    if spacing == "logsnr":
+        return schedule.time(np.linspace(ends[0], ends[1], steps + 1)[:-1])
+    largest, least = np.exp(-0.5 * ends) ** (1 / rho)
+    level = (largest + np.linspace(0, 1, steps) * (least - largest)) ** rho
+    return schedule.time(-2 * np.log(level))
+
+
+def _checked_times(schedule: Schedule, times: np.ndarray, steps: int | None) -> np.ndarray:
+    if times.ndim != 1 or times.size == 0 or (steps is not None and times.size != steps):
+        raise ValueError(
+            f"sample.times: shape {times.shape} with sample.steps {steps}, but there must be one "
+            "time a step; leave one of the two out"
+        )
+    low, high = schedule.time_range
+    # EDM's times are levels: any positive one is in the schedule.
+    inside = np.all(times > 0) if schedule.prior_std != 1 else times.min() >= low
+    if not inside or (schedule.prior_std == 1 and times.max() > high):
+        raise ValueError(
+            f"sample.times: {times[0]} .. {times[-1]} leave the schedule's {low} .. {high}; lower "
+            "sample.steps_offset or choose times inside"
+        )
+    if np.any(np.diff(times) >= 0):
+        raise ValueError(
+            f"sample.times: {times.tolist()} must decrease strictly; lower sample.steps or choose "
+            "another sample.spacing"
+        )
+    integral = np.all(times == np.round(times)) and schedule.num_steps is not None
+    return times.astype(np.int64 if integral else np.float64)
+
+
+def _final_level(schedule: Schedule, final: str | float) -> tuple[float, float]:
+    if final == "clean":
+        return 1.0, 0.0
+    if final == "first":
+        final = schedule.time_range[0]
+    if isinstance(final, str):
+        raise ValueError(f"sample.final: {final!r} is unknown; choose clean, first or a time")
+    return float(schedule.alpha(np.asarray(final))), float(schedule.sigma(np.asarray(final)))

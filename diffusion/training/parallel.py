@@ -1,0 +1,187 @@
+"""Where arrays live, and the two ways to run one train step.
+
+`jit`: a mesh with axes `data` and `fsdp`. Batches are global arrays split over both axes;
+parameters, averages and optimiser state are split alike over `fsdp` (their largest divisible
+dimension, ZeRO-3, arXiv:1910.02054) and replicated over `data`. The compiler adds the collectives.
+
+`pmap`: replicated data parallelism as `jax.pmap` has it: every array of the state gains a leading
+device axis, and the step takes its mean with `lax.pmean`.
+
+Either way the step is the same pure function of a task, and gives the same numbers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+BATCH = PartitionSpec(AXES)
+MIN_SHARDED_SIZE = 2**12  # elements; below it a split costs more than it saves
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mesh:
+    """A (data, fsdp) mesh over `devices` (default: all); -1 takes what is left.
+
+    Raises ValueError when the product is not the device count.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if fsdp < 1 or count % fsdp:
+        raise ValueError(
+            f"parallel.fsdp={fsdp} does not divide the {count} devices: use a divisor of {count}"
+        )
+    data = count // fsdp if data == -1 else data
+    if data * fsdp != count:
+        raise ValueError(
+            f"parallel.data={data} times parallel.fsdp={fsdp} is {data * fsdp}, but there are "
+            f"{count} devices: set parallel.data=-1 to use them all"
+        )
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def partition(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """The largest dimension that `fsdp` divides is split; small or indivisible leaves are not."""
+    if fsdp > 1 and np.prod(shape, dtype=np.int64) >= MIN_SHARDED_SIZE:
+        for axis in sorted(range(len(shape)), key=lambda a: -shape[a]):
+            if shape[axis] % fsdp == 0:
+                return PartitionSpec(*[None] * axis, "fsdp")
+    return PartitionSpec()
+
+
+def state_shardings(mesh: Mesh, abstract: Any) -> Any:
+    """The sharding of every leaf of a state, given its shapes."""
+    fsdp = mesh.shape["fsdp"]
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition(leaf.shape, fsdp)), abstract)
+
+
+def unsharded(mesh: Mesh, abstract: Any) -> list[str]:
+    """Paths of the leaves of at least MIN_SHARDED_SIZE elements that `fsdp` could not split."""
+    fsdp = mesh.shape["fsdp"]
+    return [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+        if fsdp > 1
+        and np.prod(leaf.shape, dtype=np.int64) >= MIN_SHARDED_SIZE
+        and partition(leaf.shape, fsdp) == PartitionSpec()
+    ]
+
+
+def check_batch(batch_size: int, accumulate: int, devices: int) -> None:
+    """Raises ValueError when a batch cannot be split into equal parts over the devices."""
+    if batch_size <= 0 or batch_size % (accumulate * devices):
+        raise ValueError(
+            f"train.batch_size={batch_size} is not a multiple of train.accumulate={accumulate} "
+            f"times {devices} devices: use a multiple of {accumulate * devices}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """Places arrays and runs steps in one of the two modes. `mesh` covers all devices."""
+
+    mode: str
+    mesh: Mesh
+
+    def __post_init__(self):
+        if self.mode not in ("jit", "pmap"):
+            raise ValueError(f"parallel.mode={self.mode!r} is unknown: use 'jit' or 'pmap'")
+        if self.mode == "pmap" and self.mesh.shape["fsdp"] != 1:
+            raise ValueError(
+                f"parallel.fsdp={self.mesh.shape['fsdp']} needs parallel.mode='jit': "
+                "pmap replicates the state (parallel.fsdp=1)"
+            )
+
+    @property
+    def devices(self) -> int:
+        return self.mesh.size
+
+    # -- placing -------------------------------------------------------------------------------
+
+    def init(self, init_fn: Callable[[jax.Array], Any], key: jax.Array) -> Any:
+        """The state of `init_fn(key)`, born where it will live."""
+        shardings = self.shardings(jax.eval_shape(init_fn, key))
+        return self.spread(jax.jit(init_fn, out_shardings=shardings)(key))
+
+    def shardings(self, abstract: Any) -> Any:
+        """Shardings of a state as checkpoints hold it (without pmap's leading axis)."""
+        return state_shardings(self.mesh, abstract)
+
+    def abstract(self, init_fn: Callable, key: jax.Array) -> Any:
+        """Shapes and shardings of the state: what a checkpoint is restored into."""
+        abstract = jax.eval_shape(init_fn, key)
+        return jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            abstract,
+            self.shardings(abstract),
+        )
+
+    def spread(self, state: Any) -> Any:
+        """From the form that checkpoints hold to the form that the step takes."""
+        if self.mode == "jit":
+            return state
+        sharding = NamedSharding(self.mesh, BATCH)
+        count = self.devices
+        stack = jax.jit(
+            lambda x: jnp.broadcast_to(x, (count, *x.shape)), out_shardings=sharding
+        )
+        return jax.tree.map(stack, state)
+
+    def gather(self, state: Any) -> Any:
+        """The inverse of `spread`."""
+        if self.mode == "jit":
+            return state
+        # Indexing a sharded array would gather it from every device; one shard holds all.
+        return jax.tree.map(lambda x: x.addressable_shards[0].data[0], state)
+
+    def batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows to global arrays split over the devices."""
+        sharding = NamedSharding(self.mesh, BATCH)
+
+        def place(x):
+            if self.mode == "pmap":
+                x = x.reshape(jax.local_device_count(), -1, *x.shape[1:])
+            return jax.make_array_from_process_local_data(sharding, x)
+
+        return jax.tree.map(place, batch)
+
+    def replicate(self, tree: Any) -> Any:
+        """Frozen weights, the same on every device."""
+        tree = jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return self.spread(tree)
+
+    # -- running -------------------------------------------------------------------------------
+
+    def step(self, train_step: Callable) -> Callable:
+        """`train_step(state, batch, frozen, axis_name=...) -> (state, metrics)`, compiled.
+
+        The state's buffers are donated: the one handed in is gone afterwards.
+        """
+        if self.mode == "jit":
+            state_in = None
+
+            def run(state, batch, frozen):
+                nonlocal state_in
+                if state_in is None:
+                    shardings = jax.tree.map(lambda x: x.sharding, state)
+                    scalar = NamedSharding(self.mesh, PartitionSpec())
+                    state_in = jax.jit(
+                        train_step, donate_argnums=0, out_shardings=(shardings, scalar)
+                    )
+                return state_in(state, batch, frozen)
+
+            return run
+        return jax.pmap(
+            lambda state, batch, frozen: train_step(state, batch, frozen, axis_name="data"),
+            axis_name="data",
+            donate_argnums=0,
+            devices=self.mesh.devices.flatten().tolist(),
+        )
+
+    def scalars(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """Metrics on the host; waits for the step that made them."""
+        return {k: float(v) for k, v in self.gather(metrics).items()}

@@ -1,0 +1,212 @@
+"""The state of a run and the parts of a step that every task shares.
+
+A step is: per-example keys, gradients (accumulated over parts of the batch), their mean over
+devices, a guarded update of parameters, optimiser and EMA. All of it is pure; the tasks
+(`denoiser.py`, `autoencoder.py`, `classifier.py`) supply the loss, `parallel.py` runs it.
+
+Exponential moving average (DDPM section 4, LDM `ema.py`):
+
+    (1) ema_n = d_n ema_{n-1} + (1 - d_n) params_n,   n = 1, 2, ...
+    (2) d_n = decay for n > 1 and d_1 = 0             (DDPM: starts at the weights after step 1)
+    (3) d_n = min(decay, (1 + n) / (10 + n))          (LDM: `ramp`)
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+Params = dict[str, Any]  # one entry a network: {"unet": ..., "text_encoder": ...}
+Metrics = dict[str, Array]
+
+# What a key is folded with before each purpose, so that no two draws of a step share a key.
+DATA, TIMES, DROPOUT, CAPTION, POSTERIOR = range(5)
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a checkpoint holds besides the place in the data.
+
+    `params`, `opt_state` and `ema` are keyed by network; which networks have an EMA is config.
+    `rng` is the raw data of the run's key, never changed: step and position are folded in.
+    `extra` holds what is neither: latent shift and scale, batch statistics, skipped steps.
+    """
+
+    step: Int[Array, ""]
+    rng: UInt32[Array, "2"]
+    params: Params
+    opt_state: dict[str, Any]
+    ema: Params
+    extra: dict[str, Any]
+
+    @property
+    def inference_params(self) -> Params:
+        """The EMA where a network has one, its raw parameters elsewhere."""
+        return {**self.params, **self.ema}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """Which networks are averaged, and how fast (equations 1-3). No networks: no EMA."""
+
+    decay: float
+    ramp: bool = False
+    networks: tuple[str, ...] = ()
+
+    def decay_at(self, n: Int[Array, ""]) -> Float[Array, ""]:
+        """d_n for the n-th update, n = 1, 2, ..."""
+        n = n.astype(jnp.float32)
+        if self.ramp:
+            return jnp.minimum(self.decay, (1 + n) / (10 + n))
+        return jnp.where(n <= 1, 0.0, self.decay)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """One optax transformation for each network, and what surrounds the update.
+
+    `clip_norm` bounds the global norm over all networks of one `apply_gradients` (0: off).
+    """
+
+    transforms: Mapping[str, optax.GradientTransformation]
+    learning_rate: Callable[[Array], Array]
+    clip_norm: float = 0.0
+
+    def init(self, params: Params) -> dict[str, Any]:
+        return {name: tx.init(params[name]) for name, tx in self.transforms.items()}
+
+
+def create_state(
+    key: Key[Array, ""], params: Params, optimizer: Optimizer, ema: Ema, extra: dict[str, Any]
+) -> TrainState:
+    """The state before the first step; `key` becomes the key of all the run's draws."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        rng=jax.random.key_data(key),
+        params=params,
+        opt_state=optimizer.init(params),
+        # A copy: a donated buffer may be handed over once only.
+        ema={name: jax.tree.map(jnp.array, params[name]) for name in ema.networks},
+        extra={
+            "skipped_steps": jnp.zeros((), jnp.int32),
+            "skipped_in_a_row": jnp.zeros((), jnp.int32),
+            **extra,
+        },
+    )
+
+
+def example_keys(
+    rng: UInt32[Array, "2"], step: Int[Array, ""], position: Int[Array, " batch"]
+) -> Key[Array, " batch"]:
+    """fold_in(fold_in(key, step), position in the global batch), one key an example.
+
+    Draws keyed so are bit-equal for any device count, accumulation and parallel mode.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(rng), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, position)
+
+
+def stream(keys: Key[Array, " batch"], purpose: int) -> Key[Array, " batch"]:
+    """The keys of one purpose (DATA, TIMES, ...)."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)
+
+
+def random_flip(
+    x: Float[Array, "batch *space channels"], keys: Key[Array, " batch"]
+) -> Float[Array, "batch *space channels"]:
+    """Mirrors half of the examples along their last spatial axis."""
+    heads = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.where(heads.reshape(-1, *[1] * (x.ndim - 1)), jnp.flip(x, -2), x)
+
+
+def accumulate(grad_fn: Callable, parts: int) -> Callable:
+    """`grad_fn(params, batch) -> tree of means`, computed as a scan over `parts` of the batch.
+
+    The split is strided (part i takes examples i, i + parts, ...), so that a batch that is
+    sharded over devices keeps every row where it is.
+    """
+    if parts == 1:
+        return grad_fn
+
+    def accumulated(params, batch):
+        def split(x):
+            return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
+
+        split_batch = jax.tree.map(split, batch)
+        first = jax.tree.map(lambda x: x[0], split_batch)
+        shapes = jax.eval_shape(grad_fn, params, first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = lax.scan(add, zeros, split_batch)
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return accumulated
+
+
+def mean_over_devices(tree: Any, axis_name: str | None) -> Any:
+    """The mean over a `pmap` axis; under `jit` (no axis) arrays are global and the mean is made."""
+    return tree if axis_name is None else lax.pmean(tree, axis_name)
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: Params,
+    loss: Float[Array, ""],
+    optimizer: Optimizer,
+    ema: Ema,
+) -> tuple[TrainState, Metrics]:
+    """One guarded update of the networks in `grads`; the step count advances by one.
+
+    A step whose loss or gradient norm is not finite changes no parameter, optimiser state or
+    average: it is counted in `extra["skipped_steps"]` and `extra["skipped_in_a_row"]`.
+    """
+    norm = optax.global_norm(grads)
+    ok = jnp.isfinite(norm) & jnp.isfinite(loss)
+    if optimizer.clip_norm:
+        scale = optimizer.clip_norm / jnp.maximum(norm, optimizer.clip_norm)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+
+    params, opt_state = dict(state.params), dict(state.opt_state)
+    for name, network_grads in grads.items():
+        updates, opt_state[name] = optimizer.transforms[name].update(
+            network_grads, state.opt_state[name], state.params[name]
+        )
+        params[name] = optax.apply_updates(state.params[name], updates)
+
+    updates_done = state.step + 1 - state.extra["skipped_steps"]
+    decay = ema.decay_at(updates_done)
+    averages = dict(state.ema)
+    for name in set(grads) & set(state.ema):
+        averages[name] = jax.tree.map(
+            lambda e, p: e * decay + p.astype(e.dtype) * (1 - decay), state.ema[name], params[name]
+        )
+
+    def keep(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+
+    bad = (~ok).astype(jnp.int32)
+    skipped = state.extra["skipped_steps"] + bad
+    in_a_row = (state.extra["skipped_in_a_row"] + 1) * bad
+    extra = {**state.extra, "skipped_steps": skipped, "skipped_in_a_row": in_a_row}
+    metrics = {
+        "grad_norm": norm,
+        "param_norm": optax.global_norm(state.params),
+        "learning_rate": optimizer.learning_rate(updates_done - 1),
+        "skipped_steps": skipped,
+        "skipped_in_a_row": in_a_row,
+    }
+    state = state.replace(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        ema=keep(averages, state.ema),
+        extra=extra,
+    )
+    return state, metrics

@@ -1,0 +1,86 @@
+"""A run is its workdir: what may change when a run goes on, and how a run is opened again.
+
+    DIR/config.json     the resolved config
+    DIR/metrics.jsonl   one object a logged step
+    DIR/checkpoints/    see diffusion/checkpoint.py
+    DIR/first_stage/    the frozen autoencoder of a latent run, copied from its latents
+    DIR/tokenizer.json  of a run that reads captions
+    DIR/README.md       the model card
+"""
+
+import json
+import os
+import pathlib
+
+from ml_collections import ConfigDict
+
+from experiments import cli
+
+# A resumed run may differ from the one it resumes in these and nothing else.
+MAY_CHANGE = (
+    "train.steps",
+    "train.log_every_steps",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+    "data.dir",
+    "parallel.",
+    "wandb.",
+    "evaluation.",
+    "sample.",
+)
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def check(workdir: pathlib.Path, config: ConfigDict) -> bool:
+    """Whether `workdir` holds a run of this config already; changes nothing.
+
+    Raises ValueError naming the first key in which it holds another config's run, and for a
+    folder of something else.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        if workdir.exists() and not workdir.is_dir():
+            raise ValueError(f"--workdir={workdir} is a file: name a folder")
+        strangers = [p.name for p in workdir.iterdir()] if workdir.exists() else []
+        if strangers:
+            raise ValueError(
+                f"--workdir={workdir} holds {sorted(strangers)[0]!r} but no config.json, so it is "
+                "not a run: name an empty or new folder"
+            )
+        return False
+    old, new = cli.flat(read_config(workdir)), cli.flat(ConfigDict(json.loads(to_json(config))))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
+            raise ValueError(
+                f"--workdir={workdir} holds a run with {key}={old.get(key)!r}, not "
+                f"{new.get(key)!r}: use another --workdir, or --config.{key}={old.get(key)}"
+            )
+    return True
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Writes config.json whole; the run is this config's from here on."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_whole(workdir / "config.json", to_json(config))
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+    """The resolved config of a run. Raises ValueError for a folder that holds none."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--workdir={workdir} holds no run (no config.json): train one first")
+    try:
+        config = ConfigDict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): restore it from a copy") from error
+    return config.lock()
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader sees all of it or none."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

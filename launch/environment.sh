@@ -1,0 +1,33 @@
+# Sourced by quickstart.sh and test.sh: makes .venv and installs a requirements file into it, once.
+# PYTHON=python3.13 picks the interpreter; a changed requirements file installs again.
+
+make_environment() {
+  local requirements=$1
+  local python=${PYTHON:-}
+  if [ -z "$python" ]; then
+    for candidate in python3 python3.11 python3.12 python3.13; do
+      if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python=$candidate
+        break
+      fi
+    done
+  fi
+  if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: PYTHON=${PYTHON:-python3} is not Python 3.11 or newer: set PYTHON to one that is" >&2
+    exit 2
+  fi
+  local version stamp
+  version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  stamp=".venv/.$(basename "$requirements").installed"
+  if [ -x .venv/bin/python ] && [ "$(cat .venv/.python 2>/dev/null)" != "$version" ]; then
+    echo "replacing .venv (it is not Python $version)"
+    rm -rf .venv
+  fi
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  echo "$version" >.venv/.python
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$(cat requirements*.txt | cksum)" ]; then
+    echo "installing $requirements (about two minutes)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    cat requirements*.txt | cksum >"$stamp"
+  fi
+}

@@ -111,3 +111,30 @@ def smoke(config: ConfigDict, steps: int = 4) -> ConfigDict:
     config.optim.warmup_steps = min(config.optim.warmup_steps, 1)
     config.wandb.mode = "disabled"
     return config
+
+
+# -- the default job: one description of each network, for the configs that share it -------------
+
+
+def digits_data(config: ConfigDict) -> ConfigDict:
+    config.data.name = "captioned_digits"
+    config.data.dir = "runs/data"
+    config.data.eval_split = "test"
+    config.data.compose_held_out = False  # whether held-out (digit, colour) pairs are drawn
+    return config
+
+
+def digits_first_stage() -> ConfigDict:
+    """32x32x3 to 8x8x4. All blocks run at 8x8: `patch` folds 4x4 pixels into channels."""
+    return ConfigDict(
+        {
+            "name": "kl",
+            "channels": 96,
+            "multipliers": (1,),
+            "blocks": 0,
+            "mid_attention": False,
+            "z_channels": 4,
+            "patch": 4,
+            "groups": 24,
+        }
+    )

@@ -257,8 +257,11 @@ class Checkpoints:
         if _from_first(step in finished(self.directory)):
             log.info("step %d is already saved", step)
             return False
+        context = ocp.Context()  # made in the background, a folder that fails is waited for 300 s
+        context.asynchronous.create_directories_asynchronously = False
         try:
-            response = ocp.save_async(str(folder), _nest(_flatten(state)), overwrite=True)
+            with context:
+                response = ocp.save_async(str(folder), _nest(_flatten(state)), overwrite=True)
         except Exception as error:
             raise self._failed(folder, error) from error
         self._thread = threading.Thread(

@@ -12,9 +12,9 @@ training can draw z = m + exp(l / 2) eps afresh. Per channel c, over all example
     shift_c = E[z_c] = E[m_c],     std_c^2 = Var[z_c] = Var[m_c] + E[exp(l_c)],              (1)
 
 and what a denoiser sees is (z - shift) * scale. Rules of `Scaling`: a fixed factor (Stable
-Diffusion's 0.18215; LDM https://arxiv.org/abs/2112.10752, section D.1), one factor from the
-standard deviation of the first examples (LDM's `scale_by_std`, about zero mean as there), or
-standardisation per channel (EDM2, https://arxiv.org/abs/2312.02696, appendix B.1: channels of one
+Diffusion's 0.18215; LDM https://arxiv.org/abs/2112.10752, appendix G), one factor from the
+standard deviation of the first examples (LDM's `scale_by_std`), or
+standardisation per channel (EDM2, https://arxiv.org/abs/2312.02696: channels of one
 set differ several-fold in spread).
 """
 
@@ -105,7 +105,8 @@ class Plan:
           ValueError: it holds other data, or latents of another plan; nothing is changed.
         """
         if (self.directory / provenance.FILE).exists():
-            provenance.check_provenance(provenance.read(self.directory, REMEDY), self.body())
+            remedy = f"delete {self.directory} and encode again"
+            provenance.check_provenance(provenance.read(self.directory, remedy), self.body())
             return
         plan = self.directory / PLAN
         if plan.exists():
@@ -113,7 +114,8 @@ class Plan:
             return
         if self.directory.exists() and any(self.directory.iterdir()):
             raise ValueError(
-                f"{self.directory} is not empty and holds no latents: name another directory, or empty it"
+                f"data.dir={str(self.directory)!r} is not empty and holds no latents: name another "
+                "directory, or empty it"
             )
         self.directory.mkdir(parents=True, exist_ok=True)
         provenance.write_whole(plan, json.dumps(self.body()).encode())
@@ -154,8 +156,8 @@ def write_shard(plan: Plan, shard: Shard, columns: Mapping[str, np.ndarray]) -> 
         if not np.isfinite(rows[name]).all():
             bad = int(np.argwhere(~np.isfinite(rows[name]))[0, 0]) + shard.start
             raise ValueError(
-                f"latents: field {name!r} of example {bad} is not finite as {plan.fields[name][0]}: "
-                "look at the first stage, or store float32"
+                f"latents: field {name!r} of example {bad} is not finite as "
+                f"{plan.fields[name][0]}: look at the first stage, or store float32"
             )
     # Hidden and named by process, so that a leftover is never taken for a shard nor written by two.
     temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.partial")
@@ -191,7 +193,8 @@ class Scaling:
 
 
 def finish(plan: Plan, scaling: Scaling) -> dict[str, Any]:
-    """Once every shard is there: statistics (eq. 1), and the provenance that makes the latents whole.
+    """Once every shard is there: statistics (eq. 1), and the provenance that makes the latents
+    whole.
 
     Raises:
       ValueError: a shard is missing; a channel that never varies under the rule "channel".
@@ -207,8 +210,7 @@ def finish(plan: Plan, scaling: Scaling) -> dict[str, Any]:
     used_shift, scale = _scale(plan, scaling, shift, std)
     for leftover in plan.directory.glob(".*.partial"):
         leftover.unlink()
-    (plan.directory / PLAN).unlink(missing_ok=True)
-    return provenance.write(
+    whole = provenance.write(
         plan.directory,
         {
             **plan.body(),
@@ -217,7 +219,10 @@ def finish(plan: Plan, scaling: Scaling) -> dict[str, Any]:
             "shift": used_shift.tolist(),
             "scale": scale.tolist(),
         },
+        exclude=(PLAN,),
     )
+    (plan.directory / PLAN).unlink(missing_ok=True)
+    return whole
 
 
 def _scale(
@@ -235,8 +240,8 @@ def _scale(
         used_shift, spread = shift, std
     if not (spread > 0).all():
         raise ValueError(
-            f"latent scaling {scaling.rule!r}: channel {int(np.argmin(spread))} never varies, so it "
-            "has no scale; use scaling 'fixed', or train the first stage longer"
+            f"latent scaling {scaling.rule!r}: channel {int(np.argmin(spread))} never varies, so "
+            "it has no scale; use scaling 'fixed', or train the first stage longer"
         )
     return used_shift, 1 / spread
 

@@ -1,44 +1,119 @@
-"""Datasets to ArrayRecord on disk, once: all that may import TensorFlow."""
+"""Data sets to ArrayRecord on disk, once. Nothing else in the library may import TensorFlow.
 
+Three ways lead there, all through a tensorflow-datasets builder, which writes to a temporary
+directory and renames it: `captioned_digits`, made from a package; the user's own files, where
+`source_dir` names them; else tensorflow-datasets' catalogue, which downloads and needs TensorFlow.
+Then the records are counted, the files hashed, and `provenance.json` written: a directory without
+it is never read.
+"""
+
+import os
 import pathlib
+import socket
+import urllib.parse
 from typing import Any
 
 from diffusion.data import provenance, sources
 
 
 def prepare(
-    name: str, data_dir: str | pathlib.Path, source_dir: str | pathlib.Path | None = None
+    name: str,
+    data_dir: str | pathlib.Path,
+    source_dir: str | pathlib.Path | None = None,
+    max_bad_images: int = 0,
 ) -> pathlib.Path:
-    """Writes data set `name` under `data_dir`, unless it is already there and whole.
+    """Writes data set `name` under `data_dir`, unless it is there already and whole.
+
+    Args:
+      name: `captioned_digits`; a name of the catalogue, such as "cifar10", "celeb_a_hq/256"; or,
+        with `source_dir`, any.
+      source_dir: the publisher's own files (CIFAR-10 python batches, MNIST's idx.gz, LSUN's lmdb),
+        or a folder of images.
+      max_bad_images: files of a folder that are no image to skip before it is an error.
 
     Returns:
-      the directory of the data set's version.
+      The directory of the data set's version.
+
+    Raises:
+      ValueError: a source file is missing or damaged, the publisher cannot be reached, or what
+        stands there is damaged; nothing is left that could be taken for a data set.
     """
     if not name or not str(data_dir):
         raise ValueError(f"data.name={name!r} and data.dir={str(data_dir)!r} must both be set")
-    try:
-        directory = sources.dataset_directory(name, data_dir)
-        provenance.read(directory, sources.REMEDY)
+    directory = sources.find_directory(name, data_dir)
+    if directory is not None and (directory / provenance.FILE).exists():
+        # Whole, or damaged after it was whole; a damaged one is the user's to delete.
+        provenance.read(directory, f"delete {directory} and prepare it again")
         return directory
-    except ValueError:
-        pass
-    return _finish(_builder(name, data_dir))
-
-
-def _builder(name: str, data_dir: str | pathlib.Path) -> Any:
-    from diffusion.data.builders import captioned_digits
-
     if name == "captioned_digits":
-        return captioned_digits.Builder(data_dir=str(data_dir), file_format="array_record")
-    raise ValueError(f"data.name={name!r} is unknown")
+        from diffusion.data.builders import captioned_digits
 
+        builder = captioned_digits.Builder(data_dir=str(data_dir), file_format="array_record")
+    elif source_dir is not None:
+        from diffusion.data.builders import local_files
 
-def _finish(builder: Any) -> pathlib.Path:
+        files = local_files.read(name, pathlib.Path(source_dir), max_bad_images)
+        builder = local_files.builder(name, files, data_dir)
+    else:
+        return _finish(name, _from_catalogue(name, data_dir))
     builder.download_and_prepare()
+    return _finish(name, builder)
+
+
+def _from_catalogue(name: str, data_dir: str | pathlib.Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    give = "give the publisher's own files with --source_dir=DIR"
+    try:
+        builder: Any = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"data.name={name!r} is not in tensorflow-datasets' catalogue: correct it, or {give}"
+        ) from error
+    try:
+        _check_reachable(list(builder.url_infos or {}))
+        builder.download_and_prepare()
+    except ImportError as error:
+        raise ValueError(
+            f"data.name={name!r} cannot be prepared without the package {error.name!r}: "
+            f"install it, or {give}"
+        ) from error
+    except Exception as error:  # whatever the network, the publisher or the catalogue raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"data.name={name!r} could not be prepared ({reason}): {give}") from error
+    return builder
+
+
+def _check_reachable(urls: list[str], timeout_secs: float = 10) -> None:
+    """Fails at once where the download would retry for many minutes."""
+    if not urls or any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy")):
+        return
+    parts = urllib.parse.urlsplit(urls[0])
+    if parts.hostname:
+        port = parts.port or {"http": 80, "ftp": 21}.get(parts.scheme, 443)
+        try:
+            socket.create_connection((parts.hostname, port), timeout_secs).close()
+        except OSError as error:
+            raise OSError(f"this host cannot reach {parts.hostname}: {error}") from error
+
+
+def _finish(name: str, builder: Any) -> pathlib.Path:
+    """Counts what was written and says so."""
     directory = pathlib.Path(builder.data_dir)
-    splits = {split: info.num_examples for split, info in builder.info.splits.items()}
-    provenance.write(
-        directory,
-        {"name": builder.info.full_name, "version": str(builder.version), "splits": splits},
-    )
+    splits = {split: int(info.num_examples) for split, info in builder.info.splits.items()}
+    for split, count in splits.items():
+        try:
+            found = len(builder.as_data_source(split=split))
+        except Exception as error:
+            raise ValueError(
+                f"{directory} is half-written ({error}): delete it and prepare it again"
+            ) from error
+        if found != count or not count:
+            raise ValueError(
+                f"{directory} has {found} of {count} examples in split {split!r}: delete it and "
+                "prepare it again"
+            )
+    if not splits:
+        raise ValueError(f"{directory} is half-written: delete it and prepare it again")
+    provenance.write(directory, {"name": name, "version": str(builder.version), "splits": splits})
     return directory

@@ -36,12 +36,14 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def write(directory: pathlib.Path, body: Mapping[str, Any]) -> dict[str, Any]:
+def write(
+    directory: pathlib.Path, body: Mapping[str, Any], exclude: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Hashes the files of `directory` and writes its provenance: `body`, `files`, `sha256`."""
     paths = sorted(
         path
         for path in directory.rglob("*")
-        if path.is_file() and path.name != FILE and not path.name.startswith(".")
+        if path.is_file() and path.name not in (FILE, *exclude) and not path.name.startswith(".")
     )
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
         hashes = list(pool.map(hash_file, paths))

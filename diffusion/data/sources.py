@@ -113,19 +113,11 @@ def decode_image(data: bytes, channels: int, image_size: int | None) -> np.ndarr
     return pixels[..., None] if channels == 1 else pixels
 
 
-def dataset_directory(name: str, data_dir: str | pathlib.Path) -> pathlib.Path:
-    """The newest version of data set `name` under `data_dir`.
-
-    Raises:
-      ValueError: there is none.
-    """
-    if not name or not str(data_dir):
-        raise ValueError(f"data.name={name!r} and data.dir={str(data_dir)!r} must both be set")
+def find_directory(name: str, data_dir: str | pathlib.Path) -> pathlib.Path | None:
+    """The newest version of data set `name` under `data_dir`, whole or not; None: there is none."""
     root = pathlib.Path(data_dir) / name
     versions = [path for path in root.glob("*.*.*") if path.name.replace(".", "").isdigit()]
-    if not versions:
-        raise ValueError(f"data.dir={str(data_dir)!r} holds no data.name={name!r}: {REMEDY}")
-    return max(versions, key=lambda path: [int(part) for part in path.name.split(".")])
+    return max(versions, key=lambda path: [int(n) for n in path.name.split(".")], default=None)
 
 
 def open_source(
@@ -148,7 +140,11 @@ def open_source(
     """
     import tensorflow_datasets as tfds
 
-    directory = dataset_directory(name, data_dir)
+    if not name or not str(data_dir):
+        raise ValueError(f"data.name={name!r} and data.dir={str(data_dir)!r} must both be set")
+    directory = find_directory(name, data_dir)
+    if directory is None:
+        raise ValueError(f"data.dir={str(data_dir)!r} holds no data.name={name!r}: {REMEDY}")
     known = provenance.read(directory, REMEDY)
     if split.split("[")[0] not in known["splits"]:
         raise ValueError(

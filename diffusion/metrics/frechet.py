@@ -1,28 +1,30 @@
 """Frechet distance between feature distributions, with streaming statistics.
 
-Heusel et al. 2017 (arXiv:1706.08500, eq. 6) compare two sets of features by the Frechet (2-Wasserstein)
-distance of the Gaussians with their means m and covariances S,
+Heusel et al. 2017 (arXiv:1706.08500, eq. 6) compare two sets of features by the Frechet
+(2-Wasserstein) distance of the Gaussians with their means m and covariances S,
 
-    d² = |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2).                                        (1)
+    d² = |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2).                                       (1)
 
-The product S1 S2 is not symmetric, and its matrix square root is what turns NaN or complex when a covariance
-is singular (fewer samples than dimensions). With symmetric roots S = R R^T from an eigendecomposition,
-R = U diag(lambda)^(1/2), the trace is one of a symmetric matrix, and that is a sum of singular values:
+The product S1 S2 is not symmetric, and its matrix square root is what turns NaN or complex when a
+covariance is singular (fewer samples than dimensions). With symmetric roots S = R R^T from an
+eigendecomposition, R = U diag(lambda)^(1/2), the trace is one of a symmetric matrix, and that is a
+sum of singular values:
 
-    tr (S1 S2)^(1/2) = tr (R1^T S2 R1)^(1/2) = sum_i sigma_i(R1^T R2),                           (2)
+    tr (S1 S2)^(1/2) = tr (R1^T S2 R1)^(1/2) = sum_i sigma_i(R1^T R2),                          (2)
 
-real and non-negative whatever the rank. The singular values carry rounding errors of eps |S|, where the
-square roots of the eigenvalues of R1^T S2 R1 would carry sqrt(eps) |S|.
+real and non-negative whatever the rank. The singular values carry rounding errors of eps |S|, where
+the square roots of the eigenvalues of R1^T S2 R1 would carry sqrt(eps) |S|.
 
-Statistics are a count n, a mean m and a scatter matrix M = sum (x - m)(x - m)^T, in float64 on the host. Two
-sets merge exactly (Chan, Golub & LeVeque 1979, STAN-CS-79-773):
+Statistics are a count n, a mean m and a scatter matrix M = sum (x - m)(x - m)^T, in float64 on the
+host. Two sets merge exactly (Chan, Golub & LeVeque 1979, STAN-CS-79-773):
 
-    d = m_b - m_a;  n = n_a + n_b;  m = m_a + d n_b/n;  M = M_a + M_b + d d^T n_a n_b/n.         (3)
+    d = m_b - m_a;  n = n_a + n_b;  m = m_a + d n_b/n;  M = M_a + M_b + d d^T n_a n_b/n.        (3)
 
-The estimate is biased upwards by about c/n. Chong & Forsyth 2020 (arXiv:1911.07023) compute it at several n
-and extrapolate a line in 1/n to 1/n = 0.
+The estimate is biased upwards by about c/n. Chong & Forsyth 2020 (arXiv:1911.07023) compute it at
+several n and extrapolate a line in 1/n to 1/n = 0.
 
-"FID" is this distance on the features of one Inception-v3 only; on any other network it is a Frechet distance.
+"FID" is this distance on the features of one Inception-v3 only; on any other network it is a
+Frechet distance.
 """
 
 from collections.abc import Iterable
@@ -40,7 +42,7 @@ RECOMMENDED_COUNT = 50_000
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Count, mean (dim,) and scatter (dim, dim) of a set of feature vectors, float64 on the host."""
+    """Count, mean (dim,) and scatter (dim, dim) of feature vectors, float64 on the host."""
 
     count: int
     mean: np.ndarray
@@ -64,7 +66,10 @@ def empty_statistics(dim: int) -> FeatureStatistics:
 
 
 def feature_statistics(features: Float[np.ndarray, "batch dim"]) -> FeatureStatistics:
-    """Statistics of one batch of features. ValueError for an empty batch, or for NaN or infinite features."""
+    """Statistics of one batch of features.
+
+    ValueError for an empty batch, or for NaN or infinite features.
+    """
     x = np.asarray(features, np.float64)
     if x.shape[0] == 0:
         raise ValueError("features has no rows: statistics need at least one feature vector")
@@ -95,14 +100,14 @@ def merge(a: FeatureStatistics, b: FeatureStatistics) -> FeatureStatistics:
 
 
 def merge_all(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
-    """Statistics of the union of all parts (batches, or what each process counted), in their order."""
+    """Statistics of the union of all parts (batches, or what each process counted), in order."""
     return reduce(merge, parts)
 
 
 def symmetric_root(covariance: Float[np.ndarray, "dim dim"]) -> Float[np.ndarray, "dim rank"]:
     """R with R R^T = covariance, a column for each eigenvalue above rounding error."""
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    # Eigenvalues of a singular covariance come out as +-eps |S|; their roots would be sqrt(eps) |S|.
+    # A singular covariance has eigenvalues of +-eps |S|; their roots would be sqrt(eps) |S|.
     kept = values > values.size * np.finfo(np.float64).eps * max(values[-1], 0.0)
     return vectors[:, kept] * np.sqrt(values[kept])
 
@@ -110,8 +115,8 @@ def symmetric_root(covariance: Float[np.ndarray, "dim dim"]) -> Float[np.ndarray
 def gaussian_frechet_distance(
     mean1: Float[np.ndarray, "dim"],
     covariance1: Float[np.ndarray, "dim dim"],
-    mean2: Float[np.ndarray, "dim"],
-    covariance2: Float[np.ndarray, "dim dim"],
+    mean2: Float[np.ndarray, "dim2"],
+    covariance2: Float[np.ndarray, "dim2 dim2"],
 ) -> float:
     """Squared Frechet distance of two Gaussians, eqs. (1) and (2); any rank; never below 0."""
     if np.shape(mean1) != np.shape(mean2):
@@ -135,23 +140,24 @@ def frechet_distance(samples: FeatureStatistics, reference: FeatureStatistics) -
 def sample_count_warning(
     count: int, dim: int, recommended: int = RECOMMENDED_COUNT, strict: bool = False
 ) -> str | None:
-    """What is wrong with a Frechet distance of `count` samples in `dim` dimensions; None if nothing.
+    """What is wrong with a Frechet distance of `count` samples in `dim` dimensions, or None.
 
-    `strict` raises it as a ValueError where count <= dim, since the covariance is then singular and the
-    number mostly bias.
+    `strict` raises it as a ValueError where count <= dim, since the covariance is then singular and
+    the number mostly bias.
     """
     if count <= dim:
         text = (
-            f"{count} samples for features of {dim} dimensions: the covariance is singular and the Frechet "
-            f"distance mostly bias; use more than {dim} samples (best {recommended}), or KID, which is unbiased"
+            f"{count} samples for features of {dim} dimensions: the covariance is singular and the "
+            f"Frechet distance mostly bias; use more than {dim} samples (best {recommended}), or "
+            "the kernel distance (KID), which is unbiased"
         )
         if strict:
             raise ValueError(text)
         return text
     if count < recommended:
         return (
-            f"{count} samples: below {recommended} the Frechet distance is biased upwards and compares only "
-            "with numbers from as many samples; see its value extrapolated to infinitely many"
+            f"{count} samples: below {recommended} the Frechet distance is biased upwards and "
+            "compares only with numbers from as many samples; see its value at infinitely many"
         )
     return None
 
@@ -173,19 +179,20 @@ def frechet_at_infinity(
     smallest: int | None = None,
     seed: int = 0,
 ) -> Extrapolation:
-    """Frechet distance to `reference` extrapolated in 1/n to n = infinity (arXiv:1911.07023, algorithm 1).
+    """Frechet distance to `reference` extrapolated in 1/n to n = infinity (arXiv:1911.07023).
 
-    `smallest` is the smallest subset (default: a tenth of the samples, and more than the dimensions). The
-    bias of `reference` itself stays: take it over the whole data set. ValueError with too few samples.
+    `smallest` is the smallest subset (default: a tenth of the samples, and more than the
+    dimensions). The bias of `reference` itself stays: take it over the whole data set. ValueError
+    with too few samples.
     """
     count, dim = features.shape
-    smallest = max(count // 10, dim + 1) if smallest is None else smallest
-    if points < 3 or not 2 <= smallest < count:
+    start = max(count // 10, dim + 1) if smallest is None else smallest
+    if points < 3 or not 2 <= start < count:
         raise ValueError(
-            f"smallest={smallest}, points={points} with {count} samples of {dim} dimensions: extrapolation "
-            "needs 3 points between 2 and the number of samples; generate more samples"
+            f"smallest={start}, points={points} with {count} samples of {dim} dimensions: "
+            "extrapolation needs 3 points or more, between 2 samples and all; generate more samples"
         )
-    counts = np.unique(np.linspace(smallest, count, points).astype(np.int64))
+    counts = np.unique(np.linspace(start, count, points).astype(np.int64))
     rng = np.random.default_rng(seed)
     subsets = (features[rng.permutation(count)[:n]] for n in counts)
     distances = np.array([frechet_distance(feature_statistics(x), reference) for x in subsets])
@@ -204,12 +211,14 @@ def frechet_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """Frechet distance to `reference` with a bootstrap interval over the samples (see `intervals`)."""
+    """Frechet distance to `reference` with a bootstrap interval over the samples."""
     x = np.asarray(features, np.float64)
     value = frechet_distance(feature_statistics(x), reference)
     rng = np.random.default_rng(seed)
     draws = [
-        frechet_distance(_weighted(x, rng.multinomial(len(x), np.full(len(x), 1 / len(x)))), reference)
+        frechet_distance(
+            _weighted(x, rng.multinomial(len(x), np.full(len(x), 1 / len(x)))), reference
+        )
         for _ in range(replicates)
     ]
     interval = centred(value, np.asarray(draws), confidence)
@@ -222,5 +231,3 @@ def _weighted(x: np.ndarray, weights: np.ndarray) -> FeatureStatistics:
     mean = weights @ x / count
     centred_x = x - mean
     return FeatureStatistics(count, mean, centred_x.T @ (centred_x * weights[:, None]))
-
-

@@ -1,18 +1,19 @@
 """Intervals for the numbers that the other metrics report.
 
-A fraction k/n has Wilson's score interval (Wilson 1927, JASA 22:209), the set of p that a two-sided z test
-does not refuse, which stays inside [0, 1] and is sensible at k = 0 and k = n:
+A fraction k/n has Wilson's score interval (Wilson 1927, JASA 22:209), the set of p that a two-sided
+z test does not refuse, which stays inside [0, 1] and is sensible at k = 0 and k = n:
 
-    (k/n + z²/2n ± z sqrt(k/n (1 - k/n)/n + z²/4n²)) / (1 + z²/n)                                (1)
+    (k/n + z²/2n ± z sqrt(k/n (1 - k/n)/n + z²/4n²)) / (1 + z²/n)                               (1)
 
-A statistic that is not a mean (a Frechet distance, a recall) has the bootstrap (Efron 1979): it is computed
-again on resampled examples. Resampling with replacement repeats the bias that such statistics have at finite
-n, so the replicates lie around value + bias, not around the value; only their spread is taken,
+A statistic that is not a mean (a Frechet distance, a recall) has the bootstrap (Efron 1979): it is
+computed again on resampled examples. Resampling with replacement repeats the bias that such
+statistics have at finite n, so the replicates lie around value + bias, not around the value; only
+their spread is taken,
 
-    [value + q_lo - mean, value + q_hi - mean]                                                   (2)
+    [value + q_lo - mean, value + q_hi - mean]                                                  (2)
 
-with q the quantiles of the replicates. The interval says how much another sample of the same size would move
-the number; it does not correct the bias itself.
+with q the quantiles of the replicates. The interval says how much another sample of the same size
+would move the number; it does not correct the bias itself.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,10 @@ class Estimate(NamedTuple):
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
-    """Fraction `successes / trials` with Wilson's interval, eq. (1). ValueError unless 0 <= k <= n, n > 0."""
+    """Fraction `successes / trials` with Wilson's interval, eq.
+
+    (1). ValueError unless 0 <= k <= n, n > 0.
+    """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(
             f"successes={successes}, trials={trials}: a fraction needs trials >= 1 and "
@@ -68,8 +72,8 @@ def bootstrap(
 ) -> Estimate:
     """Interval of `statistic(indices)` by resampling `count` examples, eq. (2).
 
-    `statistic` takes an int array of example indices, with repeats, and gives a number; its value at
-    `arange(count)` is the estimate.
+    `statistic` takes an int array of example indices, with repeats, and gives a number; its value
+    at `arange(count)` is the estimate.
     """
     if count < 2:
         raise ValueError(f"count={count}: resampling needs at least two examples")

@@ -1,19 +1,21 @@
 """How near a reconstruction is to its image: PSNR and SSIM.
 
-Images are brought to [0, 1] by the range that the caller names, so that the same pictures give the same
-numbers as uint8 in (0, 255) and as floats in (-1, 1). Peak signal-to-noise ratio, in decibels:
+Images are brought to [0, 1] by the range that the caller names, so that the same pictures give the
+same numbers as uint8 in (0, 255) and as floats in (-1, 1). Peak signal-to-noise ratio, in decibels:
 
     PSNR = -10 log10 mean (x - y)²                                                              (1)
 
-Structural similarity (Wang et al. 2004, IEEE TIP 13:600, eq. 13), with means, variances and covariance under
-an 11-tap Gaussian window of standard deviation 1.5 pixels, C1 = 0.01² and C2 = 0.03²:
+Structural similarity (Wang et al. 2004, IEEE TIP 13:600, eq. 13), with means, variances and
+covariance under an 11-tap Gaussian window of standard deviation 1.5 pixels, C1 = 0.01² and C2 =
+0.03²:
 
-    SSIM = (2 mx my + C1)(2 sxy + C2) / ((mx² + my² + C1)(sxx + syy + C2))                       (2)
+    SSIM = (2 mx my + C1)(2 sxy + C2) / ((mx² + my² + C1)(sxx + syy + C2))                      (2)
 
-averaged over channels and over the positions where the window lies inside the image. That is scikit-image's
-`structural_similarity(gaussian_weights=True, use_sample_covariance=False)`.
+averaged over channels and over the positions where the window lies inside the image. That is
+scikit-image's `structural_similarity(gaussian_weights=True, use_sample_covariance=False)`.
 
-Means over a set are means of the per-image values returned here; the PSNR of the pooled error is another number.
+Means over a set are means of the per-image values returned here; the PSNR of the pooled error is
+another number.
 """
 
 import functools
@@ -34,13 +36,14 @@ Range = tuple[float, float]
 @functools.partial(jax.jit, static_argnames="value_range")
 def psnr(
     x: Shaped[Array | np.ndarray, "batch height width channels"],
-    y: Shaped[Array | np.ndarray, "batch height width channels"],
+    y: Shaped[Array | np.ndarray, "..."],
     value_range: Range,
 ) -> Float[Array, "batch"]:
     """PSNR of each image in decibels, eq. (1); infinite for equal images.
 
-    `value_range` is what black and white are: `UINT8` or `SIGNED`. It is not read off the dtype, since floats
-    in [0, 1] and in [-1, 1] differ by 6 dB. ValueError if uint8 images come with another range, or shapes differ.
+    `value_range` is what black and white are: `UINT8` or `SIGNED`. It is not read off the dtype,
+    since floats in [0, 1] and in [-1, 1] differ by 6 dB. ValueError if uint8 images come with
+    another range, or shapes differ.
     """
     x, y = _unit_range(x, y, value_range)
     return -10 * jnp.log10(jnp.mean(jnp.square(x - y), axis=(1, 2, 3)))
@@ -49,7 +52,7 @@ def psnr(
 @functools.partial(jax.jit, static_argnames="value_range")
 def ssim(
     x: Shaped[Array | np.ndarray, "batch height width channels"],
-    y: Shaped[Array | np.ndarray, "batch height width channels"],
+    y: Shaped[Array | np.ndarray, "..."],
     value_range: Range,
 ) -> Float[Array, "batch"]:
     """SSIM of each image, eq. (2), in [-1, 1]; `value_range` and errors as for `psnr`.
@@ -67,9 +70,7 @@ def ssim(
     syy = _window_mean(y * y) - my * my
     sxy = _window_mean(x * y) - mx * my
     likeness = (2 * mx * my + C1) * (2 * sxy + C2)
-    return jnp.mean(
-        likeness / ((mx * mx + my * my + C1) * (sxx + syy + C2)), axis=(1, 2, 3)
-    )
+    return jnp.mean(likeness / ((mx * mx + my * my + C1) * (sxx + syy + C2)), axis=(1, 2, 3))
 
 
 def _unit_range(x, y, value_range: Range):
@@ -77,14 +78,16 @@ def _unit_range(x, y, value_range: Range):
         raise ValueError(f"images of shapes {x.shape} and {y.shape}: compare images of one shape")
     if jnp.uint8 in (x.dtype, y.dtype) and value_range != UINT8:
         raise ValueError(
-            f"value_range={value_range} for uint8 images: give {UINT8}, or convert both sets to floats"
+            f"value_range={value_range} for uint8 images: give {UINT8}, or convert both to floats"
         )
     low, high = value_range
     dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
     return tuple((jnp.asarray(a, dtype) - low) / (high - low) for a in (x, y))
 
 
-def _window_mean(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w channels"]:
+def _window_mean(
+    x: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch h w channels"]:
     # Two banded matrix products: exact on any device, where a float32 convolution may run in TF32.
     rows, columns = (jnp.asarray(_band(size), x.dtype) for size in x.shape[1:3])
     return jnp.einsum("ij,bjkc,lk->bilc", rows, x, columns, precision="highest")

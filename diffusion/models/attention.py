@@ -178,7 +178,7 @@ class TransformerBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the places of a grid, a group norm before and a residual around (DDPM)."""
+    """Self-attention over the places of a grid, a group norm before, a residual around (DDPM)."""
 
     heads: int
     head_dim: int

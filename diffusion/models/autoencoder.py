@@ -1,30 +1,20 @@
 """The first stage of latent diffusion: encoder, decoder, and a KL or a vector-quantised bottleneck.
 
-LDM (https://arxiv.org/abs/2112.10752, section 3.1 and appendix G) compresses an image x by a factor f:
+LDM (https://arxiv.org/abs/2112.10752, section 3.1, appendix G) compresses an image x by a factor f:
 
     (1)  z = E(x),   x_hat = D(z),   size(z) = size(x) / f,   f = patch * 2^(levels - 1)
 
-KL bottleneck (https://arxiv.org/abs/1312.6114, eq. 10): a diagonal Gaussian, logvar clamped to [-30, 20],
-
-    (2)  [mean, logvar] = W E(x),   z = mean + exp(logvar / 2) * noise
-    (3)  KL(N(mean, exp(logvar)) || N(0, 1)) = 1/2 sum(mean^2 + exp(logvar) - 1 - logvar)
-
-VQ bottleneck (https://arxiv.org/abs/1711.00937, eqs. 1-3; sg: stop gradient): the nearest code e_k,
-
-    (4)  k = argmin_j |z - e_j|^2,   q = z + sg(e_k - z)
-    (5)  loss = commitment * |sg(e_k) - z|^2 + codebook_weight * |e_k - sg(z)|^2
-
-The weights 1.0 and 0.25 are what taming-transformers, LDM and Diffusers compute (`legacy`); the paper has
-them the other way round. What is diffused is z before it is quantised; decoding quantises.
-
-    (6)  perplexity = exp(-sum_j p_j log p_j),   p_j: the fraction of places that took code j
+with z a sample of a Gaussian whose [mean, logvar] the encoder gives (KL), or the encoder's output,
+to be replaced by the nearest of a set of codes (VQ): `bottleneck.py`. Of the VQ model, what is
+diffused is z before it is quantised; decoding quantises.
 
 Blocks (CompVis, `ldm/modules/diffusionmodules/model.py`): residual blocks without a time embedding,
-single-head attention where a level has it and in the middle, stride-2 convolutions padded (0, 1), nearest
-upsampling and a convolution, group norm with epsilon 1e-6.
+single-head attention where a level has it and in the middle, stride-2 convolutions padded (0, 1),
+nearest upsampling and a convolution, group norm with epsilon 1e-6.
 
-`patch` p > 1 is not LDM's: the encoder folds p x p pixels into channels before its first convolution and the
-decoder's last convolution is unfolded, so that no block runs at full resolution. p = 1 is LDM exactly.
+`patch` p > 1 is not LDM's: the encoder folds p x p pixels into channels before its first
+convolution and the decoder unfolds the channels of its last, so that no block runs at full
+resolution. p = 1 is LDM exactly.
 """
 
 import functools
@@ -32,126 +22,21 @@ import zlib
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Key, Num
 
 from diffusion.models.attention import AttentionBlock
+from diffusion.models.bottleneck import LOGVAR_RANGE, Code, Posterior, Quantized, quantize
 from diffusion.models.layers import Conv, Downsample, GroupNorm, ResBlock, Upsample
 
 EPSILON = 1e-6
-LOGVAR_RANGE = (-30.0, 20.0)
-
-
-@flax.struct.dataclass
-class Posterior:
-    """Diagonal Gaussian over latents, eq. 2. `mean` and `logvar`: (batch, *space, channels)."""
-
-    mean: Any
-    logvar: Any
-
-    @property
-    def std(self) -> Array:
-        """Standard deviation, the shape of `mean`."""
-        return jnp.exp(0.5 * self.logvar)
-
-    def sample(self, keys: Key[Array, "batch"]) -> Float[Array, "batch *space channels"]:
-        """One draw per example from its own key, eq. 2."""
-        return self.mean + self.std * jax.vmap(self._noise)(keys)
-
-    def kl(self) -> Float[Array, "batch"]:
-        """Divergence from N(0, 1) in nats, summed over each example, eq. 3."""
-        terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
-        return 0.5 * terms.sum(tuple(range(1, terms.ndim)))
-
-    def _noise(self, key: Key[Array, ""]) -> Array:
-        return jax.random.normal(key, self.mean.shape[1:], self.mean.dtype)
-
-
-@flax.struct.dataclass
-class Code:
-    """The code of a VQ model before quantisation, as a posterior without spread."""
-
-    mean: Any
-
-    @property
-    def std(self) -> Array:
-        """Zeros."""
-        return jnp.zeros_like(self.mean)
-
-    @property
-    def logvar(self) -> Array:
-        """The floor of the KL model's, since log 0 could not be stored as a finite number."""
-        return jnp.full_like(self.mean, LOGVAR_RANGE[0])
-
-    def sample(self, keys: Key[Array, "batch"]) -> Float[Array, "batch *space channels"]:
-        """The mean: there is nothing to draw."""
-        del keys
-        return self.mean
-
-
-@flax.struct.dataclass
-class Quantized:
-    """Result of eqs. 4-5. `codes`: (batch, *space, channels), straight-through; `indices`: (batch, *space);
-    `loss`: (batch,), the mean of eq. 5 over an example."""
-
-    codes: Any
-    indices: Any
-    loss: Any
-
-
-def quantize(
-    z: Float[Array, "batch *space channels"],
-    codebook: Float[Array, "codes channels"],
-    commitment: float = 1.0,
-    codebook_weight: float = 0.25,
-) -> Quantized:
-    """Eqs. 4-5. The products run at the highest precision: TensorFloat-32 would change which code is nearest."""
-    product = jnp.einsum("...c,nc->...n", z, codebook, precision=lax.Precision.HIGHEST)
-    length = jnp.square(codebook).sum(-1)
-    indices = jnp.argmin(jnp.expand_dims(length, tuple(range(z.ndim - 1))) - 2 * product, axis=-1)
-    nearest = codebook[indices]
-    axes = tuple(range(1, z.ndim))
-    commit = jnp.square(lax.stop_gradient(nearest) - z).mean(axes)
-    embed = jnp.square(nearest - lax.stop_gradient(z)).mean(axes)
-    codes = z + lax.stop_gradient(nearest - z)
-    return Quantized(codes, indices, commitment * commit + codebook_weight * embed)
-
-
-def code_counts(indices: Int[Array, "..."], num_codes: int) -> Float[Array, "{num_codes}"]:
-    """How often each code was taken; counts add over batches and devices."""
-    return jnp.bincount(indices.reshape(-1), length=num_codes).astype(jnp.float32)
-
-
-def code_usage(counts: Float[Array, "codes"]) -> Float[Array, ""]:
-    """Fraction of the codes that were taken at all."""
-    return (counts > 0).mean(dtype=counts.dtype)
-
-
-def perplexity(counts: Float[Array, "codes"]) -> Float[Array, ""]:
-    """Eq. 6: the number of codes that, used evenly, would carry as much."""
-    p = counts / jnp.maximum(counts.sum(), 1)
-    return jnp.exp(jax.scipy.special.entr(p).sum())
-
-
-def reseed_dead_codes(
-    codebook: Float[Array, "codes channels"],
-    counts: Float[Array, "codes"],
-    z: Float[Array, "batch *space channels"],
-    key: Key[Array, ""],
-) -> Float[Array, "codes channels"]:
-    """The codebook with every code that `counts` says was never taken replaced by a random place of `z`."""
-    places = z.reshape(-1, z.shape[-1])
-    chosen = jax.random.randint(key, codebook.shape[:1], 0, places.shape[0])
-    return jnp.where(counts[:, None] > 0, codebook, places[chosen].astype(codebook.dtype))
 
 
 def space_to_depth(
     x: Num[Array, "batch *space channels"], factor: int
 ) -> Num[Array, "batch *out_space features"]:
-    """Blocks of `factor` places along every axis become channels; row-major in the block, then channels."""
+    """Blocks of `factor` places along every axis become channels: row-major place, then channel."""
     batch, *space, channels = x.shape
     rank = len(space)
     x = x.reshape(batch, *(n for size in space for n in (size // factor, factor)), channels)
@@ -172,7 +57,7 @@ def depth_to_space(
 
 
 class _Stage(nn.Module):
-    """What encoder and decoder share: the blocks of a level and the middle. Fields: see `FirstStage`."""
+    """What encoder and decoder share: a level's blocks and the middle. Fields: see `FirstStage`."""
 
     out_channels: int
     channels: int
@@ -199,12 +84,12 @@ class _Stage(nn.Module):
         return Conv(features, dtype=self.dtype, name="conv_out")(h)
 
     def _res(self, features: int, name: str) -> nn.Module:
-        block = nn.remat(ResBlock) if self.remat else ResBlock
-        return block(features, self.groups, EPSILON, zero_conv=False, dtype=self.dtype, name=name)  # pyright: ignore
+        block: Any = nn.remat(ResBlock) if self.remat else ResBlock
+        return block(features, self.groups, EPSILON, zero_conv=False, dtype=self.dtype, name=name)
 
     def _attend(self, name: str, h: Array) -> Array:
-        block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
-        return block(1, h.shape[-1], self.groups, EPSILON, self.dtype, name=name)(h)  # pyright: ignore
+        block: Any = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        return block(1, h.shape[-1], self.groups, EPSILON, self.dtype, name=name)(h)
 
 
 class Encoder(_Stage):
@@ -249,8 +134,8 @@ class FirstStage(nn.Module):
     image_channels: of x.
     channels, multipliers, blocks: level i has `blocks` residual blocks (the decoder one more) of
         channels * multipliers[i] channels; every level but the last halves the size.
-    attention: per level, whether attention follows each block; () is nowhere. LDM names the sizes at a
-        256-pixel image instead: 16 is level 4, 32 level 3, 8 level 5.
+    attention: per level, whether attention follows each block; () is nowhere. LDM names the sizes
+        at a 256-pixel image instead: 32 is level 3, 16 level 4, 8 level 5.
     mid_attention: attention in the middle (LDM's attn_type "none" is False).
     z_channels, embed_channels: of encoder and decoder, and of the latents (None: equal).
     use_quant_conv: the 1x1 convolutions between the two (some later models have none).
@@ -330,16 +215,16 @@ class FirstStage(nn.Module):
             )
         if not self.use_quant_conv and self.latent_channels != self.z_channels:
             raise ValueError(
-                f"embed_channels={self.embed_channels} differs from z_channels={self.z_channels}, which "
-                "needs use_quant_conv=True"
+                f"embed_channels={self.embed_channels} differs from z_channels={self.z_channels}, "
+                "which needs use_quant_conv=True"
             )
 
     def _check_image(self, x: Array) -> None:
         f, space = self.downsampling, tuple(x.shape[1:-1])
         if any(size < f or size % f for size in space):
             raise ValueError(
-                f"image size {space} must be a multiple of the first stage's downsampling factor f={f} on "
-                "every axis: resize, crop or pad the image, or use a first stage of smaller f"
+                f"image size {space} must be a multiple of the first stage's downsampling factor "
+                f"f={f} on every axis: resize, crop or pad the image, or use a smaller f"
             )
         if x.shape[-1] != self.image_channels:
             raise ValueError(
@@ -349,10 +234,11 @@ class FirstStage(nn.Module):
 
 
 class AutoencoderKL(FirstStage):
-    """LDM's KL-regularised autoencoder, eqs. 1-3.
+    """LDM's KL-regularised autoencoder.
 
-    `apply({"params": p}, x, method="encode") -> Posterior`, `apply({"params": p}, z, method="decode")`,
-    `apply({"params": p}, x, keys, method="reconstruct") -> (x_hat, Posterior)`; latents are not scaled.
+    `apply({"params": p}, x, method="encode") -> Posterior`;
+    `apply({"params": p}, z, method="decode") -> x_hat`, of latents that are not scaled;
+    `apply({"params": p}, x, keys, method="reconstruct") -> (x_hat, Posterior)`.
     """
 
     moments: ClassVar[int] = 2
@@ -371,7 +257,7 @@ class AutoencoderKL(FirstStage):
     def reconstruct(
         self, x: Float[Array, "batch *space channels"], keys: Key[Array, "batch"] | None = None
     ) -> tuple[Float[Array, "batch *space channels"], Posterior]:
-        """x_hat from a sample of the posterior (from its mean where `keys` is None), and the posterior."""
+        """x_hat from a sample of the posterior (`keys` None: from its mean), and the posterior."""
         posterior = self.encode(x)
         return self.decode(posterior.mean if keys is None else posterior.sample(keys)), posterior
 
@@ -383,9 +269,9 @@ class AutoencoderKL(FirstStage):
 
 
 class VQModel(FirstStage):
-    """LDM's vector-quantised autoencoder, eqs. 1 and 4-6, with the interface of `AutoencoderKL`.
+    """LDM's vector-quantised autoencoder, with the interface of `AutoencoderKL`.
 
-    num_codes: entries of the codebook. commitment, codebook_weight: of eq. 5.
+    num_codes: entries of the codebook. commitment, codebook_weight: `bottleneck.py`, eq. 4.
     """
 
     num_codes: int = 8192
@@ -394,17 +280,16 @@ class VQModel(FirstStage):
 
     def setup(self) -> None:
         super().setup()
-        bound = 1.0 / self.num_codes
-        shape = (self.num_codes, self.latent_channels)
-        self.codebook = self.param("codebook", _uniform(bound), shape)
+        init = _uniform(1.0 / self.num_codes)
+        self.codebook = nn.Embed(self.num_codes, self.latent_channels, embedding_init=init)
 
     def encode(self, x: Float[Array, "batch *space channels"]) -> Code:
-        """`.mean` is the code before quantisation: what is diffused. Errors as `AutoencoderKL.encode`."""
+        """`.mean` is the code before it is quantised. Errors as `AutoencoderKL.encode`."""
         return Code(self._encode(x))
 
     def quantize(self, z: Float[Array, "batch *space latent_channels"]) -> Quantized:
-        """Eqs. 4-5 with this model's codebook and weights, in float32 or wider."""
-        return quantize(z, self.codebook, self.commitment, self.codebook_weight)
+        """`bottleneck.quantize` with this model's codebook and weights, in float32 or wider."""
+        return quantize(z, self.codebook.embedding, self.commitment, self.codebook_weight)
 
     def decode(
         self, z: Float[Array, "batch *space latent_channels"]
@@ -435,7 +320,7 @@ def _uniform(bound: float) -> Any:
 
 
 def pytorch_init(key: Key[Array, ""], params: Any) -> Any:
-    """`params` with kernels and biases redrawn as PyTorch, hence CompVis, does: U(-b, b), b = fan_in^(-1/2).
+    """`params` with kernels and biases redrawn as in PyTorch: U(-b, b), b = fan_in^(-1/2).
 
     Norms and codebook are kept. The draw of a layer depends on its path and on `key` alone.
     """

@@ -1,23 +1,24 @@
 """PatchGAN: a discriminator that says of each patch of an image whether it is real.
 
 Pix2pix (https://arxiv.org/abs/1611.07004, section 3.2.2), as taming-transformers and LDM have it
-(`taming/modules/discriminator/model.py`). With C_k a 4-wide convolution to k channels padded by 1, N a norm and
-L a leaky ReLU of slope 0.2:
+(`taming/modules/discriminator/model.py`). With C_k a 4-wide convolution to k channels padded by 1,
+N a norm, L a leaky ReLU of slope 0.2, and w the channels:
 
-    (1)  h = L(C_w(x))                                                    stride 2
-    (2)  h = L(N(C_{w min(2^i, 8)}(h))),   i = 1 .. layers                 stride 2, the last of them 1
-    (3)  logits = C_1(h)                                                   stride 1
+    (1)  h = L(C_w(x))                                        stride 2
+    (2)  h = L(N(C_{w min(2^i, 8)}(h))),   i = 1 .. layers    stride 2, the last of them 1
+    (3)  logits = C_1(h)                                      stride 1
 
-Initial kernels are N(0, 0.02^2); batch-norm scales N(1, 0.02^2); biases 0 (PyTorch draws the first and last
-convolution's uniformly; nothing rests on it).
+Initial kernels are N(0, 0.02^2); batch-norm scales N(1, 0.02^2); biases 0 (PyTorch draws those of
+the first and the last convolution uniformly).
 
 Batch normalisation (https://arxiv.org/abs/1502.03167, algorithms 1 and 2): over batch and space,
 
     (4)  y = (h - m) / sqrt(v + 1e-5) * scale + bias;   running m, v <- 0.9 running + 0.1 batch's
 
-with the batch's biased v in y and its unbiased v in the running one, as PyTorch. Statistics are those of the
-arrays at hand: of one device's under `pmap` (LDM's choice too), of the global batch under `jit`. "group" norm
-has no statistics across examples, and so gives the same result for any number of devices.
+with the batch's biased v in y and its unbiased v in the running one, as PyTorch. Statistics are
+those of the arrays at hand: of one device's under `pmap` (as LDM's), of the global batch under
+`jit`. "group" norm has none across examples, and so gives the same result for any number of
+devices.
 """
 
 from typing import Any
@@ -35,7 +36,7 @@ normal_init = nn.initializers.normal(0.02)
 
 
 class BatchNorm(nn.Module):
-    """Eq. 4. `train`: normalise by the batch and, where the collection is mutable, update the running statistics."""
+    """Eq. 4. `train`: by the batch's statistics; the running ones move where they are mutable."""
 
     momentum: float = 0.9
     epsilon: float = 1e-5
@@ -78,11 +79,11 @@ def _around_one(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) ->
 class PatchDiscriminator(nn.Module):
     """`apply(variables, x, train) -> logits (batch, *patches, 1)`, float32 or wider; eqs. 1-3.
 
-    channels: w of eq. 1. layers: of eq. 2; 3 (LDM; 2 for VQ f8 and f16) sees patches of 70 (34) pixels.
-    norm: "batch" or "group". With "batch", `variables` holds "batch_stats" beside "params", and a training step
-    calls `apply(variables, x, train=True, mutable=["batch_stats"]) -> (logits, {"batch_stats": ...})`;
-    `train=False` normalises by the running statistics. With "group" there is no such collection and `train`
-    changes nothing.
+    channels: w. layers: of eq. 2; 3 (LDM; 2 for VQ f8 and f16) sees patches of 70 (34) pixels.
+    norm: "batch" or "group". With "batch", `variables` holds "batch_stats" beside "params", and a
+        training step calls `apply(variables, x, train=True, mutable=["batch_stats"])`, which
+        returns (logits, {"batch_stats": ...}); `train=False` normalises by the running statistics.
+        With "group" there is no such collection and `train` changes nothing.
     groups: of "group". dtype: what to compute in; parameters and statistics stay float32.
     """
 
@@ -121,6 +122,6 @@ class PatchDiscriminator(nn.Module):
         smallest = 3 * 2**self.layers
         if min(x.shape[1:-1]) < smallest:
             raise ValueError(
-                f"image size {tuple(x.shape[1:-1])} is too small for layers={self.layers}, which needs "
-                f"{smallest} pixels a side: use larger images or fewer layers"
+                f"image size {tuple(x.shape[1:-1])} is too small for layers={self.layers}, which "
+                f"needs {smallest} pixels a side: use larger images or fewer layers"
             )

@@ -119,7 +119,7 @@ class GroupNorm(nn.Module):
         x, scale, bias = promote_dtype(
             x, scale, bias, dtype=jnp.promote_types(out_dtype, jnp.float32)
         )
-        # Space first, then channels within a group: both are plain reductions in a channels-last layout.
+        # Space first, then a group's channels: two plain reductions in a channels-last layout.
         space = tuple(range(1, x.ndim - 1))
         moments = jnp.stack([x.mean(space), jnp.square(x).mean(space)])
         mean, square = moments.reshape(2, batch, self.groups, -1).mean(-1)
@@ -141,7 +141,7 @@ class Dropout(nn.Module):
     key per example serves the network, and masks are the same for any batch size and device count.
     """
 
-    rate: float
+    rate: int | float
 
     @nn.compact
     def __call__(
@@ -175,7 +175,7 @@ def upsample(
 def average_pool(
     x: Float[Array, "batch *space channels"], factor: int = 2
 ) -> Float[Array, "batch *out_space channels"]:
-    """Mean over blocks of `factor` places on every spatial axis. ValueError where it divides none."""
+    """Mean of blocks, `factor` places an axis. ValueError for sizes it does not divide."""
     batch, *space, channels = x.shape
     if any(size % factor for size in space):
         raise ValueError(
@@ -237,7 +237,7 @@ class ResBlock(nn.Module):
     features: int
     groups: int = 32
     epsilon: float = 1e-5
-    dropout: float = 0.0
+    dropout: int | float = 0.0
     scale_shift: bool = False
     resample: str | None = None
     zero_conv: bool = True
@@ -276,7 +276,7 @@ class ResBlock(nn.Module):
 
 
 class ClassEmbedder(nn.Module):
-    """Labels as a context of one token, as LDM conditions on ImageNet's classes (a null class counts).
+    """Labels as a context of one token (LDM on ImageNet); `num_classes` counts the null class.
 
     A network beside the U-Net, as a text encoder is; CompVis calls it `cond_stage_model`.
     """
@@ -295,10 +295,10 @@ def timestep_embedding(
     t: Num[Array, "batch"],
     dim: int,
     flip_sin_to_cos: bool = True,
-    freq_shift: float = 0.0,
-    max_period: float = 10000.0,
+    freq_shift: int | float = 0,
+    max_period: int | float = 10000,
 ) -> Float[Array, "batch {dim}"]:
-    """Eq. 1, in promote_types(t.dtype, float32); an odd `dim` ends in a zero. `t` may be a fraction."""
+    """Eq. 1, in promote_types(t.dtype, float32); an odd `dim` ends in a zero."""
     half = dim // 2
     dtype = jnp.promote_types(t.dtype, jnp.float32)
     # The references round each step to float32; at t = 1000 rounding elsewhere would show as 1e-5.

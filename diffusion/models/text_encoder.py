@@ -1,7 +1,7 @@
 """Text encoders: one transformer that is CLIP's, OpenCLIP's, LDM's BERT-style one, or a tiny one.
 
-Pre-norm transformer (https://arxiv.org/abs/1706.03762; CLIP, https://arxiv.org/abs/2103.00020, section 2.4)
-over tokens s_1 .. s_n, with learned positions:
+Pre-norm transformer (https://arxiv.org/abs/1706.03762; CLIP, https://arxiv.org/abs/2103.00020,
+section 2.4) over tokens s_1 .. s_n, with learned positions:
 
     (1)  h = token[s] + position[1 .. n]
     (2)  each layer:  h = h + attention(norm1(h));   h = h + W2 g(W1 norm2(h))
@@ -10,9 +10,10 @@ over tokens s_1 .. s_n, with learned positions:
 What differs between the published encoders is in the fields:
 
     CLIP ViT-L/14 (Stable Diffusion 1.x): the defaults; causal, g = quick GELU, x sigmoid(1.702 x).
-    OpenCLIP ViT-H/14 (SD 2.x): width 1024, 24 layers, 16 heads, g = GELU; SD 2.x takes the output of the
-        layer before the last, still normed: skip_layers=1 (Diffusers' directories hold 23 layers and skip none).
-    LDM's BERTEmbedder (https://arxiv.org/abs/2112.10752, appendix E.2.1; `ldm/modules/x_transformer.py`): `ldm_bert()`.
+    OpenCLIP ViT-H/14 (SD 2.x): width 1024, 24 layers, 16 heads, g = GELU; SD 2.x takes what leaves
+        the layer before the last, still normed: skip_layers=1, or 23 layers (Diffusers).
+    LDM's BERTEmbedder (https://arxiv.org/abs/2112.10752, appendix E.2.1; CompVis,
+        `ldm/modules/x_transformer.py`): `ldm_bert()`.
 """
 
 import functools
@@ -25,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from diffusion.models.attention import Attention, FeedForward
 from diffusion.models.layers import Dropout
 
-# The two-pass variance: CLIP's residual stream has entries in the hundreds beside entries near zero.
+# Variance in two passes: CLIP's residual stream has entries in the hundreds.
 LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
 
 
@@ -60,14 +61,14 @@ class TextLayer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """`encoder.apply({"params": p}, tokens, mask, keys) -> (batch, length, width)`: last hidden states, eq. 3.
+    """`encoder.apply({"params": p}, tokens, mask, keys)`: hidden states (batch, length, width).
 
-    vocab_size; max_length: positions there are.
-    width, layers, heads; head_dim: None is width // heads. mult: inner width of the feed-forward over width.
+    vocab_size: tokens there are. max_length: positions there are.
+    width, layers, heads, head_dim: None is width // heads. mult: of the feed-forward's inner width.
     activation: a key of `attention.ACTIVATIONS`. causal: a token sees itself and those before it.
     skip_layers: how many of the last layers are not run.
-    logits_head: hold the projection to the vocabulary that LDM's encoder has among its parameters; the hidden
-        states do not use it, so it gets no gradient.
+    logits_head: hold the projection to the vocabulary that LDM's encoder has among its parameters;
+        the hidden states do not use it, so it gets no gradient.
     dropout: after attention and feed-forward; embedding_dropout: on the sum of eq. 1.
     epsilon: of the layer norms. dtype: what to compute in; parameters stay float32.
     """
@@ -96,11 +97,12 @@ class TextTransformer(nn.Module):
         mask: Bool[Array, "batch length"] | None = None,
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch length width"]:
-        """Float32 or wider.
+        """Eq. 3, in float32 or wider.
 
-        `mask` True: a token, False: padding, which no token looks at (what stands at padding is unspecified);
-        each row has at least one True. `keys` None: no dropout. A token outside the vocabulary gives NaN.
-        ValueError for more tokens than `max_length`, and for fields that contradict.
+        `mask` True: a token, False: padding, which nothing looks at; each row has at least one True
+        (what comes out at padding itself has no meaning). `keys` None: no dropout. A token outside
+        the vocabulary gives NaN. ValueError for more tokens than `max_length`, and for fields that
+        contradict.
         """
         self._check(tokens)
         length = tokens.shape[1]
@@ -134,7 +136,7 @@ class TextTransformer(nn.Module):
         )
 
     def _look(self, length: int, mask: Array | None) -> Array | None:
-        """Which query may look at which key, (batch or 1, 1, length or 1, length); None: any at any."""
+        """Which query may look at which key: (batch, 1, length, length), or 1 for it; None: all."""
         look = None if mask is None else mask[:, None, None, :]
         if self.causal:
             causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
@@ -149,19 +151,21 @@ class TextTransformer(nn.Module):
             )
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(
-                f"heads={self.heads} does not divide width={self.width}: choose heads that do, or set head_dim"
+                f"heads={self.heads} does not divide width={self.width}: choose heads "
+                "that do, or set head_dim"
             )
         if not 0 <= self.skip_layers < self.layers:
             raise ValueError(
-                f"skip_layers={self.skip_layers} must be at least 0 and less than layers={self.layers}"
+                f"skip_layers={self.skip_layers} must be at least 0 and below layers={self.layers}"
             )
 
 
 def ldm_bert(width: int = 1280, layers: int = 32, **fields: Any) -> TextTransformer:
-    """LDM's BERTEmbedder: both directions, 8 heads of 64 whatever the width, no bias on q, k, v, GELU.
+    """LDM's BERTEmbedder: not causal, 8 heads of 64 whatever the width, no bias on q, k, v, GELU.
 
-    Its tokenizer is BERT's (bert-base-uncased), its weights are trained from scratch with the U-Net. The
-    published 581,994,042 parameters count the unused `to_logits`.
+    Its tokenizer is BERT's (bert-base-uncased); its weights are trained from scratch with the
+    U-Net. The published 581,994,042 parameters count the unused `to_logits` (542,895,360 without
+    it).
     """
     defaults = {
         "vocab_size": 30522,

@@ -56,7 +56,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 class UNet(nn.Module):
     """`unet.apply({"params": p}, x, t, context, context_mask, labels, keys)`: like x, out_channels.
 
-    channels, multipliers: level i has channels * multipliers[i] channels.
+    channels, multipliers: level i has channels * multipliers[i] channels (a whole number).
     blocks: residual blocks per level, one number or one a level.
     attention: per level, whether attention follows each block; `mid_attention` for the middle.
     heads or head_dim: number or width of the heads, one for all or one a level (the other is None).
@@ -70,7 +70,7 @@ class UNet(nn.Module):
 
     out_channels: int = 3
     channels: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    multipliers: tuple[int | float, ...] = (1, 2, 2, 2)
     blocks: int | tuple[int, ...] = 2
     attention: tuple[bool, ...] = (False, True, False, False)
     mid_attention: bool = True
@@ -82,12 +82,12 @@ class UNet(nn.Module):
     pool_context: bool = False
     groups: int = 32
     epsilon: float = 1e-6
-    dropout: float = 0.0
+    dropout: int | float = 0.0
     scale_shift: bool = False
     resblock_updown: bool = False
     downsample_padding: Padding = (0, 1)
     flip_sin_to_cos: bool = False
-    freq_shift: float = 1.0
+    freq_shift: int | float = 1
     dtype: Any = None
     remat: str | None = None
 
@@ -99,7 +99,7 @@ class UNet(nn.Module):
         context: Float[Array, "batch tokens width"] | None = None,
         context_mask: Bool[Array, "batch tokens"] | None = None,
         labels: Int[Array, "batch"] | None = None,
-        residuals: Sequence[Float[Array, "batch *_ _"]] | None = None,
+        residuals: Sequence[Float[Array, "batch ..."]] | None = None,
         keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch *space out_channels"]:
         """Float32 or wider. `context_mask` True: may be looked at. `keys` None: no dropout.
@@ -224,7 +224,7 @@ class UNet(nn.Module):
 
     def width(self, level: int) -> int:
         """Channels of a level."""
-        return self.channels * self.multipliers[level]
+        return round(self.channels * self.multipliers[level])
 
     def per_level(self, value: Any) -> tuple[Any, ...]:
         """One value for all levels, or one a level, as a tuple of one a level."""
@@ -241,8 +241,8 @@ class UNet(nn.Module):
         divisor = heads or head_dim
         if width % divisor:
             raise ValueError(
-                f"{'heads' if heads else 'head_dim'}={divisor} does not divide the {width} channels "
-                f"of level {level}: choose one that does"
+                f"{'heads' if heads else 'head_dim'}={divisor} does not divide level {level}'s "
+                f"{width} channels: choose one that does"
             )
         return (heads, width // heads) if heads else (width // head_dim, head_dim)
 
@@ -262,8 +262,8 @@ class UNet(nn.Module):
         if any(size % factor for size in space):
             raise ValueError(
                 f"input size {tuple(space)} cannot be halved {self.levels - 1} times, as the "
-                f"U-Net's {self.levels} levels need: pad or crop every axis to a multiple of {factor}, "
-                "or use fewer levels"
+                f"U-Net's {self.levels} levels need: pad or crop every axis to a multiple of "
+                f"{factor}, or use fewer levels"
             )
         self._check_conditions(context, labels)
 

@@ -126,7 +126,7 @@ def posterior(
     return mean, gather("log_variance")
 
 
-def _edm_norm(alpha: Array, sigma: Array, d: float) -> Array:
+def _edm_norm(alpha: Array, sigma: Array, d: float | int) -> Array:
     return jnp.sqrt(sigma**2 + alpha**2 * d**2)
 
 
@@ -181,7 +181,7 @@ def convert(
     x_t: Float[Array, "batch *shape"],
     alpha: Any,
     sigma: Any,
-    sigma_data: float = 0.5,
+    sigma_data: float | int = 0.5,
 ) -> Float[Array, "batch *shape"]:
     """One prediction type as another.
 
@@ -197,7 +197,7 @@ def convert(
 
 
 def targets(
-    prediction: str, x0: Array, eps: Array, alpha: Any, sigma: Any, sigma_data: float = 0.5
+    prediction: str, x0: Array, eps: Array, alpha: Any, sigma: Any, sigma_data: float | int = 0.5
 ) -> Array:
     """What a network of this prediction should have said, from the true x_0 and eps."""
     _, from_pair = CONVERSIONS[check_prediction(prediction)]

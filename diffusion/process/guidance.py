@@ -45,9 +45,9 @@ def _std(x: Array) -> Array:
 def classifier_free(
     denoise_cond: Denoise,
     denoise_uncond: Denoise,
-    scale: float | Array,
-    interval: tuple[float, float] | None = None,
-    rescale: float = 0.0,
+    scale: float | int | Array,
+    interval: tuple | None = None,
+    rescale: float | int = 0.0,
 ) -> Denoise:
     """Eq. 1 with ``scale`` s (1 is no guidance; () or (batch,)) and eq. 2 with phi = ``rescale``.
 
@@ -79,12 +79,12 @@ def classifier_free(
     return denoise
 
 
-def clip_x0(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
+def clip_x0(denoise: Denoise, low: float | int = -1.0, high: float | int = 1.0) -> Denoise:
     """x_0 clipped to [low, high], as DDPM samples (diffusion_utils_2.py, clip_denoised)."""
     return _map_x0(denoise, lambda x0: jnp.clip(x0, low, high))
 
 
-def dynamic_threshold(denoise: Denoise, percentile: float = 0.995) -> Denoise:
+def dynamic_threshold(denoise: Denoise, percentile: float | int = 0.995) -> Denoise:
     """Clip |x_0| to s and divide by s: s the percentile of |x_0| per example, at least 1.
 
     Imagen §2.3 (arXiv:2205.11487). Raises ValueError for a percentile outside (0, 1].

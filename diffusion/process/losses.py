@@ -64,7 +64,7 @@ def lognormal_times(keys: Key[Array, "batch"], schedule: Schedule) -> Array:
 
 
 def logit_normal_times(
-    keys: Key[Array, "batch"], schedule: Schedule, mean: float = 0.0, std: float = 1.0
+    keys: Key[Array, "batch"], schedule: Schedule, mean: float | int = 0.0, std: float | int = 1.0
 ) -> Array:
     """t = sigmoid(mean + std n), (batch,): SD3's eq. 19 (arXiv:2403.03206)."""
     if schedule.num_steps is not None or schedule.time_range != (0.0, 1.0):
@@ -101,7 +101,7 @@ def draw(
     return t, gaussian.normal(_fold(keys, NOISE_PURPOSE), x0.shape, x0.dtype)
 
 
-def squared_jacobian(prediction: str, alpha: Array, sigma: Array, sigma_data: float) -> Array:
+def squared_jacobian(prediction: str, alpha: Array, sigma: Array, sigma_data: float | int) -> Array:
     """sigma^2 J^2 of eq. 2: finite at both ends of every schedule."""
     n2 = sigma**2 + alpha**2 * sigma_data**2
     table = {
@@ -119,8 +119,8 @@ def weight(
     prediction: str,
     alpha: Float[Array, "batch"],
     sigma: Float[Array, "batch"],
-    gamma: float = 5.0,
-    sigma_data: float = 0.5,
+    gamma: float | int = 5.0,
+    sigma_data: float | int = 0.5,
 ) -> Float[Array, "batch"]:
     """w(t) of eq. 1 on the squared error of this prediction, (batch,)."""
     if weighting == "simple":
@@ -142,9 +142,9 @@ def objective(
     *,
     norm: str = "l2",
     weighting: str = "simple",
-    gamma: float = 5.0,
+    gamma: float | int = 5.0,
     variance: str = "fixed_large",
-    vlb_weight: float = 0.001,
+    vlb_weight: float | int = 0.001,
 ) -> Objective:
     """The callable (network, x0, t, noise) -> (loss (batch,), aux).
 
@@ -226,7 +226,7 @@ def second_moment_update(
 
 
 def second_moment_probabilities(
-    history: Float[Array, "steps length"], uniform: float = 0.001
+    history: Float[Array, "steps length"], uniform: float | int = 0.001
 ) -> Float[Array, "steps"]:
     """p_t (T,): uniform until every step has a full history; ``uniform`` is mixed in for ever."""
     steps = history.shape[0]

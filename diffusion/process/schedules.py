@@ -63,7 +63,7 @@ class Schedule(Protocol):
     @property
     def prior_std(self) -> float: ...
     @property
-    def sigma_data(self) -> float: ...
+    def sigma_data(self) -> float | int: ...
     def alpha(self, t: Times) -> Levels: ...
     def sigma(self, t: Times) -> Levels: ...
     def logsnr(self, t: Times) -> Levels: ...
@@ -86,7 +86,7 @@ class Discrete:
     """
 
     alpha_bar: np.ndarray
-    sigma_data: float = 0.5
+    sigma_data: float | int = 0.5
 
     variance_preserving = True
     prior_std = 1.0
@@ -157,7 +157,8 @@ class Discrete:
     def time(self, logsnr: Times) -> np.ndarray:
         """The (fractional) t of this logsnr, clamped to [0, T-1]; NumPy float64."""
         noise = 1 / (1 + np.exp(np.minimum(np.asarray(logsnr, np.float64), 700.0)))
-        return np.interp(noise, self._tables["noise"], np.arange(self.num_steps, dtype=np.float64))
+        steps = np.arange(self.num_steps, dtype=np.float64)
+        return np.asarray(np.interp(noise, self._tables["noise"], steps))
 
     def conditioning(self, t: Times) -> Times:
         return t
@@ -198,12 +199,12 @@ def _interpolate(table: np.ndarray, t: Times) -> Levels:
 class EDM:
     """EDM's variance-exploding schedule: alpha = 1, sigma = t (EDM Table 1, last column)."""
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    sigma_data: float = 0.5
-    p_mean: float = -1.2
-    p_std: float = 1.2
+    sigma_min: float | int = 0.002
+    sigma_max: float | int = 80.0
+    rho: float | int = 7.0
+    sigma_data: float | int = 0.5
+    p_mean: float | int = -1.2
+    p_std: float | int = 1.2
 
     num_steps = None
     variance_preserving = False
@@ -217,11 +218,11 @@ class EDM:
 
     @property
     def time_range(self) -> tuple[float, float]:
-        return self.sigma_min, self.sigma_max
+        return float(self.sigma_min), float(self.sigma_max)
 
     @property
     def prior_std(self) -> float:
-        return self.sigma_max
+        return float(self.sigma_max)
 
     def alpha(self, t: Times) -> Levels:
         return 0 * _as_float(t) + 1
@@ -233,7 +234,7 @@ class EDM:
         return -2 * _module(t).log(_as_float(t))
 
     def time(self, logsnr: Times) -> np.ndarray:
-        return np.exp(-0.5 * np.asarray(logsnr, np.float64))
+        return np.asarray(np.exp(-0.5 * np.asarray(logsnr, np.float64)))
 
     def conditioning(self, t: Times) -> Levels:
         """c_noise = ln(sigma) / 4 (EDM Table 1)."""
@@ -248,8 +249,8 @@ class EDM:
 class Flow:
     """Rectified flow: alpha = 1 - t, sigma = t. The network is told ``time_scale * t``."""
 
-    time_scale: float = 1000.0
-    sigma_data: float = 0.5
+    time_scale: float | int = 1000.0
+    sigma_data: float | int = 0.5
 
     num_steps = None
     variance_preserving = False
@@ -268,7 +269,7 @@ class Flow:
             return 2 * (_module(t).log1p(-t) - _module(t).log(t))
 
     def time(self, logsnr: Times) -> np.ndarray:
-        return 1 / (1 + np.exp(np.minimum(0.5 * np.asarray(logsnr, np.float64), 700.0)))
+        return np.asarray(1 / (1 + np.exp(np.minimum(0.5 * np.asarray(logsnr, np.float64), 700.0))))
 
     def conditioning(self, t: Times) -> Levels:
         return self.time_scale * _as_float(t)
@@ -322,9 +323,9 @@ def cosine(num_steps: int = 1000, s: float = 0.008, cap: float = 0.999) -> Discr
 
 def sigmoid(
     num_steps: int = 1000,
-    start: float = -3.0,
-    end: float = 3.0,
-    tau: float = 1.0,
+    start: float | int = -3.0,
+    end: float | int = 3.0,
+    tau: float | int = 1.0,
     cap: float = 0.999,
 ) -> Discrete:
     """Jabri et al. Algorithm 2 (start -3, end 3, tau 1 are its defaults), betas capped."""
@@ -333,12 +334,12 @@ def sigmoid(
     return _from_curve((values[-1] - values) / (values[-1] - values[0]), cap)
 
 
-def edm(**options: float) -> EDM:
+def edm(**options: float | int) -> EDM:
     """EDM's schedule; options are the fields of ``EDM``."""
     return EDM(**options)
 
 
-def flow(**options: float) -> Flow:
+def flow(**options: float | int) -> Flow:
     """Rectified flow; options are the fields of ``Flow``."""
     return Flow(**options)
 

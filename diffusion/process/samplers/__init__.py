@@ -9,11 +9,24 @@ from collections.abc import Callable
 from diffusion.process.samplers.ancestral import ddpm
 from diffusion.process.samplers.base import Sampler, sample, step_noise
 from diffusion.process.samplers.ddim import ddim
+from diffusion.process.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from diffusion.process.samplers.grid import SPACINGS, Grid, make_grid
+from diffusion.process.samplers.karras import euler, euler_ancestral, heun
+from diffusion.process.samplers.plms import plms, pndm
+from diffusion.process.samplers.unipc import unipc
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ddpm": ddpm,
     "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "unipc": unipc,
+    "pndm": pndm,
+    "plms": plms,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "heun": heun,
 }
 
 __all__ = ["SAMPLERS", "SPACINGS", "Grid", "Sampler", "make_grid", "sample", "step_noise"]

@@ -18,7 +18,7 @@ from diffusion.process.samplers.grid import Grid, make_grid
 from diffusion.process.schedules import Schedule
 
 
-def ddim(schedule: Schedule, steps: int | None = None, *, eta: float = 0.0, **options) -> Sampler:
+def ddim(schedule: Schedule, steps: int | None = None, *, eta: float | int = 0.0, **options) -> Sampler:
     """DDIM of ``steps`` (50) steps with noise ``eta`` in [0, 1].
 
     ``options`` go to ``grid.make_grid``: ``spacing`` (leading for discrete schedules; LDM's is
@@ -27,7 +27,7 @@ def ddim(schedule: Schedule, steps: int | None = None, *, eta: float = 0.0, **op
     return from_grid(make_grid(schedule, steps, **options), eta)
 
 
-def from_grid(grid: Grid, eta: float) -> Sampler:
+def from_grid(grid: Grid, eta: float | int) -> Sampler:
     """Eq. 1 on this grid."""
     if not 0 <= eta <= 1:
         raise ValueError(

@@ -31,12 +31,16 @@ SPACINGS = ("leading", "linspace", "trailing", "uniform", "karras", "logsnr")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grid:
-    """``times`` (n,) evaluated; ``alpha``, ``sigma`` (n+1,), the last of them the final level."""
+    """``times`` (n,) evaluated; ``alpha``, ``sigma`` (n+1,), the last of them the final level.
+
+    ``final_time`` is its time, NaN where it is clean data.
+    """
 
     times: np.ndarray
     alpha: np.ndarray
     sigma: np.ndarray
     prior_std: float
+    final_time: float
 
     @property
     def steps(self) -> int:
@@ -61,9 +65,9 @@ def make_grid(
     *,
     spacing: str | None = None,
     steps_offset: int = 0,
-    final: str | float = "clean",
-    times: Sequence[float] | np.ndarray | None = None,
-    rho: float = 7.0,
+    final: str | float | int = "clean",
+    times: Sequence | np.ndarray | None = None,
+    rho: float | int = 7.0,
 ) -> Grid:
     """The grid of ``steps`` evaluated times (50), or of exactly these ``times``.
 
@@ -75,7 +79,7 @@ def make_grid(
         _check_steps(schedule, steps)
         times = _spaced(schedule, steps, spacing or default_spacing(schedule), steps_offset, rho)
     times = _checked_times(schedule, np.asarray(times), steps)
-    alpha, sigma = _final_level(schedule, final)
+    alpha, sigma, final_time = _final_level(schedule, final)
     if sigma > schedule.sigma(times[-1]):
         raise ValueError(
             f"sample.final: {final!r} has more noise (sigma {sigma}) than the last evaluated time "
@@ -86,6 +90,7 @@ def make_grid(
         alpha=np.append(schedule.alpha(times), alpha),
         sigma=np.append(schedule.sigma(times), sigma),
         prior_std=1.0 if schedule.prior_std == 1 else float(schedule.sigma(times[0])),
+        final_time=final_time,
     )
 
 
@@ -108,7 +113,7 @@ def _check_steps(schedule: Schedule, steps: int) -> None:
         )
 
 
-def _spaced(schedule: Schedule, steps: int, spacing: str, offset: int, rho: float) -> np.ndarray:
+def _spaced(schedule: Schedule, steps: int, spacing: str, offset: int, rho: float | int) -> np.ndarray:
     if spacing not in SPACINGS:
         raise ValueError(
             f"sample.spacing: {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}"
@@ -144,7 +149,7 @@ def _discrete(total: int, steps: int, spacing: str, offset: int) -> np.ndarray:
     return times.astype(np.int64)
 
 
-def _by_level(schedule: Schedule, steps: int, spacing: str, rho: float) -> np.ndarray:
+def _by_level(schedule: Schedule, steps: int, spacing: str, rho: float | int) -> np.ndarray:
     low, high = schedule.time_range
     ends = np.array([float(schedule.logsnr(np.asarray(float(t)))) for t in (high, low)])
     if not np.all(np.isfinite(ends)):
@@ -182,11 +187,13 @@ def _checked_times(schedule: Schedule, times: np.ndarray, steps: int | None) -> 
     return times.astype(np.int64 if integral else np.float64)
 
 
-def _final_level(schedule: Schedule, final: str | float) -> tuple[float, float]:
+def _final_level(schedule: Schedule, final: str | float | int) -> tuple[float, float, float]:
+    """(alpha, sigma, t) of the final level."""
     if final == "clean":
-        return 1.0, 0.0
+        return 1.0, 0.0, float("nan")
     if final == "first":
         final = schedule.time_range[0]
     if isinstance(final, str):
         raise ValueError(f"sample.final: {final!r} is unknown; choose clean, first or a time")
-    return float(schedule.alpha(np.asarray(final))), float(schedule.sigma(np.asarray(final)))
+    t = np.asarray(float(final))
+    return float(schedule.alpha(t)), float(schedule.sigma(t)), float(t)

@@ -1,0 +1,33 @@
+"""First stage of the default job: a KL autoencoder, 32x32x3 to 8x8x4, on captioned digits.
+
+    python -m experiments.train --config=configs/digits_autoencoder.py --workdir=DIR
+
+A squared error, since a pure L1 draws the background and no thin stroke in so short a run; small
+batches, since the number of steps is what counts. Time and PSNR: experiments/results/digits/.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    _, smoke = common.parse(arg)
+    config = common.digits_data(common.base("autoencoder"))
+    config.model.dtype = "float32"
+    config.model.autoencoder = common.digits_first_stage()
+    config.loss = {
+        "reconstruction": "l2",  # "l1" or "l2", summed over pixels and channels
+        "kl_weight": 3.6e-3,  # of the KL summed over the latent
+    }
+    config.train.steps = 3000
+    config.train.batch_size = 16
+    config.train.log_every_steps = 100
+    config.train.save_every_steps = 1000
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 2e-3
+    config.optim.warmup_steps = 50
+    config.optim.decay = "cosine"
+    config.optim.decay_steps = 3000
+    config.optim.b2 = 0.99
+    config.optim.clip_norm = 3000.0  # of the summed loss: about 1 a pixel and channel
+    config.evaluation.every_steps = 1000
+    return common.smoke(config) if smoke else config

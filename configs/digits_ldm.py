@@ -1,0 +1,86 @@
+"""The default job: text-conditional latent diffusion on captioned digits.
+
+    python -m experiments.encode_latents --config=configs/digits_ldm.py
+    python -m experiments.train --config=configs/digits_ldm.py --workdir=DIR
+
+Needs a first stage (configs/digits_autoencoder.py) at `latents.first_stage`. `./launch/quickstart.sh`
+runs all of it. Time and adherence: experiments/results/digits/README.md.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    _, smoke = common.parse(arg)
+    config = common.denoiser()
+    config.data.name = "latents"
+    config.data.dir = "runs/quickstart/latents"
+    config.data.compose_held_out = False
+    config.latents = {
+        "first_stage": "runs/quickstart/autoencoder",  # the workdir of its run
+        "data_name": "captioned_digits",
+        "data_dir": "runs/data",
+        "epochs": 16,  # compositions stored of each digit
+        "tokenizer": "word",  # trained on the captions: "word" or "bpe"
+        "scaling": "channel",  # "channel", "std" or "fixed"; see diffusion/data/latents.py
+        "scale": 1.0,  # of "fixed"
+        "scaling_examples": 0,  # of "std"; 0: all
+        "shard_size": 4500,
+        "batch_size": 250,
+    }
+    config.model.dtype = "float32"
+    config.model.autoencoder = common.digits_first_stage()
+    config.model.unet = {
+        "out_channels": 4,
+        "channels": 128,
+        "multipliers": (1,),
+        "blocks": 2,
+        "attention": (True,),
+        "heads": None,
+        "head_dim": 32,
+        "transformer_depth": 1,
+        "pool_context": True,
+        "groups": 32,
+        "epsilon": 1e-5,
+        "scale_shift": True,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0.0,
+        "downsample_padding": 1,
+    }
+    config.model.text_encoder = {
+        "vocab_size": 64,
+        "max_length": 16,
+        "width": 96,
+        "layers": 1,
+        "heads": 3,
+        "activation": "gelu",
+        "causal": False,
+    }
+    config.conditioning.drop = 0.1
+    config.conditioning.mask_padding = True
+    config.process.schedule = {"name": "scaled_linear", "num_steps": 1000}
+    config.process.objective.weighting = "simple"
+    config.train.steps = 4000
+    config.train.batch_size = 64
+    config.train.log_every_steps = 100
+    config.train.save_every_steps = 1000
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 100
+    config.optim.decay = "cosine"
+    config.optim.decay_steps = 4000
+    config.optim.b2 = 0.99
+    config.optim.weight_decay = 1e-3
+    config.optim.clip_norm = 1.0
+    config.ema.decay = 0.998
+    config.ema.ramp = True
+    config.sample.sampler = "dpmpp_2m"
+    config.sample.steps = 25
+    config.sample.guidance_scale = 2.5
+    config.sample.batch_size = 250
+    config.evaluation.examples = 2000  # stored latents in a held-out loss; these are training ones
+    if smoke:
+        config.latents.update({"epochs": 1, "shard_size": 1500})
+        config.sample.update({"steps": 2, "batch_size": 8})
+        common.smoke(config)
+    return config

@@ -1,0 +1,301 @@
+"""What every loader of foreign weights shares: reading, naming, laying out and writing.
+
+A model directory of Diffusers or Transformers is `config.json` beside `STEM.safetensors`, or beside
+shards that `STEM.safetensors.index.json` lists. A loader or saver is then three steps each way:
+
+    config = read_config(directory, {"UNet2DModel"})
+    module = ...                         # from config; `require` refuses what the module has not
+    shapes = jax.eval_shape(module.init, ...)["params"]
+    params = to_params(read_weights(directory, STEM), shapes, RULES)
+
+    tensors = to_tensors(params, RULES)
+    write_directory(directory, config, tensors, STEM)
+
+RULES are pairs (pattern, replacement) of regular expressions, all applied in order to the module
+path of a parameter, joined with "/", with "/" at both ends: `("/norm_out/", "/conv_norm_out/")`.
+The result, with "." for "/", is the other project's module name; the leaf gives the rest and the
+layout:
+
+    kernel (in, out)          -> weight (out, in)
+    kernel (*space, in, out)  -> weight (out, in, *space)
+    scale, embedding          -> weight, as it is
+    anything else             -> its own name, as it is
+
+Only safetensors are read: a pickle can run code.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Rules = Sequence[tuple[str, str]]
+
+# Diffusers' names of an attention's layers before 0.11, still in published files.
+OLD_ATTENTION_NAMES: Rules = (
+    (r"\.query\.(weight|bias)$", r".to_q.\1"),
+    (r"\.key\.(weight|bias)$", r".to_k.\1"),
+    (r"\.value\.(weight|bias)$", r".to_v.\1"),
+    (r"\.proj_attn\.(weight|bias)$", r".to_out.0.\1"),
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by the other project's name, and the file that each came from (for the errors)."""
+
+    tensors: Mapping[str, np.ndarray]
+    files: Mapping[str, Path]
+    directory: Path
+
+    def renamed(self, rules: Rules) -> "Weights":
+        """The same with every (pattern, replacement) applied to the names, as of old versions."""
+        names = {name: _apply(rules, name) for name in self.tensors}
+        tensors = {names[name]: tensor for name, tensor in self.tensors.items()}
+        files = {names[name]: file for name, file in self.files.items()}
+        return Weights(tensors, files, self.directory)
+
+    def without(self, pattern: str) -> "Weights":
+        """The same without the tensors whose name the pattern matches anywhere, as buffers."""
+        kept = {k: v for k, v in self.tensors.items() if not re.search(pattern, k)}
+        return Weights(kept, {k: self.files[k] for k in kept}, self.directory)
+
+
+def read_config(directory: str | os.PathLike, classes: Iterable[str]) -> dict[str, Any]:
+    """`config.json`; its `_class_name` (Diffusers) or `architectures` must be among `classes`.
+
+    A config that names no class is accepted. ValueError where it is missing, broken or another's.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give a model directory with config.json and weights")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch or write it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}: a JSON object is needed")
+    named = config.get("_class_name") or config.get("architectures") or []
+    named = [named] if isinstance(named, str) else named
+    if named and not set(named) & set(classes):
+        raise ValueError(
+            f"{path} describes a {' or '.join(map(str, named))}, which is not read here: give a "
+            f"directory of {' or '.join(sorted(classes))}"
+        )
+    return config
+
+
+def require(
+    config: Mapping[str, Any], supported: Mapping[str, Sequence[Any]], source: object
+) -> None:
+    """ValueError naming the first key whose value is not among the supported ones."""
+    for key, values in supported.items():
+        value = config.get(key, values[0])
+        value = tuple(value) if isinstance(value, list) else value
+        if value not in values:
+            raise ValueError(
+                f"{source}: {key}={value!r} is not supported: only "
+                f"{' or '.join(repr(v) for v in values)} is"
+            )
+
+
+def read_weights(directory: str | os.PathLike, stem: str) -> Weights:
+    """All tensors of `STEM.safetensors`, of the shards in its index, or of its one variant (fp16).
+
+    ValueError naming the file where one is missing, truncated or lacks a tensor the index promises.
+    """
+    directory = Path(directory)
+    tensors: dict[str, np.ndarray] = {}
+    files: dict[str, Path] = {}
+    for path, promised in _weight_files(directory, stem):
+        found = read_safetensors(path)
+        absent = sorted(promised - found.keys())
+        if absent:
+            raise ValueError(f"{path} lacks {absent[0]}, which its index promises: fetch it again")
+        tensors |= found
+        files |= dict.fromkeys(found, path)
+    return Weights(tensors, files, directory)
+
+
+def _weight_files(directory: Path, stem: str) -> list[tuple[Path, set[str]]]:
+    """The files to read, each with the names that the index promises of it (none without index)."""
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [(single, set())]
+    if index.is_file():
+        return _shards(index)
+    variants = sorted(directory.glob(f"{stem}.*.safetensors"))
+    if len(variants) == 1:
+        return [(variants[0], set())]
+    pickled = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".ckpt"))
+    hint = f"; {pickled[0]} is a pickle, save it as safetensors first" if pickled else ""
+    raise ValueError(f"{single} is missing, and there is no {index.name}{hint}")
+
+
+def _shards(index: Path) -> list[tuple[Path, set[str]]]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {name: Path(shard).name for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of shards ({error!r}): fetch it again") from error
+    return [
+        (index.parent / shard, {name for name, s in shards.items() if s == shard})
+        for shard in sorted(set(shards.values()))
+    ]
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Every tensor of one file as it is stored, bfloat16 included. ValueError names the file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is missing: fetch it again")
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, TypeError) as error:
+        raise ValueError(
+            f"{path} is truncated or no safetensors file ({error}): fetch it again"
+        ) from error
+
+
+def torch_name(path: Sequence[str], rules: Rules) -> str:
+    """The other project's name of the parameter at a Flax path."""
+    *modules, leaf = path
+    prefix = _apply(rules, "/" + "".join(f"{m}/" for m in modules)).strip("/").replace("/", ".")
+    leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+    return f"{prefix}.{leaf}" if prefix else leaf
+
+
+def _apply(rules: Rules, name: str) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def to_params(weights: Weights, shapes: Any, rules: Rules) -> dict[str, Any]:
+    """Parameters of the structure of `shapes` (a tree from `jax.eval_shape`), in its dtypes.
+
+    A stored 1x1 convolution is taken where a dense layer is wanted, and the other way round.
+    ValueError for a tensor missing, of another shape, or left over.
+    """
+    wanted = {path: torch_name(path, rules) for path in flatten_dict(shapes)}
+    spare = sorted(weights.tensors.keys() - set(wanted.values()))
+    if spare:
+        raise ValueError(
+            f"{weights.files[spare[0]]} holds {spare[0]} ({len(spare)} such), for which the config "
+            "has no place: config and weights do not belong together"
+        )
+    flat = {
+        path: _convert(weights, wanted[path], path[-1], shape)
+        for path, shape in flatten_dict(shapes).items()
+    }
+    return unflatten_dict(flat)
+
+
+def _convert(weights: Weights, name: str, leaf: str, wanted: Any) -> jax.Array:
+    if name not in weights.tensors:
+        raise ValueError(
+            f"{weights.directory} has no tensor {name} in its weights, which its config needs: "
+            "fetch it again"
+        )
+    tensor = weights.tensors[name]
+    shape = _from_flax(np.broadcast_to(np.int8(0), wanted.shape), leaf).shape
+    if leaf == "kernel" and _without_ones(tensor.shape) == _without_ones(shape):
+        tensor = tensor.reshape(shape)
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{weights.files[name]}: {name} has shape {tuple(tensor.shape)}, but the config needs "
+            f"{tuple(shape)}: config and weights do not belong together"
+        )
+    return jnp.asarray(np.ascontiguousarray(_to_flax(tensor, leaf)), wanted.dtype)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(out, in) and (out, in, 1, 1) are the same; nothing else is."""
+    return shape[:2] if all(n == 1 for n in shape[2:]) else shape
+
+
+def to_tensors(params: Any, rules: Rules) -> dict[str, np.ndarray]:
+    """`to_params` backwards: contiguous float32 tensors by the other project's names."""
+    return {
+        torch_name(path, rules): np.ascontiguousarray(
+            _from_flax(np.asarray(value, np.float32), path[-1])
+        )
+        for path, value in flatten_dict(params).items()
+    }
+
+
+def _to_flax(tensor: np.ndarray, leaf: str) -> np.ndarray:
+    """(out, in, *space) -> (*space, in, out) for a kernel."""
+    return np.moveaxis(tensor, (0, 1), (-1, -2)) if leaf == "kernel" else tensor
+
+
+def _from_flax(array: np.ndarray, leaf: str) -> np.ndarray:
+    """(*space, in, out) -> (out, in, *space) for a kernel."""
+    return np.moveaxis(array, (-1, -2), (0, 1)) if leaf == "kernel" else array
+
+
+def write_directory(
+    directory: str | os.PathLike,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    stem: str,
+) -> None:
+    """Writes `config.json` and `STEM.safetensors`, whole or not at all.
+
+    Written beside the target under another name, then renamed. A directory that is there already is
+    replaced if it holds nothing but these two files; otherwise a ValueError.
+    """
+    from safetensors.numpy import save_file
+
+    target, names = Path(directory), ("config.json", f"{stem}.safetensors")
+    check_target(target, names)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        text = json.dumps(dict(config), indent=2, sort_keys=True)
+        (scratch / names[0]).write_text(text + "\n", encoding="utf-8")
+        # Diffusers and Transformers refuse a file that does not say it is theirs.
+        save_file(dict(tensors), scratch / names[1], metadata={"format": "pt"})
+        scratch.chmod(0o755)
+        _replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_target(target: str | os.PathLike, names: Iterable[str]) -> None:
+    """ValueError where `target` is a file, or a directory that holds anything but `names`."""
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file: give a directory to write to")
+    others = sorted({p.name for p in target.iterdir()} - set(names)) if target.is_dir() else []
+    if others:
+        raise ValueError(
+            f"{target} holds other files ({others[0]}), which would be lost: give a new directory"
+        )
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    """Renames `scratch` to `target`; what was there is put back if that fails, removed if not."""
+    if not target.is_dir() or not any(target.iterdir()):
+        os.rename(scratch, target)
+        return
+    old = scratch.with_suffix(".old")
+    os.rename(target, old)
+    try:
+        os.rename(scratch, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old)

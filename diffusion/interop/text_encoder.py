@@ -1,0 +1,139 @@
+"""Text encoders in Transformers' format: directories of `CLIPTextModel`, quick GELU or GELU.
+
+Read are also a `CLIPTextModelWithProjection` and the text half of a `CLIPModel`; their projections
+have no place here. Names come with the prefix `text_model.` (published files, Transformers 4) or
+without
+(Transformers 5), and with the buffer `position_ids` in files from before Transformers 4.31.
+
+Stable Diffusion 2.x stores OpenCLIP's first 23 of 24 layers; what is written of an encoder with
+`skip_layers` is likewise the layers that run.
+"""
+
+import os
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from diffusion.interop.files import (
+    Rules,
+    read_config,
+    read_weights,
+    require,
+    to_params,
+    to_tensors,
+    write_directory,
+)
+from diffusion.models.text_encoder import TextTransformer
+
+STEM = "model"
+CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
+PREFIX = "text_model."
+
+RULES: Rules = (
+    (r"^/(token|position)_embedding/", r"/embeddings/\1_embedding/"),
+    (r"^/layers_(\d+)/", r"/encoder/layers/\1/"),
+    (r"/norm(\d)/", r"/layer_norm\1/"),
+    (r"/attention/to_out/", r"/self_attn/out_proj/"),
+    (r"/attention/to_(\w)/", r"/self_attn/\1_proj/"),
+    (r"/ff/proj_in/", r"/mlp/fc1/"),
+    (r"/ff/proj_out/", r"/mlp/fc2/"),
+    (r"^/final_norm/", r"/final_layer_norm/"),
+)
+
+NOT_TEXT = r"^(vision_model|visual_projection|text_projection|logit_scale)\b|position_ids$"
+
+
+def load_text_encoder(
+    directory: str | os.PathLike, dtype: Any = None
+) -> tuple[TextTransformer, dict[str, Any]]:
+    """(module, float32 parameters) of a Transformers CLIP text model directory.
+
+    `dtype`: what the module computes in. ValueError naming the file for anything missing, broken,
+    of another shape, or of an architecture that is not CLIP's.
+    """
+    config = read_config(directory, CLASSES)
+    module = _module(config.get("text_config") or config, directory, dtype)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+    weights = read_weights(directory, STEM).without(NOT_TEXT)
+    return module, to_params(weights.renamed([(rf"^{re.escape(PREFIX)}", "")]), shapes, RULES)
+
+
+def save_text_encoder(
+    directory: str | os.PathLike, module: TextTransformer, params: PyTree, prefix: str = PREFIX
+) -> None:
+    """Writes a directory that Transformers loads as `CLIPTextModel`, whole or not at all.
+
+    `prefix`: of every tensor's name; the default is what versions 4 and 5 load, "" what 5 writes.
+    ValueError for an encoder that is not CLIP's (not causal, say).
+    """
+    _check(module)
+    skipped = {f"layers_{i}" for i in range(_layers(module), module.layers)}
+    kept = {name: value for name, value in params.items() if name not in skipped}
+    tensors = {prefix + name: value for name, value in to_tensors(kept, RULES).items()}
+    write_directory(directory, _config(module), tensors, STEM)
+
+
+def _layers(module: TextTransformer) -> int:
+    return module.layers - module.skip_layers
+
+
+def _module(config: dict[str, Any], source: object, dtype: Any) -> TextTransformer:
+    """Defaults are those of `CLIPTextConfig`, which older files leave out."""
+    width, inner = config.get("hidden_size", 512), config.get("intermediate_size", 2048)
+    require(config, {"hidden_act": ("quick_gelu", "gelu")}, source)
+    if inner % width:
+        raise ValueError(
+            f"{source}: intermediate_size={inner} is not supported: only multiples of hidden_size="
+            f"{width} are"
+        )
+    return TextTransformer(
+        vocab_size=config.get("vocab_size", 49408),
+        max_length=config.get("max_position_embeddings", 77),
+        width=width,
+        layers=config.get("num_hidden_layers", 12),
+        heads=config.get("num_attention_heads", 8),
+        mult=inner // width,
+        activation=config.get("hidden_act", "quick_gelu"),
+        epsilon=config.get("layer_norm_eps", 1e-5),
+        dtype=dtype,
+    )
+
+
+def _config(module: TextTransformer) -> dict[str, Any]:
+    """CLIP's vocabulary ends in the start and the end token."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": module.vocab_size,
+        "max_position_embeddings": module.max_length,
+        "hidden_size": module.width,
+        "intermediate_size": module.width * module.mult,
+        "num_hidden_layers": _layers(module),
+        "num_attention_heads": module.heads,
+        "hidden_act": module.activation,
+        "layer_norm_eps": module.epsilon,
+        "bos_token_id": module.vocab_size - 2,
+        "eos_token_id": module.vocab_size - 1,
+    }
+
+
+def _check(module: TextTransformer) -> None:
+    """ValueError where `CLIPTextModel` has no key for what the module is."""
+    wanted = {
+        "causal": (True,),
+        "qkv_bias": (True,),
+        "logits_head": (False,),
+        "head_dim": (None, module.width // module.heads),
+        "activation": ("quick_gelu", "gelu"),
+    }
+    for key, values in wanted.items():
+        value = getattr(module, key)
+        if value not in values:
+            raise ValueError(
+                f"{key}={value!r} cannot be written for Transformers, whose CLIPTextModel has "
+                f"{key}={values[0]!r}: keep this text encoder in its own checkpoint"
+            )

@@ -1,0 +1,74 @@
+"""U-Nets of Diffusers, both ways.
+
+`UNet2DModel` (DDPM, ADM, LDM without context); `UNet2DConditionModel` (LDM, Stable Diffusion).
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion.interop import files
+from diffusion.interop.unet_config import CONDITIONAL, PLAIN, read_unet_config, unet_config
+from diffusion.models.unet import UNet
+
+STEM = "diffusion_pytorch_model"
+
+RULES: files.Rules = (
+    (r"^/time_(\d)/", r"/time_embedding/linear_\1/"),
+    (r"^/norm_out/", "/conv_norm_out/"),
+    (r"^/(down|up)_(\d+)_res_(\d+)/", r"/\1_blocks/\2/resnets/\3/"),
+    (r"^/(down|up)_(\d+)_attn_(\d+)/", r"/\1_blocks/\2/attentions/\3/"),
+    (r"^/(down|up)_(\d+)_sample/", r"/\1_blocks/\2/\1samplers/0/"),
+    (r"^/mid_res_(\d)/", r"/mid_block/resnets/\1/"),
+    (r"^/mid_attn/", "/mid_block/attentions/0/"),
+    (r"/blocks_(\d+)/", r"/transformer_blocks/\1/"),
+    (r"/ff/proj_in/", "/ff/net/0/proj/"),
+    (r"/ff/proj_out/", "/ff/net/2/"),
+    (r"/attention/", "/"),
+    (r"/to_out/", "/to_out/0/"),
+)
+
+
+def load_unet(directory: str | os.PathLike) -> tuple[UNet, dict[str, Any]]:
+    """The U-Net of a Diffusers directory: `(module, params)`, parameters in float32.
+
+    ValueError naming the file and the key for a config that the module cannot express, and for
+    weights that are missing, truncated, of another shape or left over.
+    """
+    config = files.read_config(directory, {PLAIN, CONDITIONAL})
+    module, in_channels, context_width = read_unet_config(config, Path(directory) / "config.json")
+    shapes = unet_shapes(module, in_channels, context_width)
+    weights = files.read_weights(directory, STEM).renamed(files.OLD_ATTENTION_NAMES)
+    return module, files.to_params(weights, shapes, RULES)
+
+
+def save_unet(
+    directory: str | os.PathLike,
+    module: UNet,
+    params: Mapping[str, Any],
+    sample_size: int | None = None,
+) -> None:
+    """Writes a directory that Diffusers loads, as UNet2DConditionModel where there is a context.
+
+    `sample_size`: the side of the square the network was trained on, which Diffusers' pipelines
+    take as their default. ValueError where it has no such network; then nothing is written.
+    """
+    files.check_target(directory, ("config.json", f"{STEM}.safetensors"))
+    config = {**unet_config(module, params), "sample_size": sample_size}
+    files.write_directory(directory, config, files.to_tensors(params, RULES), STEM)
+
+
+def unet_shapes(module: UNet, in_channels: int, context_width: int | None) -> Any:
+    """The tree of parameter shapes for two spatial axes, without computing anything."""
+    size = 2 ** (module.levels - 1)
+    inputs: dict[str, Any] = {
+        "x": jnp.zeros((1, size, size, in_channels)),
+        "t": jnp.zeros(1),
+        "context": None if context_width is None else jnp.zeros((1, 1, context_width)),
+        "labels": None if module.num_classes is None else jnp.zeros(1, int),
+    }
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), **inputs))["params"]

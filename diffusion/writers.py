@@ -1,0 +1,367 @@
+"""What a run reports: console, JSONL, TensorBoard and Weights & Biases behind one interface.
+
+`make_writer` joins them; processes other than the first get the silent `Writer` itself. The file
+`metrics.jsonl` is the record of a run: every line is whole, no step stands in it twice after a
+resume, and numbers that are not finite are `null`, so that it is JSON to any reader. TensorFlow,
+TensorBoard and wandb are imported only when they are used, and a run does without them.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import netrc
+import os
+import pathlib
+import re
+import sys
+import time
+import urllib.parse
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+
+from diffusion.redact import redact
+
+log = logging.getLogger(__name__)
+
+
+class Writer:
+    """Where a run reports to. This one is silent: what processes above 0 get."""
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers of one step, by name: `loss`, `examples_per_sec`, `eval/psnr`, ..."""
+
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Named uint8 arrays (batch, height, width, 1 or 3)."""
+
+    def hparams(self, values: Mapping[str, Any]) -> None:
+        """The resolved config, nested; what looks like a secret is not written."""
+
+    def message(self, text: str) -> None:
+        """A line for the person watching."""
+
+    def close(self) -> None:
+        """Writes what is left. The writer is not used afterwards."""
+
+
+Null = Writer
+
+
+class Console(Writer):
+    """One progress line: in place on a terminal, a plain line for each logged step elsewhere.
+
+    The time left follows from the pace since the first logged step, which leaves compilation out.
+    """
+
+    def __init__(self, total_steps: int, start: str | None = None, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._tty = self._stream.isatty()
+        self._total, self._open = total_steps, False
+        self._first: tuple[int, float] | None = None
+        if start:
+            self.message(start)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        if "loss" not in values:
+            shown = ", ".join(f"{name} {_number(value)}" for name, value in values.items())
+            return self.message(f"step {step:,}: {shown}")
+        parts = [f"step {step:,}/{self._total:,}", f"loss {_number(values['loss'])}"]
+        if "examples_per_sec" in values:
+            parts.append(f"{_number(values['examples_per_sec'])} examples/s")
+        parts.append(self._left(step))
+        self._line("  ".join(part for part in parts if part), keep=not self._tty)
+
+    def _left(self, step: int) -> str:
+        now = time.monotonic()
+        if self._first is None or step <= self._first[0]:
+            self._first = (step, now)
+            return ""
+        pace = (now - self._first[1]) / (step - self._first[0])
+        return f"{_duration(pace * max(self._total - step, 0))} left"
+
+    def message(self, text: str) -> None:
+        self._line(text, keep=True)
+
+    def _line(self, text: str, keep: bool) -> None:
+        self._stream.write(("\r" if self._open else "") + text)
+        self._stream.write(("\x1b[K" if self._tty else "") + ("\n" if keep else ""))
+        self._stream.flush()
+        self._open = not keep
+
+    def close(self) -> None:
+        if self._open:
+            self._stream.write("\n")
+            self._open = False
+
+
+def _number(value: Any) -> str:
+    return f"{float(value):,.4g}" if abs(float(value)) < 1e4 else f"{float(value):,.0f}"
+
+
+def _duration(secs: float) -> str:
+    minutes, secs = divmod(round(secs), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
+
+
+def _finite(value: Any) -> int | float | None:
+    value = np.asarray(value).item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Jsonl(Writer):
+    """`metrics.jsonl`: one object a call of `scalars`, `step` first.
+
+    A line is appended by one write, so a killed process leaves a torn line at most at the end; the
+    next one removes it, and the lines of steps after `resume_step`, which it will log again.
+
+    Raises OSError when the disk is full or read-only; the lines before stay whole.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
+        self.path = pathlib.Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            _repair(self.path, resume_step)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        record = {"step": int(step)} | {name: _finite(value) for name, value in values.items()}
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        size = os.fstat(self._file).st_size
+        if os.write(self._file, line) < len(line):  # the disk filled up within the line
+            os.ftruncate(self._file, size)
+            raise OSError(f"{self.path}: no space for the metrics of step {step}; free some")
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def _repair(path: pathlib.Path, resume_step: int | None) -> None:
+    """Drops torn and foreign lines and those of steps after `resume_step`; a rename, or nothing."""
+    kept, torn, later = [], 0, 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"] if line.endswith(b"\n") else None
+        except (ValueError, KeyError, TypeError):
+            step = None
+        if not isinstance(step, int):
+            torn += 1
+        elif resume_step is not None and step > resume_step:
+            later += 1
+        else:
+            kept.append(line)
+    if not torn and not later:
+        return
+    log.warning("%s: dropped %d torn lines, %d after step %s", path, torn, later, resume_step)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+class TensorBoard(Writer):
+    """TensorBoard event files through `clu.metric_writers`; off, said once, without TensorFlow."""
+
+    def __init__(self, directory: str | os.PathLike):
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its start-up notices are not ours
+        self._writer: Any = None
+        try:
+            import tensorflow as tf
+            from clu import metric_writers
+
+            tf.config.set_visible_devices([], "GPU")  # it would take their memory from JAX
+            self._writer = metric_writers.SummaryWriter(str(directory))
+        except ImportError as error:
+            log.warning(
+                "TensorBoard is off: %s. `pip install tensorflow-cpu tensorboard` turns it on",
+                error.msg,
+            )
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.write_scalars(step, {name: float(v) for name, v in values.items()})
+
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        if self._writer is not None:
+            self._writer.write_images(step, images)
+
+    def hparams(self, values: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            self._writer.write_hparams(_flat(redact(values)))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class WandB(Writer):
+    """Weights & Biases: online where a key is set, else offline under `workdir/wandb`.
+
+    `mode` is "auto", "online", "offline" or "disabled"; "auto" follows the variable WANDB_MODE if
+    there is one. A resumed run continues the run whose id stands in `workdir/wandb_id`. Steps are
+    logged as an axis, because wandb drops a step it has seen, which a resumed run repeats.
+
+    Raises ValueError for another mode, or when wandb is asked for by name and not installed.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, mode: str = "auto", project: str = "diffusion"):
+        self._run: Any = None
+        self._wandb: Any = None
+        chosen = resolve_wandb_mode(mode)
+        if chosen == "disabled":
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            if mode != "auto":
+                raise ValueError(
+                    f"wandb.mode is {mode!r} and the package wandb is missing: "
+                    "`pip install wandb`, or set wandb.mode to 'disabled'"
+                ) from error
+            log.warning("Weights & Biases is off: the package wandb is not installed")
+            return
+        self._wandb = wandb
+        self._run = self._start(pathlib.Path(workdir), chosen, project)
+        self._run.define_metric("*", step_metric="step")
+
+    def _start(self, workdir: pathlib.Path, mode: str, project: str) -> Any:
+        settings = self._wandb.Settings(console="off", silent=True, init_timeout=60)
+        arguments: dict[str, Any] = {"project": project, "dir": str(workdir), "resume": "allow"}
+        arguments |= {"id": _run_id(workdir), "name": workdir.name, "settings": settings}
+        try:
+            return self._wandb.init(mode=mode, **arguments)
+        except self._wandb.Error as error:
+            if mode == "offline":
+                raise
+            log.warning("Weights & Biases cannot be reached, logging offline: %s", error)
+            return self._wandb.init(mode="offline", **arguments)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._run is not None:
+            self._run.log({"step": step} | {n: np.asarray(v).item() for n, v in values.items()})
+
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        if self._run is not None:
+            shown = {
+                name: [self._wandb.Image(np.squeeze(image)) for image in batch]
+                for name, batch in images.items()
+            }
+            self._run.log({"step": step} | shown)
+
+    def hparams(self, values: Mapping[str, Any]) -> None:
+        if self._run is not None:
+            self._run.config.update(redact(values), allow_val_change=True)
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+def resolve_wandb_mode(mode: str) -> str:
+    """The mode that `mode` means here: "online", "offline" or "disabled"."""
+    modes = ("auto", "online", "offline", "disabled")
+    if mode not in modes:
+        raise ValueError(f"wandb.mode is {mode!r}; choose one of {', '.join(modes)}")
+    if mode != "auto":
+        return mode
+    if os.environ.get("WANDB_MODE") in modes[1:]:
+        return os.environ["WANDB_MODE"]
+    return "online" if _has_wandb_key() else "offline"
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _run_id(workdir: pathlib.Path) -> str:
+    path = workdir / "wandb_id"
+    if path.is_file() and re.fullmatch(r"\w+", name := path.read_text().strip()):
+        return name
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(name := uuid.uuid4().hex[:8])
+    return name
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            simple = isinstance(value, bool | int | float | str)
+            flat[f"{prefix}{name}"] = value if simple else str(value)
+    return flat
+
+
+class Multi(Writer):
+    """Hands everything to each of `writers`, in order."""
+
+    def __init__(self, writers: Sequence[Writer]):
+        self.writers = tuple(writers)
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for writer in self.writers:
+            getattr(writer, method)(*arguments)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        self._each("scalars", step, values)
+
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        self._each("images", step, images)
+
+    def hparams(self, values: Mapping[str, Any]) -> None:
+        self._each("hparams", values)
+
+    def message(self, text: str) -> None:
+        self._each("message", text)
+
+    def close(self) -> None:
+        """Closes all of them, whatever one of them raises."""
+        with contextlib.ExitStack() as stack:
+            for writer in reversed(self.writers):
+                stack.callback(writer.close)
+
+
+def make_writer(
+    workdir: str | os.PathLike,
+    wandb_mode: str,
+    wandb_project: str,
+    total_steps: int,
+    config_dict: Mapping[str, Any],
+    resume_step: int | None = None,
+    is_main: bool = True,
+    start: str | None = None,
+) -> Writer:
+    """Every writer of a run: `workdir/metrics.jsonl`, console, `workdir/tensorboard`, wandb.
+
+    `resume_step` is the step a run starts from (0: afresh); `start` a first line for the console.
+    Raises ValueError for an unknown `wandb_mode` before anything is touched.
+    """
+    resolve_wandb_mode(wandb_mode)
+    if not is_main:
+        return Null()
+    workdir = pathlib.Path(workdir)
+    jsonl = Jsonl(workdir / "metrics.jsonl", resume_step)
+    console = Console(total_steps, start)
+    rest = (TensorBoard(workdir / "tensorboard"), WandB(workdir, wandb_mode, wandb_project))
+    writer = Multi((jsonl, console, *rest))
+    writer.hparams(config_dict)
+    return writer

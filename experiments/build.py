@@ -1,0 +1,371 @@
+"""Config to objects: the only tables from a name to a constructor.
+
+Everything that a config can be wrong in raises ValueError here, before anything is written.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion import weights
+from diffusion.data import latents, loader, sources, transforms
+from diffusion.data.tokenizers import Tokenizer
+from diffusion.models.autoencoder import AutoencoderKL, VQModel
+from diffusion.models.image_encoder import DigitClassifier
+from diffusion.models.text_encoder import TextTransformer
+from diffusion.models.unet import UNet
+from diffusion.process import losses, schedules
+from diffusion.process.samplers import SAMPLERS, Sampler
+from diffusion.training import optim
+from diffusion.training.autoencoder import Autoencoder
+from diffusion.training.classifier import Classifier
+from diffusion.training.denoiser import Denoiser
+from diffusion.training.parallel import Parallel, check_batch, make_mesh
+from diffusion.training.state import Ema, Optimizer, TrainState
+
+SCHEDULES: dict[str, Callable[..., schedules.Schedule]] = {
+    "ddpm_linear": schedules.ddpm_linear,
+    "scaled_linear": schedules.scaled_linear,
+    "cosine": schedules.cosine,
+    "sigmoid": schedules.sigmoid,
+    "edm": schedules.edm,
+    "flow": schedules.flow,
+}
+AUTOENCODERS: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel}
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+
+
+# -- small parts ---------------------------------------------------------------------------------
+
+
+def choose(table: dict[str, Any], name: str, key: str) -> Any:
+    if name not in table:
+        raise ValueError(f"{key}={name!r} is unknown: use one of {sorted(table)}")
+    return table[name]
+
+
+def options(config: ConfigDict, without: tuple[str, ...] = ("name",)) -> dict[str, Any]:
+    """A section's keys as keyword arguments, lists made tuples."""
+    items = {k: v for k, v in config.items() if k not in without}
+    return {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in items.items()}
+
+
+def schedule(config: ConfigDict) -> schedules.Schedule:
+    section = config.process.schedule
+    make = choose(SCHEDULES, section.name, "process.schedule.name")
+    made = make(**options(section, without=("name", "zero_terminal_snr")))
+    return schedules.zero_terminal_snr(made) if section.get("zero_terminal_snr") else made
+
+
+def sampler(config: ConfigDict, **changed: Any) -> Sampler:
+    """The sampler of `config.sample`, with `sampler=` or `steps=` changed where they are given."""
+    section = config.sample.to_dict()
+    section.update({k: v for k, v in changed.items() if v is not None})
+    make = choose(SAMPLERS, section["sampler"], "sample.sampler")
+    return make(schedule(config), steps=section["steps"], **section.get("options", {}))
+
+
+def _network(cls: Any, config: ConfigDict, key: str, **more: Any) -> Any:
+    try:
+        return cls(**options(config), **more)
+    except TypeError as error:
+        raise ValueError(f"{key} has a key that {cls.__name__} lacks ({error})") from error
+
+
+def _compute(config: ConfigDict) -> dict[str, Any]:
+    return {"dtype": choose(DTYPES, config.model.dtype, "model.dtype")}
+
+
+def unet(config: ConfigDict) -> UNet:
+    remat = None if config.parallel.remat == "none" else config.parallel.remat
+    return _network(UNet, config.model.unet, "model.unet", remat=remat, **_compute(config))
+
+
+def autoencoder(section: ConfigDict, dtype: Any = None, remat: bool = False) -> Any:
+    cls = choose(AUTOENCODERS, section.name, "model.autoencoder.name")
+    return _network(cls, section, "model.autoencoder", dtype=dtype, remat=remat)
+
+
+def text_encoder(config: ConfigDict) -> TextTransformer | None:
+    if "text_encoder" not in config.model:
+        return None
+    return _network(
+        TextTransformer, config.model.text_encoder, "model.text_encoder", **_compute(config)
+    )
+
+
+def optimizer(config: ConfigDict, networks: tuple[str, ...]) -> Optimizer:
+    section = config.optim
+    rate = optim.learning_rate(
+        section.learning_rate, section.warmup_steps, section.decay_steps, section.decay
+    )
+    make = optim.make_transform(
+        rate, section.name, section.b1, section.b2, section.eps, section.weight_decay
+    )
+    return Optimizer({name: make for name in networks}, rate, section.clip_norm)
+
+
+def ema(config: ConfigDict, networks: tuple[str, ...]) -> Ema:
+    if not 0 <= config.ema.decay < 1:
+        raise ValueError(f"ema.decay={config.ema.decay} is outside [0, 1): 0 keeps no average")
+    return Ema(config.ema.decay, config.ema.ramp, networks if config.ema.decay else ())
+
+
+def image_shape(config: ConfigDict) -> tuple[int, ...]:
+    """(*space, channels) of what the data holds."""
+    side = config.data.image_size
+    if side < 1:
+        raise ValueError(f"data.image_size={side} must be at least 1 pixel")
+    return (side, side, config.data.channels)
+
+
+def sample_shape(config: ConfigDict) -> tuple[int, ...]:
+    """(*space, channels) of what is diffused: the image, or its latent."""
+    shape = image_shape(config)
+    if "autoencoder" not in config.model:
+        return shape
+    first = autoencoder(config.model.autoencoder)
+    if any(side % first.downsampling for side in shape[:-1]):
+        raise ValueError(
+            f"data.image_size={config.data.image_size} is not a multiple of the first stage's "
+            f"downsampling factor {first.downsampling}: choose one that is"
+        )
+    return (*[side // first.downsampling for side in shape[:-1]], first.latent_channels)
+
+
+# -- tasks ---------------------------------------------------------------------------------------
+
+
+def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
+    text = text_encoder(config)
+    if text is not None and not null_tokens:
+        null_tokens = (0,) * config.model.text_encoder.max_length  # for shapes alone
+    networks = ("unet",) if text is None else ("unet", "text_encoder")
+    noising = schedule(config)
+    objective = options(config.process.objective, without=("times",))
+    times = config.process.objective.get("times")
+    return Denoiser(
+        unet=unet(config),
+        sample_shape=sample_shape(config),
+        objective=losses.objective(noising, config.process.prediction, **objective),
+        draw=lambda keys, x0: losses.draw(keys, noising, x0, times),
+        optimizer=optimizer(config, networks),
+        ema=ema(config, networks),
+        text_encoder=text,
+        train_text_encoder=text is not None,
+        null_tokens=null_tokens,
+        mask_padding=config.conditioning.mask_padding,
+        drop_condition=config.conditioning.drop,
+        flip=config.data.flip,
+        accumulate=config.train.accumulate,
+    )
+
+
+def first_stage_task(config: ConfigDict) -> Autoencoder:
+    return Autoencoder(
+        network=autoencoder(
+            config.model.autoencoder,
+            choose(DTYPES, config.model.dtype, "model.dtype"),
+            config.parallel.remat != "none",
+        ),
+        sample_shape=image_shape(config),
+        optimizer=optimizer(config, ("autoencoder",)),
+        ema=ema(config, ("autoencoder",)),
+        reconstruction=config.loss.reconstruction,
+        kl_weight=config.loss.kl_weight,
+        flip=config.data.flip,
+        accumulate=config.train.accumulate,
+    )
+
+
+def classifier(config: ConfigDict) -> Classifier:
+    return Classifier(
+        network=_network(DigitClassifier, config.model.classifier, "model.classifier"),
+        sample_shape=image_shape(config),
+        optimizer=optimizer(config, ("classifier",)),
+        ema=ema(config, ("classifier",)),
+        accumulate=config.train.accumulate,
+    )
+
+
+TASKS: dict[str, Callable[..., Any]] = {
+    "denoiser": denoiser,
+    "autoencoder": first_stage_task,
+    "classifier": classifier,
+}
+
+
+def task(config: ConfigDict, **arguments: Any) -> Any:
+    """The task of a config; its shapes are checked by tracing, no array is made."""
+    made = choose(TASKS, config.task, "task")(config, **arguments)
+    jax.eval_shape(made.init, jax.random.key(0))
+    return made
+
+
+# -- data ----------------------------------------------------------------------------------------
+
+
+def open_images(config: ConfigDict, split: str) -> tuple[sources.Source, list]:
+    """A data set of images and the transforms that make batches of it."""
+    data = config.data
+    if data.name == "captioned_digits":
+        source = sources.open_source(data.name, data.dir, split)
+        compose = transforms.ComposeDigits.of(source, config.seed, data.compose_held_out)
+        return source, [compose]
+    source = sources.open_source(data.name, data.dir, split, data.image_size)
+    return source, [transforms.Channels(data.channels)]
+
+
+def batches(config: ConfigDict, source: Any, steps: list) -> loader.Loader:
+    """The training stream of this process."""
+    return loader.Loader(
+        source,
+        config.train.batch_size,
+        config.seed,
+        steps,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+# -- a run ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What `experiments/train.py` needs, whichever the task."""
+
+    config: ConfigDict
+    task: Any
+    parallel: Parallel
+    init: Callable[[jax.Array], TrainState]
+    frozen: dict[str, Any]
+    train_batches: Callable[[], loader.Loader]
+    eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    write_files: Callable[[pathlib.Path], None]
+
+    def evaluate(self, state: TrainState, frozen: dict[str, Any]) -> dict[str, float]:
+        """Means over the evaluation split, named eval_*."""
+        totals: dict[str, float] = {}
+        for batch in self.eval_batches():
+            sums = _eval_step(self.task)(state, batch, frozen)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        count = totals.pop("count")
+        return {f"eval_{name}": value / count for name, value in totals.items()}
+
+
+_EVAL_STEPS: dict[int, Callable] = {}
+
+
+def _eval_step(of: Any) -> Callable:
+    # One compilation a task object, however often it is evaluated.
+    return _EVAL_STEPS.setdefault(id(of), jax.jit(of.eval_step))
+
+
+def parallel(config: ConfigDict) -> Parallel:
+    made = Parallel(config.parallel.mode, make_mesh(config.parallel.data, config.parallel.fsdp))
+    check_batch(config.train.batch_size, config.train.accumulate, made.devices)
+    return made
+
+
+def build_run(config: ConfigDict) -> Run:
+    """Opens the data and makes the task. Raises ValueError for whatever does not fit."""
+    _check_numbers(config)
+    placed = parallel(config)
+    if config.data.name == "latents":
+        return _latent_run(config, placed)
+    made = task(config)
+    source, steps = open_images(config, "train")
+    keep = transforms.Keep(("image", "label"))
+    _check_image(source, [*steps, keep], made.sample_shape)
+
+    def eval_batches():
+        held, held_steps = open_images(config, config.data.eval_split)
+        return loader.one_pass(held, config.evaluation.batch_size, [*held_steps, keep])
+
+    return Run(
+        config,
+        made,
+        placed,
+        made.init,
+        {},
+        lambda: batches(config, source, [*steps, keep]),
+        eval_batches,
+        lambda directory: None,
+    )
+
+
+def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
+    source = latents.LatentSource(config.data.dir, latent_identity(config))
+    directory = pathlib.Path(config.data.dir)
+    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    made = task(config, null_tokens=null_tokens(config, tokenizer))
+
+    def write_files(workdir: pathlib.Path) -> None:
+        if not (workdir / "first_stage" / weights.WEIGHTS).exists():
+            shutil.copytree(directory / "first_stage", workdir / "first_stage", dirs_exist_ok=True)
+            shutil.copy(directory / "tokenizer.json", workdir / "tokenizer.json")
+
+    def init(key):
+        return made.init(key, jnp.asarray(source.shift), jnp.asarray(source.scale))
+
+    keep = transforms.Keep(("mean", "logvar", "tokens"))
+    return Run(
+        config,
+        made,
+        placed,
+        init,
+        {},
+        lambda: batches(config, source, [keep]),
+        lambda: loader.one_pass(
+            source, config.evaluation.batch_size, [keep], stop=config.evaluation.examples
+        ),
+        write_files,
+    )
+
+
+def latent_identity(config: ConfigDict) -> dict[str, Any]:
+    """What the provenance of a config's latents must say."""
+    made_from = {
+        "data": config.latents.data_name,
+        "epochs": config.latents.epochs,
+        "image_size": config.data.image_size,
+        "autoencoder": json.loads(json.dumps(config.model.autoencoder.to_dict())),
+    }
+    return {"made_from": made_from}
+
+
+def null_tokens(config: ConfigDict, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The encoded empty caption, once the tokenizer is known to fit the text encoder."""
+    text = config.model.text_encoder
+    if tokenizer.vocabulary_size > text.vocab_size:
+        raise ValueError(
+            f"model.text_encoder.vocab_size={text.vocab_size} is under the tokenizer's "
+            f"{tokenizer.vocabulary_size} words: raise it to that"
+        )
+    return tuple(int(token) for token in tokenizer.null(text.max_length))
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    for key in ("steps", "batch_size", "accumulate", "log_every_steps", "save_every_steps"):
+        if config.train[key] < 1:
+            raise ValueError(f"train.{key}={config.train[key]} must be at least 1")
+
+
+def _check_image(source: Any, steps: list, shape: tuple[int, ...]) -> None:
+    first = loader.fetch(source, *(np.zeros(1, np.int64),) * 3, steps)
+    found = first["image"].shape[1:]
+    if found != shape:
+        raise ValueError(
+            f"data.image_size and data.channels say {shape}, but the images of "
+            f"data.dir are {found}: set them to that"
+        )

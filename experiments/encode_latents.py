@@ -1,0 +1,143 @@
+"""Streams a data set through a first stage and stores the latents, with where they came from.
+
+    python -m experiments.encode_latents --config=configs/X_ldm.py
+
+Reads `config.latents`: the data set, the first stage's workdir, how many epochs of compositions;
+writes shards, the tokenizer, a copy of the first stage and provenance.json to `config.data.dir`.
+Run again, it goes on with the shards that are missing.
+"""
+
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, config_flags
+
+from diffusion import weights
+from diffusion.checkpoint import restore_params
+from diffusion.data import latents, loader, tokenizers, transforms
+from diffusion.training.parallel import BATCH, make_mesh
+from experiments import build, cli, workdir
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A latent config.", lock_config=True)
+
+
+def encode(config: ConfigDict) -> dict:
+    """Writes the latents of `config` to `config.data.dir`; returns their provenance."""
+    if "latents" not in config:
+        raise ValueError("the config has no `latents` section: use one of a latent diffusion model")
+    out = pathlib.Path(config.data.dir)
+    section = config.latents
+    params, checkpoint_hash = first_stage(config)
+    network = build.autoencoder(config.model.autoencoder)
+    source, steps = build.open_images(_image_config(config), "train")
+    count = len(source) * section.epochs
+    length = config.model.text_encoder.max_length
+    tokenizer = _tokenizer(source, steps, section.tokenizer)
+    build.null_tokens(config, tokenizer)
+    shape = build.sample_shape(config)
+    plan = latents.Plan(
+        out,
+        count,
+        section.shard_size,
+        {
+            "mean": ("float16", shape),
+            "logvar": ("float16", shape),
+            "tokens": ("int16", (length,)),
+        },
+        {
+            **build.latent_identity(config)["made_from"],
+            "first_stage": checkpoint_hash,
+            "tokenizer": tokenizer.sha256,
+            "data_sha256": source.provenance["sha256"],
+            "seed": config.seed,
+        },
+    )
+    plan.begin()
+    if not (out / "first_stage" / weights.WEIGHTS).exists():
+        weights.save_weights(out / "first_stage", params, config.model.autoencoder.to_dict())
+        tokenizer.save(out / "tokenizer.json")
+
+    mesh = make_mesh()
+    size = math.ceil(section.batch_size / mesh.size) * mesh.size
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    pipeline = [*steps, transforms.Tokenize(tokenizer, length)]
+
+    @jax.jit
+    def posterior(params, image):
+        x = image.astype(jnp.float32) / 127.5 - 1
+        found = network.apply({"params": params}, x, method="encode")
+        return found.mean, found.logvar
+
+    for shard in plan.missing(jax.process_index(), jax.process_count()):
+        rows = {"mean": [], "logvar": [], "tokens": []}
+        for batch in loader.one_pass(
+            source, size, pipeline, epochs=section.epochs, start=shard.start, stop=shard.stop
+        ):
+            image = jax.device_put(batch["image"], NamedSharding(mesh, BATCH))
+            mean, logvar = posterior(params, image)
+            valid = batch["valid"]
+            columns = {"mean": mean, "logvar": logvar, "tokens": batch["tokens"]}
+            for name, column in columns.items():
+                rows[name].append(np.asarray(column)[valid])
+        latents.write_shard(plan, shard, {k: np.concatenate(v) for k, v in rows.items()})
+        print(f"latents {shard.stop}/{count}", flush=True)
+    scaling = latents.Scaling(section.scaling, section.scale, section.scaling_examples)
+    return latents.finish(plan, scaling)
+
+
+def first_stage(config: ConfigDict) -> tuple[dict, str]:
+    """The first stage's parameters (the average if it has one) and what identifies them.
+
+    Raises ValueError when its run is missing or its model is not the config's.
+    """
+    directory = pathlib.Path(config.latents.first_stage)
+    trained = workdir.read_config(directory)
+    if trained.task != "autoencoder":
+        raise ValueError(
+            f"latents.first_stage={directory} holds a run with task={trained.task!r}: name one of "
+            "task='autoencoder'"
+        )
+    wanted = cli.flat(config.model.autoencoder)
+    for key, value in cli.flat(trained.model.autoencoder).items():
+        if _plain(value) != _plain(wanted.get(key)):
+            raise ValueError(
+                f"latents.first_stage={directory} was trained with model.autoencoder.{key}={value}, "
+                f"but the config says {wanted.get(key)}: use the same first stage in both"
+            )
+    saved = restore_params(directory / "checkpoints", ("params", "ema"))
+    return {**saved.items["params"], **saved.items["ema"]}["autoencoder"], saved.hash
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _image_config(config: ConfigDict) -> ConfigDict:
+    """The config with its data section naming the images that the latents are made of."""
+    images = ConfigDict(config.to_dict())
+    images.data.name, images.data.dir = config.latents.data_name, config.latents.data_dir
+    return images
+
+
+def _tokenizer(source, steps, kind: str) -> tokenizers.Tokenizer:
+    """Trained on the captions of the first epoch."""
+    captions = []
+    for batch in loader.one_pass(source, 500, steps):
+        valid = np.flatnonzero(batch["valid"])
+        captions += [batch["caption"][i] for i in valid]
+    return tokenizers.train(set(captions), kind)
+
+
+def main() -> None:
+    cli.require("config")
+    config = _CONFIG.value
+    made = encode(config)
+    print(f"{made['count']} latents in {config.data.dir}, per-channel std {made['statistics']['std']}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,76 @@
+"""PNGs: single images that carry how they were made, grids, captioned grids, curves."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+
+def save_png(path: pathlib.Path, pixels: np.ndarray, text: Mapping[str, str]) -> None:
+    """One uint8 (height, width, channels) image with text metadata, "generated" among it."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in {"generated": "true", **text}.items():
+        info.add_text(key, str(value))
+    squeezed = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    Image.fromarray(squeezed).save(path, pnginfo=info)
+
+
+def grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """(n, height, width, channels) uint8 to one image, row by row, on mid-grey."""
+    n, height, width, channels = pixels.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
+    sheet = np.full(shape, 128, np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_grid(path: pathlib.Path, pixels: np.ndarray, columns: int | None = None, scale: int = 1):
+    sheet = grid(pixels, columns).repeat(scale, 0).repeat(scale, 1)
+    save_png(path, sheet, {})
+
+
+def captioned(path: pathlib.Path, pixels: np.ndarray, captions: Sequence[str], columns: int = 8):
+    """A grid with each image's caption under it."""
+    import textwrap
+
+    plt = _pyplot()
+    rows = -(-len(pixels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.95 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes.flat, pixels, captions):
+        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axis.set_title("\n".join(textwrap.wrap(caption, 22)), fontsize=6.5, y=-0.02, va="top")
+    figure.subplots_adjust(0.01, 0.06, 0.99, 0.99, wspace=0.08, hspace=0.42)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def curves(path: pathlib.Path, runs: Mapping[str, pathlib.Path], key: str = "loss") -> None:
+    """`key` of each run's metrics.jsonl against the step, one panel a run."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.2), squeeze=False)
+    for axis, (name, directory) in zip(axes.flat, runs.items()):
+        lines = (directory / "metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if row.get(key) is not None]
+        axis.plot([row["step"] for row in rows], [row[key] for row in rows], linewidth=1)
+        axis.set(title=name, xlabel="step", ylabel=key, yscale="log")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

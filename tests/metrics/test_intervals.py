@@ -1,0 +1,49 @@
+"""Wilson's interval against published values; the bootstrap against the normal theory of a mean."""
+
+import numpy as np
+import pytest
+
+from diffusion.metrics.intervals import bootstrap, centred, wilson
+
+
+def test_wilson_matches_published_values():
+    # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3.
+    for successes, trials, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        estimate = wilson(successes, trials)
+        assert estimate.value == successes / trials
+        np.testing.assert_allclose([estimate.low, estimate.high], [low, high], atol=6e-5)
+
+
+@pytest.mark.parametrize("successes", [0, 7])
+def test_wilson_is_closed_at_the_ends(successes):
+    estimate = wilson(successes, 7)
+    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+    assert estimate.high - estimate.low > 0.3
+
+
+@pytest.mark.parametrize("successes, trials", [(0, 0), (3, 2), (-1, 2)])
+def test_wilson_refuses_impossible_counts(successes, trials):
+    with pytest.raises(ValueError, match="trials >= 1"):
+        wilson(successes, trials)
+
+
+def test_bootstrap_of_a_mean_has_the_width_of_the_standard_error():
+    x = np.random.default_rng(0).standard_normal(400)
+    estimate = bootstrap(lambda rows: float(x[rows].mean()), 400, replicates=2000, seed=1)
+    assert estimate.value == pytest.approx(x.mean())
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.1)
+
+
+def test_centred_removes_the_bias_of_the_replicates():
+    estimate = centred(1.0, np.linspace(4.0, 6.0, 201))
+    np.testing.assert_allclose([estimate.low, estimate.high], [0.05, 1.95])
+
+
+def test_bootstrap_needs_two_examples():
+    with pytest.raises(ValueError, match="count=1"):
+        bootstrap(lambda rows: 0.0, 1)

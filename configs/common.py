@@ -59,7 +59,9 @@ def base(task: str) -> ConfigDict:
     config.evaluation.batch_size = 250
 
     config.wandb = ConfigDict()
-    config.wandb.mode = "auto"  # online with a key, else offline; or "online", "offline", "disabled"
+    config.wandb.mode = (
+        "auto"  # online with a key, else offline; or "online", "offline", "disabled"
+    )
     config.wandb.project = "diffusion"
     return config
 
@@ -70,7 +72,9 @@ def denoiser() -> ConfigDict:
     config.process = ConfigDict()
     config.process.prediction = "eps"  # what the network puts out
     config.process.schedule = ConfigDict({"name": "ddpm_linear", "num_steps": 1000})
-    config.process.objective = ConfigDict({"name": "simple"})
+    # norm: "l2", "l1"; weighting: "simple", "min_snr", "edm", "vlb" (diffusion/process/losses.py)
+    config.process.objective = ConfigDict({"norm": "l2", "weighting": "simple"})
+    config.process.times = ""  # how t is drawn; "": as the schedule has it
     config.conditioning = ConfigDict()
     config.conditioning.drop = 0.0  # fraction of conditions replaced by the null one
     config.conditioning.mask_padding = False  # hide padding tokens from cross-attention

@@ -3,8 +3,8 @@
     python -m experiments.encode_latents --config=configs/digits_ldm.py
     python -m experiments.train --config=configs/digits_ldm.py --workdir=DIR
 
-Needs a first stage (configs/digits_autoencoder.py) at `latents.first_stage`. `./launch/quickstart.sh`
-runs all of it. Time and adherence: experiments/results/digits/README.md.
+Needs a first stage (configs/digits_autoencoder.py) at `latents.first_stage`;
+`./launch/quickstart.sh` runs all of it. Time and adherence: experiments/results/digits/README.md.
 """
 
 from configs import common
@@ -32,10 +32,10 @@ def get_config(arg=None):
     config.model.autoencoder = common.digits_first_stage()
     config.model.unet = {
         "out_channels": 4,
-        "channels": 128,
-        "multipliers": (1,),
-        "blocks": 2,
-        "attention": (True,),
+        "channels": 64,
+        "multipliers": (1, 2),
+        "blocks": 1,
+        "attention": (False, True),
         "heads": None,
         "head_dim": 32,
         "transformer_depth": 1,
@@ -59,7 +59,6 @@ def get_config(arg=None):
     config.conditioning.drop = 0.1
     config.conditioning.mask_padding = True
     config.process.schedule = {"name": "scaled_linear", "num_steps": 1000}
-    config.process.objective.weighting = "simple"
     config.train.steps = 4000
     config.train.batch_size = 64
     config.train.log_every_steps = 100

@@ -30,7 +30,9 @@ def get_config(arg=None):
     config.ema.decay = 0.999
     config.sample.clip = True
     if smoke:
-        config.model.unet.update({"channels": 8, "groups": 4, "multipliers": (1, 2), "attention": (False, True)})
+        config.model.unet.update(
+            {"channels": 8, "groups": 4, "multipliers": (1, 2), "attention": (False, True)}
+        )
         config.sample.update({"steps": 2, "batch_size": 8})
         common.smoke(config)
     return config

@@ -64,10 +64,12 @@ log = logging.getLogger(__name__)
 
 
 class _QuietOrbax(logging.Filter):
-    """Orbax reports every file at level INFO on absl's one logger; only its warnings are news."""
+    """Orbax reports every file at level INFO on absl's one logger, and with a traceback what it
+    raises as well; only its warnings are news."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or "orbax" not in record.pathname
+        news = record.levelno >= logging.WARNING and not record.exc_info
+        return news or "orbax" not in record.pathname
 
 
 logging.getLogger("absl").addFilter(_QuietOrbax())

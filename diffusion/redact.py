@@ -27,7 +27,8 @@ def _redacted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return redact(value)
     if isinstance(value, list | tuple):
-        return [_redacted(item) for item in value if not _secret("", item)]
+        kept = [_redacted(item) for item in value if not _secret("", item)]
+        return tuple(kept) if isinstance(value, tuple) else kept
     return value
 
 
@@ -38,3 +39,15 @@ def _secret(name: str, value: Any) -> bool:
     key = os.environ.get("WANDB_API_KEY")
     looks = bool(_SECRET_VALUE.search(text)) or (bool(key) and key in text)
     return looks or bool(_SECRET_NAME.search(name))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config by dotted names, what is neither number nor string as its text."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            simple = isinstance(value, bool | int | float | str)
+            flat[f"{prefix}{name}"] = value if simple else str(value)
+    return flat

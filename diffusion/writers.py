@@ -19,11 +19,11 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
-from diffusion.redact import redact
+from diffusion.redact import flatten, redact
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Console(Writer):
     The time left follows from the pace since the first logged step, which leaves compilation out.
     """
 
-    def __init__(self, total_steps: int, start: str | None = None, stream: TextIO | None = None):
+    def __init__(self, total_steps: int, start: str | None = None, stream: Any = None):
         self._stream = stream or sys.stderr
         self._tty = self._stream.isatty()
         self._total, self._open = total_steps, False
@@ -104,9 +104,8 @@ def _number(value: Any) -> str:
 def _duration(secs: float) -> str:
     minutes, secs = divmod(round(secs), 60)
     hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
+    short = f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
+    return f"{hours}h{minutes:02d}m" if hours else short
 
 
 def _finite(value: Any) -> int | float | None:
@@ -170,69 +169,52 @@ def _repair(path: pathlib.Path, resume_step: int | None) -> None:
 
 
 class TensorBoard(Writer):
-    """TensorBoard event files through `clu.metric_writers`; off, said once, without TensorFlow."""
+    """TensorBoard event files through `clu.metric_writers`. ImportError without TensorFlow."""
 
     def __init__(self, directory: str | os.PathLike):
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its start-up notices are not ours
-        self._writer: Any = None
-        try:
-            import tensorflow as tf
-            from clu import metric_writers
+        for name, value in {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}.items():
+            os.environ.setdefault(name, value)  # its start-up notices, and nothing computed in it
+        import tensorflow as tf
+        from clu import metric_writers
 
-            tf.config.set_visible_devices([], "GPU")  # it would take their memory from JAX
-            self._writer = metric_writers.SummaryWriter(str(directory))
-        except ImportError as error:
-            log.warning(
-                "TensorBoard is off: %s. `pip install tensorflow-cpu tensorboard` turns it on",
-                error.msg,
-            )
+        tf.config.set_visible_devices([], "GPU")  # it would take their memory from JAX
+        self._writer = metric_writers.SummaryWriter(str(directory))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        if self._writer is not None:
-            self._writer.write_scalars(step, {name: float(v) for name, v in values.items()})
+        self._writer.write_scalars(step, {name: float(v) for name, v in values.items()})
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        if self._writer is not None:
-            self._writer.write_images(step, images)
+        self._writer.write_images(step, images)
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        if self._writer is not None:
-            self._writer.write_hparams(_flat(redact(values)))
+        self._writer.write_hparams(flatten(redact(values)))
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._writer.close()
+
+
+def make_tensorboard(directory: str | os.PathLike) -> Writer:
+    """`TensorBoard`, or where what it needs is not installed a silent writer, said once."""
+    try:
+        return TensorBoard(directory)
+    except ImportError as error:
+        log.warning("TensorBoard is off: %s. Install tensorflow-cpu, tensorboard, clu", error.msg)
+        return Null()
 
 
 class WandB(Writer):
-    """Weights & Biases: online where a key is set, else offline under `workdir/wandb`.
+    """Weights & Biases, in `mode` "online" or "offline", under `workdir/wandb`.
 
-    `mode` is "auto", "online", "offline" or "disabled"; "auto" follows the variable WANDB_MODE if
-    there is one. A resumed run continues the run whose id stands in `workdir/wandb_id`. Steps are
-    logged as an axis, because wandb drops a step it has seen, which a resumed run repeats.
-
-    Raises ValueError for another mode, or when wandb is asked for by name and not installed.
+    A resumed run continues the run whose id stands in `workdir/wandb_id`. Steps are logged as an
+    axis: wandb drops a step it has seen, which a resumed run repeats. If the server does not
+    answer, the run goes on offline (`wandb sync` sends it later). ImportError without wandb.
     """
 
-    def __init__(self, workdir: str | os.PathLike, mode: str = "auto", project: str = "diffusion"):
-        self._run: Any = None
-        self._wandb: Any = None
-        chosen = resolve_wandb_mode(mode)
-        if chosen == "disabled":
-            return
-        try:
-            import wandb
-        except ImportError as error:
-            if mode != "auto":
-                raise ValueError(
-                    f"wandb.mode is {mode!r} and the package wandb is missing: "
-                    "`pip install wandb`, or set wandb.mode to 'disabled'"
-                ) from error
-            log.warning("Weights & Biases is off: the package wandb is not installed")
-            return
-        self._wandb = wandb
-        self._run = self._start(pathlib.Path(workdir), chosen, project)
+    def __init__(self, workdir: str | os.PathLike, mode: str, project: str):
+        import wandb
+
+        self._wandb: Any = wandb
+        self._run = self._start(pathlib.Path(workdir), mode, project)
         self._run.define_metric("*", step_metric="step")
 
     def _start(self, workdir: pathlib.Path, mode: str, project: str) -> Any:
@@ -248,29 +230,41 @@ class WandB(Writer):
             return self._wandb.init(mode="offline", **arguments)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        if self._run is not None:
-            self._run.log({"step": step} | {n: np.asarray(v).item() for n, v in values.items()})
+        self._run.log({"step": step} | {n: np.asarray(v).item() for n, v in values.items()})
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        if self._run is not None:
-            shown = {
-                name: [self._wandb.Image(np.squeeze(image)) for image in batch]
-                for name, batch in images.items()
-            }
-            self._run.log({"step": step} | shown)
+        show = self._wandb.Image
+        shown = {name: [show(np.squeeze(x)) for x in batch] for name, batch in images.items()}
+        self._run.log({"step": step} | shown)
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        if self._run is not None:
-            self._run.config.update(redact(values), allow_val_change=True)
+        self._run.config.update(redact(values), allow_val_change=True)
 
     def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        self._run.finish()
+
+
+def make_wandb(workdir: str | os.PathLike, mode: str, project: str) -> Writer:
+    """`WandB` in the mode that `resolve_wandb_mode` finds, silent when that is "disabled".
+
+    Without the package wandb: silent under "auto", said once; ValueError when asked for by name.
+    """
+    chosen = resolve_wandb_mode(mode)
+    if chosen == "disabled":
+        return Null()
+    try:
+        return WandB(workdir, chosen, project)
+    except ImportError as error:
+        if mode != "auto":
+            remedy = "`pip install wandb`, or set wandb.mode to 'disabled'"
+            message = f"wandb.mode is {mode!r} and the package wandb is missing: {remedy}"
+            raise ValueError(message) from error
+        log.warning("Weights & Biases is off: the package wandb is not installed")
+        return Null()
 
 
 def resolve_wandb_mode(mode: str) -> str:
-    """The mode that `mode` means here: "online", "offline" or "disabled"."""
+    """ "auto" is the variable WANDB_MODE, else online with a key or a login, else offline."""
     modes = ("auto", "online", "offline", "disabled")
     if mode not in modes:
         raise ValueError(f"wandb.mode is {mode!r}; choose one of {', '.join(modes)}")
@@ -298,17 +292,6 @@ def _run_id(workdir: pathlib.Path) -> str:
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(name := uuid.uuid4().hex[:8])
     return name
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            simple = isinstance(value, bool | int | float | str)
-            flat[f"{prefix}{name}"] = value if simple else str(value)
-    return flat
 
 
 class Multi(Writer):
@@ -349,19 +332,20 @@ def make_writer(
     resume_step: int | None = None,
     is_main: bool = True,
     start: str | None = None,
+    tensorboard: bool = True,
 ) -> Writer:
     """Every writer of a run: `workdir/metrics.jsonl`, console, `workdir/tensorboard`, wandb.
 
-    `resume_step` is the step a run starts from (0: afresh); `start` a first line for the console.
+    `resume_step` is the step a run starts from (0: afresh); `start` a first line for the console;
+    without `tensorboard` a run of seconds saves the seconds that importing TensorFlow takes.
     Raises ValueError for an unknown `wandb_mode` before anything is touched.
     """
     resolve_wandb_mode(wandb_mode)
     if not is_main:
         return Null()
     workdir = pathlib.Path(workdir)
-    jsonl = Jsonl(workdir / "metrics.jsonl", resume_step)
-    console = Console(total_steps, start)
-    rest = (TensorBoard(workdir / "tensorboard"), WandB(workdir, wandb_mode, wandb_project))
-    writer = Multi((jsonl, console, *rest))
-    writer.hparams(config_dict)
+    remote = make_wandb(workdir, wandb_mode, wandb_project)
+    local = (Jsonl(workdir / "metrics.jsonl", resume_step), Console(total_steps, start))
+    board = make_tensorboard(workdir / "tensorboard") if tensorboard else Null()
+    (writer := Multi((*local, board, remote))).hparams(config_dict)
     return writer

@@ -150,12 +150,14 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         null_tokens = (0,) * config.model.text_encoder.max_length  # for shapes alone
     networks = ("unet",) if text is None else ("unet", "text_encoder")
     noising = schedule(config)
-    objective = options(config.process.objective, without=("times",))
-    times = config.process.objective.get("times")
+    objective = losses.objective(
+        noising, config.process.prediction, **options(config.process.objective)
+    )
+    times = config.process.times or None
     return Denoiser(
         unet=unet(config),
         sample_shape=sample_shape(config),
-        objective=losses.objective(noising, config.process.prediction, **objective),
+        objective=objective,
         draw=lambda keys, x0: losses.draw(keys, noising, x0, times),
         optimizer=optimizer(config, networks),
         ema=ema(config, networks),

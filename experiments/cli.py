@@ -1,4 +1,7 @@
-"""How every command starts and ends: flags, a config, and errors as one sentence.
+"""How every command starts and ends: its own flags, a config, and errors as one sentence.
+
+A command is `define(flags)`, which declares flags, and `main(values) -> status`. Nothing is global,
+so a command can be called from another, or many times in one process.
 
 A `ValueError` or `OSError` that reaches the top is printed to stderr as "error: ..." with exit
 status 2 and no traceback; so is whatever absl or ml_collections refuses on the command line.
@@ -6,47 +9,68 @@ status 2 and no traceback; so is whatever absl or ml_collections refuses on the 
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from absl import app, flags, logging
-from ml_collections import ConfigDict
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
 
 BAD_INPUT = 2  # exit status
 REFUSED = (ValueError, OSError)
 
 
-def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> None:
-    """Parses flags, calls `main()`, exits with its status (None: 0)."""
+class Flags:
+    """Declares a command's flags; `define` functions are given one."""
+
+    def __init__(self):
+        self.values = flags.FlagValues()
+
+    def config(self, meaning: str = "A file of configs/, with its argument after a colon.") -> None:
+        config_flags.DEFINE_config_file(
+            "config", None, meaning, flag_values=self.values, lock_config=True
+        )
+
+    def add(self, kind: str, name: str, default: Any, meaning: str, *choices: Any) -> None:
+        """kind: "string", "integer", "float", "bool", "list", "multi_string" or "enum"."""
+        define = getattr(flags, f"DEFINE_{kind}")
+        define(name, default, *choices, meaning, flag_values=self.values)
+
+
+def run(
+    define: Callable[[Flags], None],
+    main: Callable[[flags.FlagValues], int | None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """The command's exit status, given its arguments (None: the process's)."""
     logging.set_verbosity(logging.WARNING)
-    app.run(lambda _: sys.exit(guard(main)), argv=argv, flags_parser=_parse)
-
-
-def guard(main: Callable[[], int | None]) -> int:
-    """`main()`'s status, or 2 after printing the sentence of what it refused."""
+    arguments = list(sys.argv if argv is None else ["command", *argv])
+    declared = Flags()
+    define(declared)
+    if {"-h", "--help", "--helpfull"} & set(arguments[1:]):
+        print(sys.modules[main.__module__].__doc__, declared.values.get_help(), sep="\n")
+        return 0
     try:
-        return main() or 0
+        rest = declared.values(arguments)
+        if len(rest) > 1:
+            raise ValueError(f"unexpected argument {rest[1]!r}: flags are --name=value")
+    except Exception as error:
+        # absl raises flags.Error; a config file or an override of one raises what it likes.
+        return refuse(error)
+    try:
+        return main(declared.values) or 0
     except REFUSED as error:
         return refuse(error)
 
 
 def refuse(error: BaseException) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    """Prints the sentence; returns the status."""
+    text = str(error) or type(error).__name__
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return BAD_INPUT
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(list(argv))
-    except Exception as error:
-        # absl raises flags.Error; a config file or an override of one raises what it likes.
-        sys.exit(refuse(error))
-    if len(rest) > 1:
-        sys.exit(refuse(ValueError(f"unexpected argument {rest[1]!r}: flags are --name=value")))
-    return rest
-
-
-def require(name: str) -> str:
-    """The value of a string flag that must be given."""
-    value = flags.FLAGS[name].value
+def require(values: flags.FlagValues, name: str) -> Any:
+    """The value of a flag that must be given."""
+    value = values[name].value
     if value in (None, "", []):
         raise ValueError(f"--{name} is missing: give --{name}=...")
     return value

@@ -9,20 +9,20 @@ Run again, it goes on with the shards that are missing.
 
 import math
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from diffusion import weights
 from diffusion.checkpoint import restore_params
 from diffusion.data import latents, loader, tokenizers, transforms
 from diffusion.training.parallel import BATCH, make_mesh
 from experiments import build, cli, workdir
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A latent config.", lock_config=True)
 
 
 def encode(config: ConfigDict) -> dict:
@@ -105,8 +105,8 @@ def first_stage(config: ConfigDict) -> tuple[dict, str]:
     for key, value in cli.flat(trained.model.autoencoder).items():
         if _plain(value) != _plain(wanted.get(key)):
             raise ValueError(
-                f"latents.first_stage={directory} was trained with model.autoencoder.{key}={value}, "
-                f"but the config says {wanted.get(key)}: use the same first stage in both"
+                f"latents.first_stage={directory} was trained with model.autoencoder.{key}={value},"
+                f" but the config says {wanted.get(key)}: use the same first stage in both"
             )
     saved = restore_params(directory / "checkpoints", ("params", "ema"))
     return {**saved.items["params"], **saved.items["ema"]}["autoencoder"], saved.hash
@@ -132,12 +132,16 @@ def _tokenizer(source, steps, kind: str) -> tokenizers.Tokenizer:
     return tokenizers.train(set(captions), kind)
 
 
-def main() -> None:
-    cli.require("config")
-    config = _CONFIG.value
+def define(add: cli.Flags) -> None:
+    add.config("A config of latent diffusion.")
+
+
+def main(values: flags.FlagValues) -> None:
+    config = cli.require(values, "config")
     made = encode(config)
-    print(f"{made['count']} latents in {config.data.dir}, per-channel std {made['statistics']['std']}")
+    std = ", ".join(f"{value:.3f}" for value in made["statistics"]["std"])
+    print(f"{made['count']} latents in {config.data.dir}, per-channel std {std}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(cli.run(define, main))

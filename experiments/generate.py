@@ -49,7 +49,7 @@ def load(directory: str | pathlib.Path, which: str = "ema", step: int | None = N
     config = workdir.read_config(directory)
     if config.task != "denoiser":
         raise ValueError(
-            f"--workdir={directory} holds a run with task={config.task!r}: sampling needs 'denoiser'"
+            f"--workdir={directory} holds a run of task={config.task!r}: name one of 'denoiser'"
         )
     if which not in ("ema", "raw"):
         raise ValueError(f"--weights={which} is unknown: use ema or raw")
@@ -128,7 +128,7 @@ def make_sampler(
     def run(params, indices, batch, seed):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
         start, noise = (jax.vmap(jax.random.fold_in, (0, None))(keys, i) for i in (0, 1))
-        x = method.prior_std * gaussian.normal(start, (len(indices), *task.sample_shape)[1:])
+        x = method.prior_std * gaussian.normal(start, (len(indices), *task.sample_shape))
         condition = task.condition(params, batch, None, train=False)
         empty = task.condition(params, _null(task, batch), None, train=False)
         denoise = denoise_fn(model, params, condition, empty, scale)
@@ -187,13 +187,13 @@ def encode(model: Model, prompts: Sequence[str] | None) -> np.ndarray | None:
     if model.tokenizer is None:
         if prompts:
             raise ValueError(
-                "--prompt was given, but the model reads no captions: leave it out, or use a run of "
-                "a text-conditional config"
+                "--prompt was given, but the model reads no captions: leave it out, or use a "
+                "run of a text-conditional config"
             )
         return None
     prompts = [""] if prompts is None else list(prompts)
     if not prompts:
-        raise ValueError("the list of prompts is empty: give --prompt=... or a file with a line each")
+        raise ValueError("the list of prompts is empty: give --prompt=... or a file of lines")
     unknown = model.tokenizer.unknown(prompts)
     if unknown:
         print(f"note: words the tokenizer does not know: {', '.join(unknown[:10])}", flush=True)

@@ -1,30 +1,34 @@
 """Prepares a config's data set: `python -m experiments.prepare_data --config=configs/X.py`.
 
-Writes ArrayRecord under `config.data.dir`. `--source_dir=DIR` reads files that you already have:
-the publisher's own
-(CIFAR-10 python batches, MNIST-style idx.gz, LSUN lmdb) or a folder of images with captions in
-`metadata.jsonl` or in a `.txt` beside each. A data set that is there and whole is left as it is.
+Writes ArrayRecord under `config.data.dir` (a latent config: the images its latents are made of).
+`--source_dir=DIR` reads files that you already have: the publisher's own (CIFAR-10 python batches,
+MNIST-style idx.gz, LSUN lmdb), or a folder of images with captions in `metadata.jsonl` or in a
+`.txt` beside each. A data set that is there and whole is left as it is. The one command that may
+import TensorFlow, for data sets of the tensorflow-datasets catalogue.
 """
 
+import sys
+
 from absl import flags
-from ml_collections import config_flags
 
 from diffusion.data import prepare
 from experiments import cli
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose data to prepare.")
-SOURCE_DIR = flags.DEFINE_string("source_dir", None, "Files that you already have.")
-MAX_BAD_IMAGES = flags.DEFINE_integer(
-    "max_bad_images", 0, "Files of a folder that are no image to skip.", lower_bound=0
-)
+
+def define(add: cli.Flags) -> None:
+    add.config()
+    add.add("string", "source_dir", None, "Files that you already have.")
+    add.add("integer", "max_bad_images", 0, "Files of a folder that are no image to skip.")
 
 
-def main() -> None:
-    cli.require("config")
-    data = CONFIG.value.data
-    directory = prepare.prepare(data.name, data.dir, SOURCE_DIR.value, MAX_BAD_IMAGES.value)
-    print(f"{data.name} is ready in {directory}", flush=True)
+def main(values: flags.FlagValues) -> None:
+    config = cli.require(values, "config")
+    name, directory = config.data.name, config.data.dir
+    if "latents" in config:
+        name, directory = config.latents.data_name, config.latents.data_dir
+    made = prepare.prepare(name, directory, values.source_dir, values.max_bad_images)
+    print(f"{name} is ready in {made}", flush=True)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(cli.run(define, main))

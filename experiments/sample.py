@@ -6,32 +6,35 @@ The same seed gives the same noise, and so the same images, for any batch size a
 """
 
 import pathlib
+import sys
 
 import numpy as np
 from absl import flags
 
 from experiments import cli, generate, pictures
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "A run with task='denoiser'.")
-_OUT = flags.DEFINE_string("out", None, "Folder for the images (default: DIR/samples).")
-_NUM = flags.DEFINE_integer("num", 16, "How many images.")
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "A caption; may be given several times.")
-_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file of captions, one a line.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.")
-_SAMPLER = flags.DEFINE_string("sampler", None, "Default: the config's sample.sampler.")
-_STEPS = flags.DEFINE_integer("steps", None, "Sampler steps; default: the config's sample.steps.")
-_SCALE = flags.DEFINE_float("guidance_scale", None, "Default: the config's.")
-_BATCH = flags.DEFINE_integer("batch_size", None, "Default: the config's sample.batch_size.")
-_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Averaged or raw parameters.")
-_NPZ = flags.DEFINE_bool("npz", False, "Write one samples.npz instead of PNGs.")
+
+def define(add: cli.Flags) -> None:
+    add.add("string", "workdir", None, "A run with task='denoiser'.")
+    add.add("string", "out", None, "Folder for the images (default: DIR/samples).")
+    add.add("integer", "num", 16, "How many images.")
+    add.add("multi_string", "prompt", None, "A caption; may be given several times.")
+    add.add("string", "prompts_file", None, "A text file of captions, one a line.")
+    add.add("integer", "seed", 0, "Of the noise.")
+    add.add("string", "sampler", None, "Default: the config's sample.sampler.")
+    add.add("integer", "steps", None, "Sampler steps; default: the config's sample.steps.")
+    add.add("float", "guidance_scale", None, "Default: the config's sample.guidance_scale.")
+    add.add("integer", "batch_size", None, "Default: the config's sample.batch_size.")
+    add.add("enum", "weights", "ema", "Averaged or raw parameters.", ["ema", "raw"])
+    add.add("bool", "npz", False, "Write one samples.npz instead of PNGs.")
 
 
-def prompts() -> list[str] | None:
+def prompts(values: flags.FlagValues) -> list[str] | None:
     """From the flags; None when no prompt was given."""
-    if _PROMPT.value and _PROMPTS_FILE.value:
+    if values.prompt and values.prompts_file:
         raise ValueError("--prompt and --prompts_file were both given: use one")
-    if _PROMPTS_FILE.value:
-        path = pathlib.Path(_PROMPTS_FILE.value)
+    if values.prompts_file:
+        path = pathlib.Path(values.prompts_file)
         if not path.is_file():
             raise ValueError(f"--prompts_file={path} does not exist: name a text file")
         found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -39,31 +42,31 @@ def prompts() -> list[str] | None:
         if not found:
             raise ValueError(f"--prompts_file={path} holds no prompt: write one a line")
         return found
-    return _PROMPT.value
+    return values.prompt
 
 
-def main() -> None:
-    directory = pathlib.Path(cli.require("workdir"))
-    wanted = prompts()
-    model = generate.load(directory, _WEIGHTS.value)
+def main(values: flags.FlagValues) -> None:
+    directory = pathlib.Path(cli.require(values, "workdir"))
+    wanted = prompts(values)
+    model = generate.load(directory, values.weights)
     options = {
-        "sampler": _SAMPLER.value,
-        "steps": _STEPS.value,
-        "guidance_scale": _SCALE.value,
+        "sampler": values.sampler,
+        "steps": values.steps,
+        "guidance_scale": values.guidance_scale,
     }
-    batches = generate.images(model, _NUM.value, wanted, _SEED.value, _BATCH.value, **options)
+    batches = generate.images(model, values.num, wanted, values.seed, values.batch_size, **options)
     pixels = np.concatenate(list(batches))
-    out = pathlib.Path(_OUT.value or directory / "samples")
+    out = pathlib.Path(values.out or directory / "samples")
     out.mkdir(parents=True, exist_ok=True)
-    if _NPZ.value:
+    if values.npz:
         np.savez(out / "samples.npz", images=pixels)
         print(f"{len(pixels)} images in {out / 'samples.npz'}")
         return
     used = {k: v if v is not None else model.config.sample[k] for k, v in options.items()}
     text = {
-        "seed": str(_SEED.value),
+        "seed": str(values.seed),
         **{key: str(value) for key, value in used.items()},
-        "weights": _WEIGHTS.value,
+        "weights": values.weights,
         "checkpoint": model.checkpoint_hash,
         "step": str(model.step),
     }
@@ -76,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(cli.run(define, main))

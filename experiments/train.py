@@ -10,19 +10,17 @@ A task has `init(key, ...)`, `train_step(state, batch, frozen, axis_name)` and
 import dataclasses
 import pathlib
 import signal
+import sys
 import time
 from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from diffusion.checkpoint import Checkpoints
 from diffusion.writers import make_writer
 from experiments import build, cli, workdir
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 
 INTERRUPTED = 75  # exit status: saved after a signal; the same command goes on
 
@@ -163,11 +161,15 @@ class _StopOnSignal:
             signal.signal(number, handler)
 
 
-def main() -> int:
-    cli.require("config")
-    finished = train(_CONFIG.value, cli.require("workdir"))
+def define(add: cli.Flags) -> None:
+    add.config()
+    add.add("string", "workdir", None, "The run's folder.")
+
+
+def main(values: flags.FlagValues) -> int:
+    finished = train(cli.require(values, "config"), cli.require(values, "workdir"))
     return INTERRUPTED if finished is None else 0
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(cli.run(define, main))

@@ -1,11 +1,11 @@
 """A run is its workdir: what may change when a run goes on, and how a run is opened again.
 
-    DIR/config.json     the resolved config
-    DIR/metrics.jsonl   one object a logged step
-    DIR/checkpoints/    see diffusion/checkpoint.py
-    DIR/first_stage/    the frozen autoencoder of a latent run, copied from its latents
-    DIR/tokenizer.json  of a run that reads captions
-    DIR/README.md       the model card
+DIR/config.json     the resolved config
+DIR/metrics.jsonl   one object a logged step
+DIR/checkpoints/    see diffusion/checkpoint.py
+DIR/first_stage/    the frozen autoencoder of a latent run, copied from its latents
+DIR/tokenizer.json  of a run that reads captions
+DIR/README.md       the model card
 """
 
 import json

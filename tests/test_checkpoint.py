@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -379,6 +380,47 @@ def test_orbax_is_quiet_and_its_warnings_are_not(tmp_path, caplog):
     assert logger.filter(record)
 
 
+def start(script: str, *arguments, **environment):
+    """A process of its own running `script`; its arguments follow."""
+    root = str(pathlib.Path(__file__).parents[1])
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir
+    common = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root, "JAX_COMPILATION_CACHE_DIR": cache}
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        env=os.environ | common | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+FULL = """
+    import resource, sys, jax
+    from diffusion.checkpoint import Checkpoints
+    state = {"w": jax.random.normal(jax.random.key(0), (500, 1000))}
+    checkpoints = Checkpoints(sys.argv[1])
+    checkpoints.save(1, jax.tree.map(lambda x: 0 * x, state), {}, {})
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    try:
+        checkpoints.save(2, state, {}, {})
+        checkpoints.close()
+    except OSError as error:
+        print(error)
+    assert (checkpoints.restore(state).state["w"] == 0).all()
+"""
+
+
+def test_a_write_that_fails_is_one_sentence_and_the_earlier_step_restores(tmp_path):
+    """A limit on file sizes stands for the full disk: both end a write of the array file."""
+    out, err = start(FULL, tmp_path / "run").communicate(timeout=100)
+    assert "2 could not be written" in out
+    assert "The last finished one is step 1; free space" in out
+    assert "Traceback" not in err
+    assert kept(tmp_path / "run") == [1]
+
+
 KILLED = """
     import sys, jax, jax.numpy as jnp
     from diffusion.checkpoint import Checkpoints
@@ -397,16 +439,9 @@ KILLED = """
 
 
 def test_kill_9_during_saves_restores_the_last_committed(tmp_path):
-    script = tmp_path / "killed.py"
-    script.write_text(textwrap.dedent(KILLED))
-    root = pathlib.Path(__file__).parents[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     committed = 0
     for delay in (0.0, 0.02, 0.07):
-        run = subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "run")],
-            env=environment, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        run = start(KILLED, tmp_path / "run")
         with run:
             assert int(run.stdout.readline().split()[1]) == committed
             for _ in range(3):
@@ -419,3 +454,66 @@ def test_kill_9_during_saves_restores_the_last_committed(tmp_path):
     found = restore_params(tmp_path / "run", ("w", "n"))
     assert committed >= 6
     assert (found.items["w"] == committed).all()
+
+
+TWO_PROCESSES = """
+    import sys, jax, numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    directory, address, index = sys.argv[1:]
+    jax.distributed.initialize(address, 2, int(index))
+    from diffusion import checkpoint
+    from diffusion.checkpoint import Checkpoints
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+    spread, same = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("fsdp",), ()))
+
+    def state(step):
+        rows = np.arange(32, dtype=np.float32).reshape(8, 4) + step
+        make = lambda value, s: jax.make_array_from_callback(value.shape, s, lambda i: value[i])
+        return {"w": make(rows, spread), "n": make(np.int32(step), same)}
+
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
+    with Checkpoints(directory, keep_last=2) as checkpoints:
+        for step in (1, 2, 3):
+            assert checkpoints.save(step, state(step), {"position": step}, {})
+        checkpoints.wait()
+        assert checkpoints.latest_step() == 3
+        assert not checkpoints.save(3, state(3), {}, {})
+        if index == "0":
+            path = max(checkpoints.directory.glob("3/**/d/*"), key=lambda p: p.stat().st_size)
+            path.write_bytes(path.read_bytes()[:-1])
+        found = checkpoints.restore(target)
+        assert (found.step, found.data_state) == (2, {"position": 2}), found
+        for x, y in zip(jax.tree.leaves(found.state), jax.tree.leaves(state(2))):
+            assert x.sharding == y.sharding
+            for a, b in zip(x.addressable_shards, y.addressable_shards):
+                assert np.array_equal(a.data, b.data)
+        if index == "0":
+            def write(*_):
+                raise OSError("disk full")
+            checkpoint.write_manifest = write
+        checkpoints.save(4, state(4), {}, {})
+        try:
+            checkpoints.wait()
+        except OSError as error:
+            print("told", error)
+        assert checkpoints.latest_step() == 2
+"""
+
+
+def test_two_processes_agree_on_steps_damage_and_errors(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    runs = [
+        start(TWO_PROCESSES, tmp_path, address, index, JAX_NUM_CPU_DEVICES="2") for index in (0, 1)
+    ]
+    try:
+        outputs = [run.communicate(timeout=100) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    for run, (out, err) in zip(runs, outputs):
+        assert run.returncode == 0, err[-3000:]
+        assert "told checkpoint" in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3.corrupt"]

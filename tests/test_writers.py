@@ -17,7 +17,16 @@ import pytest
 
 from diffusion import writers
 from diffusion.redact import redact
-from diffusion.writers import Console, Jsonl, Multi, TensorBoard, WandB, Writer, make_writer
+from diffusion.writers import (
+    Console,
+    Jsonl,
+    Multi,
+    TensorBoard,
+    WandB,
+    Writer,
+    make_wandb,
+    make_writer,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -168,7 +177,7 @@ def test_console_rewrites_in_place_on_a_terminal():
 
 
 @pytest.mark.parametrize(
-    ("secs", "text"), [(12.4, "12s"), (200, "3m20s"), (3720, "1h02m"), (90000, "25h00m")]
+    ("secs", "text"), [(12.4, "12s"), (200.0, "3m20s"), (3720.0, "1h02m"), (9e4, "25h00m")]
 )
 def test_time_left_is_readable(secs, text):
     assert writers._duration(secs) == text
@@ -205,6 +214,7 @@ def test_make_writer(tmp_path, no_tensorflow, capsys):
     writer.scalars(5, {"loss": 1.0})
     writer.images(5, {"samples": np.zeros((1, 4, 4, 3), np.uint8)})
     writer.close()
+    assert [type(w).__name__ for w in writer.writers] == ["Jsonl", "Console", "Writer", "Writer"]
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 5, "loss": 1.0}]
     assert "1 process\nstep 5/10  loss 1" in capsys.readouterr().err
 
@@ -278,7 +288,6 @@ def test_tensorboard_through_clu(tmp_path, monkeypatch):
     writer.scalars(3, {"loss": jnp.float32(2)})
     writer.hparams({"optim": {"lr": 0.1, "betas": (0.9, 0.99)}, "api_key": "x"})
     writer.close()
-    writer.scalars(4, {"loss": 0})
     assert calls == [
         ([], "GPU"),
         str(tmp_path),
@@ -348,7 +357,6 @@ def test_wandb_hands_over_scalars_images_and_config_and_resumes_its_run(stub, tm
         writer.scalars(7, {"loss": jnp.float32(0.5)})
         writer.images(7, {"samples": np.zeros((2, 4, 4, 1), np.uint8)})
         writer.close()
-        writer.close()
     first, second = (c[1] for c in stub.calls if c[0] == "init")
     assert first["id"] == second["id"] == (tmp_path / "wandb_id").read_text()
     assert (first["mode"], first["project"], first["resume"]) == ("offline", "project", "allow")
@@ -363,18 +371,23 @@ def test_wandb_hands_over_scalars_images_and_config_and_resumes_its_run(stub, tm
 
 def test_wandb_unreachable_goes_offline(stub, tmp_path, caplog):
     stub.unreachable = True
-    WandB(tmp_path, "online").close()
+    make_wandb(tmp_path, "online", "p").close()
     assert [c[1]["mode"] for c in stub.calls if c[0] == "init"] == ["online", "offline"]
     assert "logging offline" in caplog.text
 
 
 def test_wandb_missing(monkeypatch, no_key, tmp_path, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    WandB(tmp_path, "auto").scalars(1, {"loss": 1})
+    assert type(make_wandb(tmp_path, "auto", "p")) is Writer
     assert "Weights & Biases is off" in caplog.text
     with pytest.raises(ValueError, match="the package wandb is missing"):
-        WandB(tmp_path, "offline")
-    WandB(tmp_path, "disabled").close()
+        make_wandb(tmp_path, "offline", "p")
+    assert type(make_wandb(tmp_path, "disabled", "p")) is Writer
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5}\n')
+    with pytest.raises(ValueError, match="the package wandb is missing"):
+        make_writer(tmp_path, "offline", "p", 10, {}, resume_step=0)
+    assert path.read_text() == '{"step": 5}\n'
 
 
 def test_wandb_offline_writes_scalars_without_an_account(tmp_path):
@@ -421,7 +434,7 @@ def test_redact(monkeypatch):
     }  # fmt: skip
     assert redact(config) == {
         "wandb": {"mode": "auto"},
-        "model": {"tokenizer": "bpe", "max_tokens": 77, "key_dim": 64, "heads": [1, 2]},
+        "model": {"tokenizer": "bpe", "max_tokens": 77, "key_dim": 64, "heads": (1, 2)},
         "empty_password": "", "author": "me", "urls": ["https://host/x"],
     }  # fmt: skip
     assert config["api_key"] == "x"

@@ -193,8 +193,7 @@ class Scaling:
 
 
 def finish(plan: Plan, scaling: Scaling) -> dict[str, Any]:
-    """Once every shard is there: statistics (eq. 1), and the provenance that makes the latents
-    whole.
+    """Once every shard is there: statistics (eq. 1), and the provenance that makes it whole.
 
     Raises:
       ValueError: a shard is missing; a channel that never varies under the rule "channel".

@@ -10,7 +10,7 @@ lock while it decodes).
 import dataclasses
 import io
 import pathlib
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,7 @@ Batch = dict[str, Any]  # arrays with a leading batch axis, or lists as long; se
 REMEDY = "run `python -m experiments.prepare_data` with the same --config and --config.data.dir"
 
 
+@runtime_checkable
 class Source(Protocol):
     """A fixed number of examples, in a fixed order."""
 

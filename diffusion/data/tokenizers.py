@@ -8,12 +8,17 @@ caption that is too long is counted, and a word that is not in the vocabulary is
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+# The captions of a batch are few: a thread pool over them costs more than it saves, on the cores that
+# compute, and it makes every later fork of the process print a warning.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD, UNKNOWN, START, END = SPECIAL = ("[PAD]", "[UNK]", "[START]", "[END]")
 

@@ -121,7 +121,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Two dense layers, `mult` times the width between them.
 
-    `activation` is "geglu" (eq. 3) or a key of ACTIVATIONS.
+    `activation` is "geglu" (eq. 3) or a key of ACTIVATIONS; ValueError for another.
     """
 
     activation: str = "geglu"
@@ -131,6 +131,11 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         gated = self.activation == "geglu"
+        if not gated and self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation={self.activation!r} is unknown: choose geglu or one of "
+                f"{', '.join(ACTIVATIONS)}"
+            )
         width, inner = x.shape[-1], x.shape[-1] * self.mult
         h = Dense(inner * (2 if gated else 1), dtype=self.dtype, name="proj_in")(x)
         if gated:

@@ -8,8 +8,8 @@ arXiv:2112.10752; E is the identity for DDPM, arXiv:2006.11239 eq. 14):
     (3) L   = mean || eps - eps_theta(z_t, t, tau_theta(caption)) ||^2
 
 tau_theta is the text encoder: trained jointly when it is among the state's parameters, frozen when
-it is among the frozen ones. A fraction `drop_condition` of the captions is replaced by the empty one
-(classes by the null class), which classifier-free guidance needs (arXiv:2207.12598, algorithm 1).
+it is among the frozen ones. A fraction `drop_condition` of the captions is replaced by the empty
+one (classes by the null class), as classifier-free guidance needs it (arXiv:2207.12598, algorithm 1).
 """
 
 import dataclasses
@@ -164,7 +164,9 @@ class Denoiser:
             condition = self.encode_text(params, tokens, text_keys)
         if self.null_label is not None:
             labels = batch["label"]
-            condition["labels"] = labels if drop is None else jnp.where(drop, self.null_label, labels)
+            condition["labels"] = (
+                labels if drop is None else jnp.where(drop, self.null_label, labels)
+            )
         return condition
 
     def encode_text(

@@ -126,9 +126,7 @@ class Parallel:
             return state
         sharding = NamedSharding(self.mesh, BATCH)
         count = self.devices
-        stack = jax.jit(
-            lambda x: jnp.broadcast_to(x, (count, *x.shape)), out_shardings=sharding
-        )
+        stack = jax.jit(lambda x: jnp.broadcast_to(x, (count, *x.shape)), out_shardings=sharding)
         return jax.tree.map(stack, state)
 
     def gather(self, state: Any) -> Any:

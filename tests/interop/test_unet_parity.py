@@ -46,14 +46,16 @@ PLAIN = {
             "down_block_types": (D, A, A),
             "up_block_types": (B, B, U),
             "attention_head_dim": 16,
+            "layers_per_block": 1,
         },
         (2, 3, 8, 16),
     ),
     "adm": (
         {
-            "block_out_channels": (16, 16, 32, 48),
-            "down_block_types": ("ResnetDownsampleBlock2D", A, A, A),
-            "up_block_types": (B, B, B, "ResnetUpsampleBlock2D"),
+            "block_out_channels": (16, 32, 48),
+            "down_block_types": ("ResnetDownsampleBlock2D", A, A),
+            "up_block_types": (B, B, "ResnetUpsampleBlock2D"),
+            "layers_per_block": 1,
             "downsample_type": "resnet",
             "upsample_type": "resnet",
             "resnet_time_scale_shift": "scale_shift",
@@ -84,7 +86,7 @@ PLAIN = {
             "down_block_types": (A,),
             "up_block_types": (B,),
             "norm_num_groups": 4,
-            "layers_per_block": 3,
+            "layers_per_block": 2,
             "in_channels": 1,
             "out_channels": 1,
             "freq_shift": 1,
@@ -99,6 +101,7 @@ PLAIN = {
             "norm_num_groups": 16,
             "downsample_padding": 0,
             "add_attention": False,
+            "layers_per_block": 1,
         },
         (1, 3, 12, 4),
     ),
@@ -108,6 +111,7 @@ SD = {
     "down_block_types": (CD, CD, D),
     "up_block_types": (U, CU, CU),
     "norm_num_groups": 16,
+    "layers_per_block": 1,
 }
 CONDITIONAL = {
     "sd1": (SD | {"attention_head_dim": 4, "cross_attention_dim": 24}, (2, 4, 16, 8)),
@@ -199,8 +203,12 @@ def ours(module: UNet, params, given: dict):
             labels=arrays.get("class_labels"),
         )
 
-    y, pullback = jax.vjp(jax.jit(apply), x)
-    (gradient,) = pullback(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+    @jax.jit
+    def both(x):
+        y, pullback = jax.vjp(apply, x)
+        return y, pullback(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))[0]
+
+    y, gradient = both(x)
     return np.moveaxis(np.asarray(y), -1, 1), np.moveaxis(np.asarray(gradient), -1, 1)
 
 
@@ -235,7 +243,9 @@ def test_diffusers_loads_what_we_save(name, tmp_path):
     save_unet(tmp_path / "ours", module, params)
     again = type(model).from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():
-        assert torch.equal(again(**given).sample, model(**given).sample)
+        output, expected = again(**given).sample, model(**given).sample
+    # The same weights, tensor for tensor; but torch's threads may add in another order.
+    assert distance(output.numpy(), expected.numpy()) < 1e-6
     first, second = (load_file(tmp_path / side / WEIGHTS) for side in ("theirs", "ours"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -346,7 +356,7 @@ INEXPRESSIBLE = {
 def test_what_diffusers_cannot_express_is_refused_and_not_written(key, tmp_path):
     module, rank = INEXPRESSIBLE[key], 1 if key == "spatial axes" else 2
     x, context = jnp.zeros((1, *(8,) * rank, 3)), jnp.zeros((1, 2, 4))
-    params = module.init(jax.random.key(0), x, jnp.zeros(1), context)["params"]
+    params = jax.eval_shape(module.init, jax.random.key(0), x, jnp.zeros(1), context)["params"]
     with pytest.raises(ValueError, match=f"{key}=.*cannot be written for Diffusers"):
         save_unet(tmp_path / "unet", module, params)
     assert not list(tmp_path.iterdir())
@@ -354,7 +364,8 @@ def test_what_diffusers_cannot_express_is_refused_and_not_written(key, tmp_path)
 
 def test_saving_replaces_our_own_directory_and_no_other(tmp_path):
     module = UNet(channels=8, multipliers=(1,), attention=(False,), groups=2)
-    params = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1))["params"]
+    init = jax.jit(module.init)
+    params = init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1))["params"]
     save_unet(tmp_path / "unet", module, params, sample_size=8)
     save_unet(tmp_path / "unet", module, jax.tree.map(jnp.zeros_like, params), sample_size=8)
     _, zeros = load_unet(tmp_path / "unet")

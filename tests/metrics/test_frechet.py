@@ -107,10 +107,11 @@ def test_extrapolation_needs_more_samples_than_the_smallest_subset():
         frechet.frechet_at_infinity(features(8, 8), stats)
 
 
-def test_interval_is_about_as_wide_as_the_spread_over_fresh_samples():
+@pytest.mark.parametrize("shift, scale", [(0.5, 1.0), (0.0, 2.0)])
+def test_interval_is_about_as_wide_as_the_spread_over_fresh_samples(shift, scale):
     reference = frechet.FeatureStatistics(2, np.zeros(4), np.eye(4))
     rng = np.random.default_rng(0)
-    draws = [rng.standard_normal((300, 4)) + 0.5 for _ in range(200)]
+    draws = [scale * rng.standard_normal((300, 4)) + shift for _ in range(200)]
     fresh = [frechet.frechet_distance(frechet.feature_statistics(x), reference) for x in draws]
     interval = frechet.frechet_interval(draws[0], reference, replicates=200)
     assert interval.value == pytest.approx(fresh[0])

@@ -50,6 +50,7 @@ def exact():
         gaussian=gaussian_estimate,
         mixture=mixture_estimate,
         denoiser=denoiser,
+        components=tuple(np.array(c) for c in (MEANS, STDS, WEIGHTS)),
         mean=mean,
         variance=second - mean**2,
     )

@@ -18,9 +18,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize(
-    "source, target", list(itertools.product(gaussian.PREDICTIONS, repeat=2))
-)
+@pytest.mark.parametrize("source, target", list(itertools.product(gaussian.PREDICTIONS, repeat=2)))
 def test_conversions_reach_the_target_and_return(name, source, target, x64):
     schedule, t = SCHEDULES[name]
     rng = np.random.default_rng(0)
@@ -137,7 +135,9 @@ def test_what_is_refused():
         gaussian.make_denoise(double, schedule, "eps")(x, t)
     with pytest.raises(ValueError, match="4 output channels.*learned variance needs 8"):
         gaussian.make_denoise(lambda x, t: x, schedule, "eps", learned_variance=True)(x, t)
-    with pytest.raises(ValueError, match=r"process\.prediction: 'noise' is unknown; choose one of eps"):
+    with pytest.raises(
+        ValueError, match=r"process\.prediction: 'noise' is unknown; choose one of eps"
+    ):
         gaussian.make_denoise(double, schedule, "noise")
     zero = schedules.zero_terminal_snr(schedule)
     with pytest.raises(ValueError, match="'eps' cannot give x0.*predict 'v'"):

@@ -1,7 +1,10 @@
 """Each sampler against the unmodified Diffusers scheduler, trajectories within 1e-4 in float32.
 
 Diffusers holds its tables in float32 and so drifts from ours in the fifth digit. Where the two
-differ by design the case says so. Schedulers in k-diffusion's variables carry x/alpha.
+differ by design the case says so. Schedulers in k-diffusion's variables carry x/alpha. There is no
+case for DDIM with linspace spacing: Diffusers evaluates at t = 999, 888, .. but steps to the level
+of t - 1000 // steps, which is not the next one (the paper's is: test_samplers_paper.py). Our
+"dpmpp_3m" is the published one here; exact=True is checked against its derivation there.
 """
 
 import importlib
@@ -40,8 +43,6 @@ CASES = {
     "ddim leading": ("ddim", "DDIMScheduler", {"clip_sample": False}, {}, 10),
     "ddim ldm": ("ddim", "DDIMScheduler", {"clip_sample": False, "steps_offset": 1,
                  "set_alpha_to_one": False}, {"steps_offset": 1, "final": "first"}, 10),
-    "ddim linspace": ("ddim", "DDIMScheduler", {"clip_sample": False,
-                      "timestep_spacing": "linspace"}, {"spacing": "linspace"}, 10),
     "ddim trailing": ("ddim", "DDIMScheduler", {"clip_sample": False,
                       "timestep_spacing": "trailing"}, {"spacing": "trailing"}, 10),
     "ddim eta": ("ddim", "DDIMScheduler", {"clip_sample": False}, {"eta": 0.7}, 10),
@@ -121,7 +122,7 @@ def test_trajectory(case, exact, library, monkeypatch):
         x0 = exact.mixture(x, a, sigma) * (2 if clipped else 1)
         return ((x - a * x0) / sigma).astype(np.float32)
 
-    noises = [np.asarray(step_noise(keys, i, x)) for i in range(s.steps)]
+    noises = [np.array(step_noise(keys, i, x)) for i in range(s.steps)]
     index = [0]
     hand_over(monkeypatch, torch, scheduler, theirs, noises, index)
     step = scheduler.step

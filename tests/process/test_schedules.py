@@ -123,7 +123,10 @@ def test_small_sigma_keeps_its_digits_in_float32():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: schedules.Discrete(np.array([0.9, 0.9, 0.5])), r"decrease strictly.*alpha_bar\[0\]"),
+        (
+            lambda: schedules.Discrete(np.array([0.9, 0.9, 0.5])),
+            r"decrease strictly.*alpha_bar\[0\]",
+        ),
         (lambda: schedules.from_betas([0.1, -0.1]), r"decrease strictly.*every beta > 0"),
         (lambda: schedules.Discrete(np.array([1.2, 0.5])), r"1\.2.*lie in \[0, 1\]"),
         (lambda: schedules.Discrete(np.array([])), "T >= 1.*num_steps to at least 1"),

@@ -8,7 +8,8 @@ in sigma/alpha, equally an Euler step of rectified flow; eta = 1 is ancestral sa
 posterior's variance. (1) never divides by alpha, so it serves zero terminal SNR.
 
 Deviation: e is computed from D after clipping, as in Improved DDPM; Diffusers does so only with
-use_clipped_model_output=True.
+use_clipped_model_output=True. Under linspace spacing Diffusers steps to the level of
+t - T // steps, which is not the next evaluated one; here, as in the paper, it is.
 """
 
 import numpy as np
@@ -18,7 +19,9 @@ from diffusion.process.samplers.grid import Grid, make_grid
 from diffusion.process.schedules import Schedule
 
 
-def ddim(schedule: Schedule, steps: int | None = None, *, eta: float | int = 0.0, **options) -> Sampler:
+def ddim(
+    schedule: Schedule, steps: int | None = None, *, eta: float | int = 0.0, **options
+) -> Sampler:
     """DDIM of ``steps`` (50) steps with noise ``eta`` in [0, 1].
 
     ``options`` go to ``grid.make_grid``: ``spacing`` (leading for discrete schedules; LDM's is

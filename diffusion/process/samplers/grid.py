@@ -113,7 +113,9 @@ def _check_steps(schedule: Schedule, steps: int) -> None:
         )
 
 
-def _spaced(schedule: Schedule, steps: int, spacing: str, offset: int, rho: float | int) -> np.ndarray:
+def _spaced(
+    schedule: Schedule, steps: int, spacing: str, offset: int, rho: float | int
+) -> np.ndarray:
     if spacing not in SPACINGS:
         raise ValueError(
             f"sample.spacing: {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}"

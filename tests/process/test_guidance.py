@@ -1,0 +1,113 @@
+"""Wrappers of denoise: guidance, thresholds, inpainting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.process import gaussian, guidance, schedules
+from diffusion.process.samplers import SAMPLERS, sample
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 2)), jnp.float32)
+T = jnp.array([10, 500, 900])
+
+
+def up(x, t):
+    return 2 * x + 1
+
+
+def down(x, t):
+    return x * x
+
+
+def test_guiding_x0_is_guiding_eps(x64):
+    """CFG eq. 6 on eps, converted, equals ours on x0; s = 1 + w."""
+    schedule, w = schedules.scaled_linear(), 2.5
+    x = X.astype(jnp.float64)
+    a, s = schedule.alpha(T), schedule.sigma(T)
+    to_eps = lambda f: gaussian.convert(f(x, T), "x0", "eps", x, a, s)
+    eps = (1 + w) * to_eps(up) - w * to_eps(down)
+    expected = gaussian.convert(eps, "eps", "x0", x, a, s)
+    np.testing.assert_allclose(guidance.classifier_free(up, down, 1 + w)(x, T), expected)
+
+
+def test_scale_one_is_conditional_and_zero_unconditional():
+    np.testing.assert_allclose(guidance.classifier_free(up, down, 1)(X, T), up(X, T), atol=1e-6)
+    np.testing.assert_allclose(guidance.classifier_free(up, down, 0)(X, T), down(X, T))
+
+
+def test_scale_may_differ_by_example():
+    scales = jnp.array([0.0, 1.0, 3.0])
+    both = guidance.classifier_free(up, down, scales)(X, T)
+    for i, s in enumerate(scales):
+        alone = guidance.classifier_free(up, down, float(s))(X, T)
+        np.testing.assert_allclose(both[i], alone[i], rtol=1e-5, atol=1e-5)
+
+
+def test_interval_guides_inside_only():
+    denoise = guidance.classifier_free(up, down, 4.0, interval=(500, 800))
+    out, full = denoise(X, T), guidance.classifier_free(up, down, 4.0)(X, T)
+    np.testing.assert_array_equal(out[0], up(X, T)[0])
+    np.testing.assert_array_equal(out[1], full[1])
+    np.testing.assert_array_equal(out[2], up(X, T)[2])
+
+
+def test_rescale_brings_back_the_conditional_deviation():
+    guided = guidance.classifier_free(up, down, 7.0, rescale=1.0)(X, T)
+    np.testing.assert_allclose(guided.std(axis=(1, 2, 3)), up(X, T).std(axis=(1, 2, 3)), rtol=1e-5)
+    plain = guidance.classifier_free(up, down, 7.0)(X, T)
+    half = guidance.classifier_free(up, down, 7.0, rescale=0.7)(X, T)
+    np.testing.assert_allclose(half, 0.7 * guided + 0.3 * plain, rtol=1e-4, atol=1e-4)
+
+
+def test_clip_and_dynamic_threshold():
+    clipped = guidance.clip_x0(up)(X, T)
+    np.testing.assert_array_equal(clipped, np.clip(up(X, T), -1, 1))
+    out = guidance.dynamic_threshold(up, 0.9)(X, T)
+    for i in range(3):
+        x0 = np.asarray(up(X, T)[i])
+        s = max(np.quantile(np.abs(x0), 0.9), 1)
+        np.testing.assert_allclose(out[i], np.clip(x0, -s, s) / s, rtol=1e-5, atol=1e-6)
+    small = guidance.dynamic_threshold(lambda x, t: 0.01 * x)(X, T)
+    np.testing.assert_allclose(small, 0.01 * X, rtol=1e-6)  # s is never below 1
+
+
+def test_wrappers_pass_the_variance_output_on():
+    pair = lambda x, t: (up(x, t), 5 * x)
+    other = lambda x, t: (down(x, t), 7 * x)
+    wrappers = (
+        guidance.classifier_free(pair, other, 3.0, interval=(0, 600), rescale=0.5),
+        guidance.clip_x0(pair),
+        guidance.dynamic_threshold(pair),
+        guidance.inpaint(pair, X, jnp.ones((4, 4, 1))),
+    )
+    for wrapper in wrappers:
+        x0, variance = wrapper(X, T)
+        np.testing.assert_array_equal(variance, 5 * X)
+        assert x0.shape == X.shape
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m", "heun"])
+def test_inpaint_ends_at_what_is_known(name, exact):
+    schedule = schedules.cosine(100)
+    known = jnp.clip(X, -1, 1)
+    mask = jnp.zeros((4, 4, 1)).at[:2].set(1)
+    s = SAMPLERS[name](schedule, 20)
+    keys = jax.random.split(jax.random.key(0), 3)
+    free = exact.denoiser(schedule)
+    out = sample(s, guidance.inpaint(free, known, mask), X, keys)
+    np.testing.assert_allclose(out[:, :2], known[:, :2], atol=1e-5)
+    np.testing.assert_allclose(out[:, 2:], sample(s, free, X, keys)[:, 2:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: guidance.classifier_free(up, down, 2, interval=(5, 1)), "guidance_interval.*low"),
+        (lambda: guidance.classifier_free(up, down, 2, rescale=1.5), r"guidance_rescale: 1\.5"),
+        (lambda: guidance.dynamic_threshold(up, 0.0), r"dynamic_threshold: 0\.0.*\(0, 1\]"),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,232 @@
+"""Objectives against their papers' formulas; the draws of t and noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.process import gaussian, likelihood, losses, schedules
+
+DDPM, EDM, FLOW = schedules.ddpm_linear(), schedules.edm(), schedules.flow()
+X0, NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5, 3, 2)))
+STEPS = jnp.array([1, 200, 600, 999])
+
+
+def network(x, t):
+    return jnp.tanh(x) + 0.1
+
+
+def per_example(x):
+    return jnp.mean(x.reshape(x.shape[0], -1), axis=1)
+
+
+def noised(schedule, t):
+    return gaussian.q_sample(schedule, X0, t, NOISE)
+
+
+def estimate(schedule, prediction, t):
+    """The x0 of ``network`` read as this prediction."""
+    return gaussian.make_denoise(network, schedule, prediction)(noised(schedule, t), t)
+
+
+def test_simple_loss_is_ddpm_equation_14(x64):
+    loss, aux = losses.objective(DDPM)(network, X0, STEPS, NOISE)
+    bar = DDPM.alpha_bar[STEPS].reshape(4, 1, 1, 1)
+    x_t = np.sqrt(bar) * X0 + np.sqrt(1 - bar) * NOISE
+    expected = np.mean((NOISE - np.tanh(x_t) - 0.1) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    np.testing.assert_allclose(aux["mse"], expected, rtol=1e-12)
+    l1, _ = losses.objective(DDPM, norm="l1")(network, X0, STEPS, NOISE)
+    expected = np.mean(np.abs(NOISE - np.tanh(x_t) - 0.1), axis=(1, 2, 3))
+    np.testing.assert_allclose(l1, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", gaussian.PREDICTIONS)
+def test_min_snr_weighs_x0_by_the_capped_snr(prediction, x64):
+    """min(SNR, gamma) on the error of x0, whatever is predicted (Min-SNR §3.4)."""
+    objective = losses.objective(DDPM, prediction, weighting="min_snr", gamma=3)
+    loss, _ = objective(network, X0, STEPS, NOISE)
+    snr = np.exp(DDPM.logsnr(np.asarray(STEPS)))
+    expected = np.minimum(snr, 3) * per_example((estimate(DDPM, prediction, STEPS) - X0) ** 2)
+    np.testing.assert_allclose(loss, expected, rtol=1e-9)
+
+
+def test_min_snr_factors_are_the_published_ones(x64):
+    snr = np.array([0.01, 1.0, 4.9, 100.0])
+    a, s = jnp.asarray(np.sqrt(snr / (1 + snr))), jnp.asarray(np.sqrt(1 / (1 + snr)))
+    factor = lambda prediction: losses.weight("min_snr", prediction, a, s, 5.0)
+    np.testing.assert_allclose(factor("eps"), np.minimum(snr, 5) / snr)
+    np.testing.assert_allclose(factor("v"), np.minimum(snr, 5) / (snr + 1))
+    np.testing.assert_allclose(factor("x0"), np.minimum(snr, 5))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "edm"])
+def test_edm_weighting_is_edm_equation_8(prediction, x64):
+    t = jnp.array([0.01, 0.5, 3.0, 40.0])
+    loss, _ = losses.objective(EDM, prediction, weighting="edm")(network, X0, t, NOISE)
+    weight = (t**2 + 0.25) / (t * 0.5) ** 2
+    expected = weight * per_example((estimate(EDM, prediction, t) - X0) ** 2)
+    np.testing.assert_allclose(loss, expected, rtol=1e-9)
+
+
+def test_edm_weighting_of_f_is_one(x64):
+    t = jnp.array([0.01, 0.5, 3.0, 40.0])
+    weighed, aux = losses.objective(EDM, "edm", weighting="edm")(network, X0, t, NOISE)
+    np.testing.assert_allclose(weighed, aux["mse"], rtol=1e-12)
+    simple, _ = losses.objective(EDM, "edm")(network, X0, t, NOISE)
+    np.testing.assert_allclose(simple, aux["mse"])
+
+
+def test_flow_matching_is_the_squared_error_of_the_velocity(x64):
+    t = jnp.array([0.0, 0.3, 0.7, 1.0])
+    seen = {}
+
+    def spy(x, c):
+        seen.update(x=x, c=c)
+        return network(x, c)
+
+    loss, _ = losses.objective(FLOW, "velocity")(spy, X0, t, NOISE)
+    wide = t.reshape(4, 1, 1, 1)
+    x_t = (1 - wide) * X0 + wide * NOISE
+    np.testing.assert_allclose(seen["x"], x_t)
+    np.testing.assert_allclose(seen["c"], 1000 * t)
+    expected = per_example((NOISE - X0 - network(x_t, t)) ** 2)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_vlb_is_t_times_the_bound_s_term(variance, x64):
+    t = jnp.array([0, 200, 600, 999])
+    objective = losses.objective(DDPM, "eps", weighting="vlb", variance=variance)
+    loss, aux = objective(network, X0, t, NOISE)
+    x0 = estimate(DDPM, "eps", t)
+    term = likelihood.bound_term(DDPM, X0, noised(DDPM, t), t, x0, variance)
+    np.testing.assert_allclose(loss, 1000 * term, rtol=1e-12)
+    np.testing.assert_allclose(loss, aux["vlb"])
+
+
+def double(scale):
+    return lambda x, t: jnp.concatenate([jnp.tanh(scale * x) + 0.1, jnp.sin(scale * x)], axis=-1)
+
+
+def test_hybrid_is_simple_plus_a_thousandth_of_the_bound(x64):
+    """Improved DDPM eq. 16; the bound trains the variance only."""
+    hybrid = losses.objective(DDPM, variance="learned")
+    loss, aux = hybrid(double(1.0), X0, STEPS, NOISE)
+    simple, _ = losses.objective(DDPM)(network, X0, STEPS, NOISE)
+    np.testing.assert_allclose(loss, simple + 0.001 * aux["vlb"], rtol=1e-12)
+    x_t, x0 = noised(DDPM, STEPS), estimate(DDPM, "eps", STEPS)
+    v = jnp.sin(x_t)
+    term = likelihood.bound_term(DDPM, X0, x_t, STEPS, x0, "learned", v)
+    np.testing.assert_allclose(aux["vlb"], 1000 * term, rtol=1e-12)
+
+    def total(weights, objective):
+        output = lambda x, t: jnp.concatenate(
+            [weights[0] * jnp.tanh(x) + 0.1, weights[1] * jnp.sin(x)], axis=-1
+        )
+        return objective(output, X0, STEPS, NOISE)[0].sum()
+
+    plain = lambda w: losses.objective(DDPM)(lambda x, t: w * jnp.tanh(x) + 0.1, X0, STEPS, NOISE)[
+        0
+    ].sum()
+    grads = jax.grad(total)(jnp.ones(2), hybrid)
+    np.testing.assert_allclose(grads[0], jax.grad(plain)(1.0), rtol=1e-10)
+    assert abs(grads[1]) > 0
+    vlb = losses.objective(DDPM, weighting="vlb", variance="learned")
+    both = jax.grad(total)(jnp.ones(2), vlb)
+    np.testing.assert_allclose(both[1], 1000 * grads[1], rtol=1e-9)
+    assert abs(both[0]) > 0
+
+
+def test_learned_variance_spans_the_posterior_s_and_beta(x64):
+    """v = -1 is fixed_small, v = +1 is beta (Improved DDPM eq. 15)."""
+    x_t, x0 = noised(DDPM, STEPS), estimate(DDPM, "eps", STEPS)
+    term = lambda *args: likelihood.bound_term(DDPM, X0, x_t, STEPS, x0, *args)
+    ones = jnp.ones_like(X0)
+    np.testing.assert_allclose(term("learned", -ones), term("fixed_small"), rtol=1e-10)
+    np.testing.assert_allclose(term("learned", ones), term("fixed_large"), rtol=1e-10)
+
+
+# Draws -------------------------------------------------------------------------------------------
+
+KEYS = jax.random.split(jax.random.key(0), 4096)
+
+
+def small_draw(schedule, **options):
+    return np.asarray(losses.draw(KEYS, schedule, jnp.zeros((4096, 1)), **options)[0])
+
+
+def test_times_have_their_distributions():
+    t = small_draw(DDPM)
+    assert t.dtype == np.int32 and t.min() >= 0 and t.max() <= 999
+    assert np.bincount(t // 100, minlength=10).min() > 300  # 410 expected, deviation 19
+    assert np.unique(t).size > 900
+    sigma = small_draw(EDM)
+    np.testing.assert_allclose(np.log(sigma).mean(), -1.2, atol=5 * 1.2 / 64)
+    np.testing.assert_allclose(np.log(sigma).std(), 1.2, rtol=0.06)
+    u = small_draw(FLOW)
+    np.testing.assert_allclose([u.mean(), u.std()], [0.5, np.sqrt(1 / 12)], atol=0.02)
+    logit = small_draw(FLOW, times="logit_normal", mean=0.5, std=0.8)
+    z = np.log(logit / (1 - logit))
+    np.testing.assert_allclose([z.mean(), z.std()], [0.5, 0.8], atol=0.05)
+
+
+def test_noise_is_unit_and_apart_from_t():
+    t, noise = losses.draw(KEYS, FLOW, jnp.zeros((4096, 2)))
+    np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.04)
+    assert abs(np.corrcoef(t, noise[:, 0])[0, 1]) < 0.07
+    # nor is it the noise of the bare keys, with which a sampler starts
+    assert not np.allclose(noise, gaussian.normal(KEYS, noise.shape))
+
+
+# Resampling --------------------------------------------------------------------------------------
+
+
+def test_second_moment_resampler():
+    schedule = schedules.ddpm_linear(4)
+    history = losses.second_moment_history(schedule, length=2)
+    np.testing.assert_allclose(losses.second_moment_probabilities(history), 0.25)
+    t = jnp.array([0, 1, 2, 3, 0, 1, 2, 0])
+    values = jnp.array([9.0, 1, 2, 3, 4, 1, 2, 4])
+    history = losses.second_moment_update(history, t, values)
+    np.testing.assert_array_equal(history[0], [4, 4])  # 9 dropped out
+    np.testing.assert_allclose(losses.second_moment_probabilities(history), 0.25)  # 3 seen once
+    history = losses.second_moment_update(history, jnp.array([3]), jnp.array([3.0]))
+    p = losses.second_moment_probabilities(history, uniform=0.01)
+    np.testing.assert_allclose(p, 0.99 * np.array([4, 1, 2, 3]) / 10 + 0.0025, rtol=1e-6)
+    drawn, weights = losses.resampled_times(KEYS, p)
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4096, p, atol=0.03)
+    np.testing.assert_allclose(weights, 1 / (4 * p[drawn]), rtol=1e-6)
+    np.testing.assert_allclose(weights.mean(), 1, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: losses.objective(DDPM, "epsilon"), r"process\.prediction: 'epsilon'.*eps, x0"),
+        (lambda: losses.objective(DDPM, norm="l3"), r"process\.norm: 'l3'.*l2, l1"),
+        (lambda: losses.objective(DDPM, weighting="snr"), r"process\.weighting: 'snr'.*min_snr"),
+        (lambda: losses.objective(DDPM, variance="free"), r"process\.variance: 'free'"),
+        (lambda: losses.objective(DDPM, norm="l1", weighting="vlb"), "'l1' with.*'vlb'"),
+        (lambda: losses.objective(FLOW, "v", weighting="vlb"), "Flow has no posterior"),
+        (lambda: losses.objective(FLOW, "eps"), "'eps' cannot give x0"),
+        (
+            lambda: losses.objective(schedules.zero_terminal_snr(DDPM), "eps"),
+            "'eps' cannot give x0.*predict 'v'",
+        ),
+        (lambda: small_draw(DDPM, times="lognormal"), "'lognormal'.*not for Discrete"),
+        (lambda: small_draw(DDPM, times="logit_normal"), "'logit_normal'.*Discrete"),
+        (lambda: small_draw(DDPM, times="often"), r"process\.times: 'often' is unknown"),
+        (
+            lambda: losses.objective(DDPM)(double(1.0), X0, STEPS, NOISE),
+            "4 output channels for 2.*fixed variance needs 2",
+        ),
+        (
+            lambda: losses.objective(DDPM, variance="learned")(network, X0, STEPS, NOISE),
+            "2 output channels for 2.*learned variance needs 4",
+        ),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

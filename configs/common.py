@@ -22,6 +22,7 @@ def base(task: str) -> ConfigDict:
     config.train.save_every_steps = 1000
     config.train.keep_checkpoints = 3  # the newest N; older ones are deleted
     config.train.max_skipped_in_a_row = 20  # non-finite steps before the run ends
+    config.train.tensorboard = True  # needs TensorFlow; without it the log says that it is off
 
     config.data = ConfigDict()
     config.data.name = ""  # a builder of diffusion/data, or "latents"
@@ -57,6 +58,7 @@ def base(task: str) -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.every_steps = 0  # loss on held-out data; 0: never
     config.evaluation.batch_size = 250
+    config.evaluation.preview = 16  # pictures logged with it; 0: none
 
     config.wandb = ConfigDict()
     config.wandb.mode = (
@@ -114,6 +116,7 @@ def smoke(config: ConfigDict, steps: int = 4) -> ConfigDict:
         config.optim.decay_steps = max(steps, config.optim.warmup_steps + 1)
     config.optim.warmup_steps = min(config.optim.warmup_steps, 1)
     config.wandb.mode = "disabled"
+    config.train.tensorboard = False
     return config
 
 

@@ -233,8 +233,7 @@ class WandB(Writer):
         self._run.log({"step": step} | {n: np.asarray(v).item() for n, v in values.items()})
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        show = self._wandb.Image
-        shown = {name: [show(np.squeeze(x)) for x in batch] for name, batch in images.items()}
+        shown = {k: [self._wandb.Image(np.squeeze(x)) for x in xs] for k, xs in images.items()}
         self._run.log({"step": step} | shown)
 
     def hparams(self, values: Mapping[str, Any]) -> None:

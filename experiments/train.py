@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from diffusion.checkpoint import Checkpoints
 from diffusion.writers import make_writer
-from experiments import build, cli, workdir
+from experiments import build, cli, preview, workdir
 
 INTERRUPTED = 75  # exit status: saved after a signal; the same command goes on
 
@@ -46,11 +46,16 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
     abstract = parallel.abstract(run.init, key)
 
     # ---------------------------------------------------------------- claim, restore or init
-    main = jax.process_index() == 0
-    if main:
+    if jax.process_index() == 0:
         workdir.claim(directory, config)
         run.write_files(directory)
-    checkpoints = Checkpoints(directory / "checkpoints", keep_last=config.train.keep_checkpoints)
+    keep = config.train.keep_checkpoints
+    with Checkpoints(directory / "checkpoints", keep_last=keep) as checkpoints:
+        return _loop(config, directory, run, key, abstract, checkpoints)
+
+
+def _loop(config, directory, run, key, abstract, checkpoints) -> dict[str, float] | None:
+    parallel = run.parallel
     restored = checkpoints.restore(abstract)
     batches = run.train_batches()
     if restored is None:
@@ -66,7 +71,8 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
         total_steps=config.train.steps,
         config_dict=config.to_dict(),
         resume_step=start,
-        is_main=main,
+        is_main=jax.process_index() == 0,
+        tensorboard=config.train.tensorboard,
     )
     frozen = parallel.replicate(run.frozen)
     train_step = parallel.step(run.task.train_step)
@@ -85,7 +91,10 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
             log.step(done, metrics, last)
             every = config.evaluation.every_steps
             if every and (done % every == 0 or last):
-                log.evaluation(done, run.evaluate(parallel.gather(state), frozen))
+                whole = parallel.whole(state)
+                log.evaluation(done, run.evaluate(whole, parallel.whole(frozen)))
+                if config.evaluation.preview:
+                    writer.images(done, preview.pictures(run, whole, directory))
             # The data state is that after this step's batch: what a resumed run reads next.
             if stop.requested or last or done % config.train.save_every_steps == 0:
                 checkpoints.save(done, parallel.gather(state), batches.get_state(), {})
@@ -94,7 +103,7 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
                 return None
     finally:
         stop.restore()
-        checkpoints.close()
+        batches.close()
         writer.close()
     return log.latest
 

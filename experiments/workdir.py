@@ -14,6 +14,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from diffusion.redact import redact
 from experiments import cli
 
 # A resumed run may differ from the one it resumes in these and nothing else.
@@ -22,6 +23,7 @@ MAY_CHANGE = (
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",
+    "train.tensorboard",
     "data.dir",
     "parallel.",
     "wandb.",
@@ -31,7 +33,7 @@ MAY_CHANGE = (
 
 
 def to_json(config: ConfigDict) -> str:
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    return json.dumps(redact(config.to_dict()), indent=2, sort_keys=True) + "\n"
 
 
 def check(workdir: pathlib.Path, config: ConfigDict) -> bool:

@@ -40,6 +40,8 @@ def prepare(
     """
     if not name or not str(data_dir):
         raise ValueError(f"data.name={name!r} and data.dir={str(data_dir)!r} must both be set")
+    if max_bad_images < 0:
+        raise ValueError(f"max_bad_images={max_bad_images} must be 0 or more")
     directory = sources.find_directory(name, data_dir)
     if directory is not None and (directory / provenance.FILE).exists():
         # Whole, or damaged after it was whole; a damaged one is the user's to delete.
@@ -98,22 +100,26 @@ def _check_reachable(urls: list[str], timeout_secs: float = 10) -> None:
 
 
 def _finish(name: str, builder: Any) -> pathlib.Path:
-    """Counts what was written and says so."""
+    """Counts the records that are there, and only then says that the data set is whole."""
     directory = pathlib.Path(builder.data_dir)
+    again = f"delete {directory} and prepare it again"
     splits = {split: int(info.num_examples) for split, info in builder.info.splits.items()}
     for split, count in splits.items():
-        try:
-            found = len(builder.as_data_source(split=split))
-        except Exception as error:
-            raise ValueError(
-                f"{directory} is half-written ({error}): delete it and prepare it again"
-            ) from error
+        found = sum(_records(path, again) for path in builder.info.splits[split].filepaths)
         if found != count or not count:
-            raise ValueError(
-                f"{directory} has {found} of {count} examples in split {split!r}: delete it and "
-                "prepare it again"
-            )
+            raise ValueError(f"{directory} has {found} of {count} {split!r} examples: {again}")
     if not splits:
-        raise ValueError(f"{directory} is half-written: delete it and prepare it again")
+        raise ValueError(f"{directory} is half-written (it has no splits): {again}")
     provenance.write(directory, {"name": name, "version": str(builder.version), "splits": splits})
     return directory
+
+
+def _records(path: Any, remedy: str) -> int:
+    from array_record.python import array_record_data_source
+
+    try:
+        # The file's own count, in its footer; that of dataset_info.json is a promise.
+        with array_record_data_source.ArrayRecordDataSource([str(path)]) as records:
+            return len(records)
+    except Exception as error:  # the reader's own kinds
+        raise ValueError(f"{path} is missing or damaged: {remedy}") from error

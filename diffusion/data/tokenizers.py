@@ -16,8 +16,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-# The captions of a batch are few: a thread pool over them costs more than it saves, on the cores that
-# compute, and it makes every later fork of the process print a warning.
+# The captions of a batch are few: a thread pool over them costs more than it saves, on the cores
+# that compute, and it makes every later fork of the process print a warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD, UNKNOWN, START, END = SPECIAL = ("[PAD]", "[UNK]", "[START]", "[END]")
@@ -132,7 +132,7 @@ def train(captions: Iterable[str], kind: str = "word", vocabulary_size: int = 81
     Raises:
       ValueError: an unknown kind, or no captions.
     """
-    texts = sorted(captions)
+    texts = list(captions)
     if not texts:
         raise ValueError("a tokenizer cannot be trained on 0 captions: give some")
     if kind == "word":

@@ -53,7 +53,20 @@ def dot_product_attention(
     """
     if implementation is None:
         implementation = "cudnn" if cudnn_applies(q, k, v, mask) else "xla"
+    if implementation == "xla":
+        return _xla_attention(q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)  # pyright: ignore
+
+
+def _xla_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """Not `jax.nn`'s, whose softmax is in float32 also for float64."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide)
+    scores = scores * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
 def cudnn_applies(q: Array, k: Array, v: Array, mask: Array | None) -> bool:

@@ -327,7 +327,7 @@ def pytorch_init(key: Key[Array, ""], params: Any) -> Any:
     Norms and codebook are kept. One draw is cut into all layers, which compiles in a moment where a
     draw for each would take minutes.
     """
-    flat = flatten_dict(params)
+    flat: dict[Any, Any] = flatten_dict(params)  # pyright: ignore[reportAssignmentType]
     kernels = {path[:-1]: p for path, p in flat.items() if path[-1] == "kernel"}
     redrawn = [path for path in flat if path[:-1] in kernels]
     sizes = [flat[path].size for path in redrawn]

@@ -112,7 +112,8 @@ class UNet(nn.Module):
         h, skips = self._down(x, temb, context, context_mask, keys)
         h = self._middle(h, temb, context, context_mask, keys)
         if residuals is not None:
-            skips = [skip + r for skip, r in zip(skips, residuals[:-1], strict=True)]
+            self._check_residuals(residuals, skips)
+            skips = [skip + r for skip, r in zip(skips, residuals[:-1])]
             h = h + residuals[-1]
         h = self._up(h, skips, temb, context, context_mask, keys)
         h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm_out")(h))
@@ -266,6 +267,12 @@ class UNet(nn.Module):
                 f"{factor}, or use fewer levels"
             )
         self._check_conditions(context, labels)
+
+    def _check_residuals(self, residuals: Sequence[Array], skips: Sequence[Array]) -> None:
+        if len(residuals) != len(skips) + 1:
+            raise ValueError(
+                f"{len(residuals)} residuals for {len(skips)} skips and the middle: give one each"
+            )
 
     def _check_conditions(self, context: Array | None, labels: Array | None) -> None:
         if (self.num_classes is None) != (labels is None):

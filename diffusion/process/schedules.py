@@ -25,7 +25,7 @@ Continuous schedules:
 
     EDM             alpha = 1, sigma = t; training levels ln sigma ~ N(P_mean, P_std^2), sampling
                     levels (s_max^(1/rho) + i/(N-1) (s_min^(1/rho) - s_max^(1/rho)))^rho
-                                                              (EDM Table 1, arXiv:2206.00364)
+                                                       (EDM Table 1, arXiv:2206.00364)
     rectified flow  alpha = 1 - t, sigma = t, t in [0, 1] (arXiv:2209.03003; here t = 1 is noise)
 
 A NumPy (or Python) t gives float64 NumPy; a jax t gives jax, float32 unless x64 is on: tables are
@@ -34,7 +34,6 @@ float64 and cast when gathered, as in the authors' code.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -47,11 +46,11 @@ Levels = jax.Array | np.ndarray | np.floating | float
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What losses, samplers and likelihoods ask of a schedule.
+    """What losses, samplers and likelihoods ask of a schedule; its t is in ``time_range``.
 
     ``conditioning(t)`` is what the network is told about t, ``input_scale(t)`` what its input is
-    multiplied by, ``time(logsnr)`` the inverse of ``logsnr`` in NumPy float64, ``time_range`` the
-    least and greatest t, ``prior_std`` the standard deviation of x at the greatest t.
+    multiplied by, ``time(logsnr)`` the inverse of ``logsnr`` in NumPy float64, ``prior_std`` the
+    standard deviation of x at the greatest t.
     """
 
     @property
@@ -130,12 +129,8 @@ class Discrete:
         noise = 1 - self.alpha_bar
         with np.errstate(divide="ignore"):
             logsnr = np.log(self.alpha_bar) - np.log(noise)
-        return {
-            "alpha": np.sqrt(self.alpha_bar),
-            "sigma": np.sqrt(noise),
-            "logsnr": logsnr,
-            "noise": noise,
-        }
+        roots = {"alpha": np.sqrt(self.alpha_bar), "sigma": np.sqrt(noise)}
+        return roots | {"logsnr": logsnr, "noise": noise}
 
     def alpha(self, t: Times) -> Levels:
         if _is_integer(t):
@@ -278,7 +273,7 @@ class Flow:
         return 0 * _as_float(t) + 1
 
 
-def from_betas(betas: np.ndarray | Sequence[float]) -> Discrete:
+def from_betas(betas: np.ndarray | list) -> Discrete:
     """The discrete schedule of these betas (T,), each in (0, 1]."""
     return Discrete(np.cumprod(1 - np.asarray(betas, np.float64)))
 
@@ -334,20 +329,14 @@ def sigmoid(
     return _from_curve((values[-1] - values) / (values[-1] - values[0]), cap)
 
 
-def edm(**options: float | int) -> EDM:
-    """EDM's schedule; options are the fields of ``EDM``."""
-    return EDM(**options)
-
-
-def flow(**options: float | int) -> Flow:
-    """Rectified flow; options are the fields of ``Flow``."""
-    return Flow(**options)
+edm = EDM
+flow = Flow
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
     """Lin et al. Algorithm 1: shift and scale sqrt(alpha_bar) so that the last is exactly 0.
 
-    Rectified flow ends there already and is returned as it is. EDM never does: ValueError.
+    Rectified flow ends there and is returned as it is. EDM never does: ValueError.
     """
     if isinstance(schedule, Flow):
         return schedule

@@ -136,6 +136,12 @@ class Parallel:
         # Indexing a sharded array would gather it from every device; one shard holds all.
         return jax.tree.map(lambda x: x.addressable_shards[0].data[0], state)
 
+    def whole(self, state: Any) -> Any:
+        """The state as global arrays that any jitted function takes, in either mode."""
+        if self.mode == "jit":
+            return state
+        return jax.device_put(self.gather(state), NamedSharding(self.mesh, PartitionSpec()))
+
     def batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows to global arrays split over the devices."""
         sharding = NamedSharding(self.mesh, BATCH)

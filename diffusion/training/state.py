@@ -35,10 +35,11 @@ class TrainState(flax.struct.PyTreeNode):
     `params`, `opt_state` and `ema` are keyed by network; which networks have an EMA is config.
     `rng` is the raw data of the run's key, never changed: step and position are folded in.
     `extra` holds what is neither: latent shift and scale, batch statistics, skipped steps.
+    Leaves may be arrays, their shapes or their shardings, so the fields say so in words.
     """
 
-    step: Int[Array, ""]
-    rng: UInt32[Array, "2"]
+    step: Any  # int32 ()
+    rng: Any  # uint32 (2,)
     params: Params
     opt_state: dict[str, Any]
     ema: Params
@@ -167,7 +168,7 @@ def apply_gradients(
     A step whose loss or gradient norm is not finite changes no parameter, optimiser state or
     average: it is counted in `extra["skipped_steps"]` and `extra["skipped_in_a_row"]`.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     ok = jnp.isfinite(norm) & jnp.isfinite(loss)
     if optimizer.clip_norm:
         scale = optimizer.clip_norm / jnp.maximum(norm, optimizer.clip_norm)
@@ -197,7 +198,7 @@ def apply_gradients(
     extra = {**state.extra, "skipped_steps": skipped, "skipped_in_a_row": in_a_row}
     metrics = {
         "grad_norm": norm,
-        "param_norm": optax.global_norm(state.params),
+        "param_norm": optax.tree.norm(state.params),
         "learning_rate": optimizer.learning_rate(updates_done - 1),
         "skipped_steps": skipped,
         "skipped_in_a_row": in_a_row,

@@ -58,7 +58,8 @@ def as_set(batch):
 
 def test_idx_files_through_to_a_source(idx, tmp_path, monkeypatch):
     folder, made = idx
-    monkeypatch.setattr(readers.read_idx, "__defaults__", ((30, 10),))
+    read_idx = readers.read_idx
+    monkeypatch.setattr(readers, "read_idx", lambda source: read_idx(source, (30, 10)))
     directory = prepare.prepare("fashion_mnist", tmp_path / "data", folder)
     assert directory == tmp_path / "data" / "fashion_mnist" / "1.0.0"
     for split, stem in (("train", "train"), ("test", "t10k")):
@@ -114,7 +115,7 @@ def test_damaged_cifar10_is_named_by_checksum(cifar):
     folder, _, md5 = cifar
     path = folder / "cifar-10-batches-py" / "data_batch_2"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="data_batch_2 has MD5 .* the publisher's"):
+    with pytest.raises(ValueError, match=r"data_batch_2 has MD5 .* the publisher's"):
         readers.read_cifar10(folder, md5)
     path.unlink()
     with pytest.raises(ValueError, match="data_batch_2 is missing"):
@@ -137,7 +138,9 @@ def test_a_hostile_pickle_runs_nothing(tmp_path):
 def test_lsun_lmdb(tmp_path):
     lmdb = pytest.importorskip("lmdb")
     for part, count in (("train", 3), ("val", 1)):
-        with lmdb.open(str(tmp_path / "lsun" / f"church_outdoor_{part}_lmdb")) as database:
+        path = tmp_path / "lsun" / f"church_outdoor_{part}_lmdb"
+        path.mkdir(parents=True)
+        with lmdb.open(str(path)) as database:
             with database.begin(write=True) as transaction:
                 for i in range(count):
                     transaction.put(f"{i:040d}".encode(), image_bytes(kind="WEBP", seed=i))
@@ -261,16 +264,31 @@ def test_a_preparation_killed_before_its_provenance_is_finished(data_dir, tmp_pa
 
 
 @pytest.mark.parametrize("provenance_too", [True, False])
-def test_a_damaged_set_is_not_taken_for_whole(data_dir, tmp_path, provenance_too):
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+def test_a_damaged_set_is_not_taken_for_whole(data_dir, tmp_path, provenance_too, harm):
     shutil.copytree(data_dir, tmp_path / "data")
     directory = tmp_path / "data" / "captioned_digits" / "1.0.0"
-    next(directory.glob("*-train.array_record*")).unlink()
+    shard = next(directory.glob("*-train.array_record*"))
+    if harm == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     if provenance_too:
         (directory / provenance.FILE).unlink()
     with pytest.raises(ValueError, match="delete"):
         prepare.prepare("captioned_digits", tmp_path / "data")
-    with pytest.raises(ValueError, match="missing|half-written"):
+    with pytest.raises(ValueError, match=r"is missing|has \d+ bytes|half-written"):
         sources.open_source("captioned_digits", tmp_path / "data")
+
+
+def test_fewer_records_than_promised_are_not_whole(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    directory = tmp_path / "data" / "captioned_digits" / "1.0.0"
+    (directory / provenance.FILE).unlink()
+    info = directory / "dataset_info.json"
+    info.write_text(info.read_text().replace('"4500"', '"4600"'))
+    with pytest.raises(ValueError, match=r"4500 of 4600 'train' examples: delete"):
+        prepare.prepare("captioned_digits", tmp_path / "data")
 
 
 def test_an_interrupted_builder_leaves_nothing_to_read(tmp_path, monkeypatch):
@@ -308,6 +326,8 @@ def test_a_name_that_nobody_knows(tmp_path):
         prepare.prepare("digitz", tmp_path)
     with pytest.raises(ValueError, match="must both be set"):
         prepare.prepare("", tmp_path)
+    with pytest.raises(ValueError, match="max_bad_images=-1"):
+        prepare.prepare("captioned_digits", tmp_path, max_bad_images=-1)
 
 
 def test_the_command_ends_with_one_sentence(tmp_path):
@@ -315,7 +335,8 @@ def test_the_command_ends_with_one_sentence(tmp_path):
     config.write_text(
         "from ml_collections import ConfigDict\n"
         "def get_config():\n"
-        f"    return ConfigDict({{'data': {{'name': 'mnist', 'dir': {str(tmp_path / 'out')!r}}}}})\n"
+        f"    data = {{'name': 'mnist', 'dir': {str(tmp_path / 'out')!r}}}\n"
+        "    return ConfigDict({'data': data})\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "experiments.prepare_data", f"--config={config}", "--source_dir=/x"],

@@ -60,7 +60,10 @@ CASES = {
 
 def build(case):
     """Diffusers' model with every parameter redrawn, so that none is 0 or 1."""
-    cls, config = CASES[case]
+    return redraw(*CASES[case])
+
+
+def redraw(cls, config):
     model = cls(**config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -264,3 +267,26 @@ def test_a_first_stage_of_audio_is_not_written(tmp_path):
     params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 4, 3), np.float32))["params"]
     with pytest.raises(ValueError, match="spatial axes=1"):
         save_autoencoder(tmp_path / "ours", module, params)
+
+
+@pytest.mark.slow
+def test_first_stage_of_stable_diffusion_1_at_full_width(tmp_path):
+    published = {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+    }
+    model = redraw(TorchKL, published)
+    model.save_pretrained(tmp_path)
+    module, params = load_autoencoder(tmp_path)
+    assert sum(p.size for p in jax.tree.leaves(params)) == 83_653_863
+    x = image(module)
+    with torch.no_grad():
+        theirs = model.encode(to_torch(x)).latent_dist
+        decoded = model.decode(theirs.mean).sample
+    ours = encode(module, params, x)
+    assert error(ours.mean, theirs.mean) < TOLERANCE
+    assert error(ours.std, theirs.std) < TOLERANCE
+    z = np.ascontiguousarray(np.moveaxis(theirs.mean.numpy(), 1, -1))
+    assert error(decode(module, params, z), decoded) < TOLERANCE

@@ -128,6 +128,7 @@ def test_skipped_layers_match_the_penultimate_hidden_state(tmp_path):
     short = CLIPTextModel.from_pretrained(tmp_path / "ours").eval()
     assert short.config.num_hidden_layers == 2
     assert error(run_torch(short, TOKENS), theirs) < TOLERANCE
+    assert not [n for n in load_file(tmp_path / "ours" / WEIGHTS) if "layers.2." in n]
 
 
 @pytest.mark.parametrize(
@@ -159,3 +160,23 @@ def test_what_transformers_cannot_hold_is_not_written(tmp_path, field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):
         save_text_encoder(tmp_path / "ours", module, params)
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.slow
+def test_clip_of_stable_diffusion_1_at_full_width(tmp_path):
+    published = {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "eos_token_id": 49407,
+        "bos_token_id": 49406,
+    }
+    model = build(**published)
+    model.save_pretrained(tmp_path)
+    module, params = load_text_encoder(tmp_path)
+    assert sum(p.size for p in jax.tree.leaves(params)) == 123_060_480
+    tokens = np.random.default_rng(0).integers(0, 49408, (1, 77)).astype(np.int32)
+    assert error(run(module, params, tokens), run_torch(model, tokens)) < TOLERANCE

@@ -143,10 +143,9 @@ CONDITIONAL = {
     ),
 }
 CASES = {**PLAIN, **CONDITIONAL}
-SMALL = [name for name in CASES if name != "ddpm_cifar10"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def quiet():
     """Diffusers warns through its logger; torch.compile's import paths warn of deprecations."""
     diffusers.utils.logging.set_verbosity_error()
@@ -223,11 +222,17 @@ def distance(a, b) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_output_and_input_gradient_equal_diffusers(name, tmp_path):
-    model, given = reference(name), inputs(name)
-    model.save_pretrained(tmp_path)
-    module, params = load_unet(tmp_path)
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """(name, Diffusers' model, the directory it saved, our module and parameters from there)."""
+    model, directory = reference(request.param), tmp_path_factory.mktemp("theirs")
+    model.save_pretrained(directory)
+    return request.param, model, directory, *load_unet(directory)
+
+
+def test_output_and_input_gradient_equal_diffusers(case):
+    name, model, _, module, params = case
+    given = inputs(name)
     expected, expected_gradient = theirs(model, given)
     output, gradient = ours(module, params, given)
     print(name, distance(output, expected), distance(gradient, expected_gradient))
@@ -235,18 +240,16 @@ def test_output_and_input_gradient_equal_diffusers(name, tmp_path):
     assert distance(gradient, expected_gradient) < 1e-4
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_diffusers_loads_what_we_save(name, tmp_path):
-    model, given = reference(name), inputs(name)
-    model.save_pretrained(tmp_path / "theirs")
-    module, params = load_unet(tmp_path / "theirs")
-    save_unet(tmp_path / "ours", module, params)
-    again = type(model).from_pretrained(tmp_path / "ours").eval()
+def test_diffusers_loads_what_we_save(case, tmp_path):
+    name, model, directory, module, params = case
+    given = inputs(name)
+    save_unet(tmp_path, module, params)
+    again = type(model).from_pretrained(tmp_path).eval()
     with torch.no_grad():
         output, expected = again(**given).sample, model(**given).sample
     # The same weights, tensor for tensor; but torch's threads may add in another order.
     assert distance(output.numpy(), expected.numpy()) < 1e-6
-    first, second = (load_file(tmp_path / side / WEIGHTS) for side in ("theirs", "ours"))
+    first, second = (load_file(side / WEIGHTS) for side in (directory, tmp_path))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 

@@ -9,14 +9,13 @@ from diffusion.models import attention
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def randomised(module, *args, **kwargs):
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    return tree.unflatten([0.3 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves)])
+    draw = np.random.default_rng(7).normal  # jax.random would compile once a shape
+    return jax.tree.map(lambda s: jnp.asarray(draw(0, 0.3, s.shape), s.dtype), shapes)
 
 
 def formula(q, k, v, mask=None):

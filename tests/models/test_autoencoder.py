@@ -183,6 +183,7 @@ def test_the_last_layer_is_where_it_is_said_to_be(cls):
     np.testing.assert_allclose(flatten_dict(grad)[path], np.full(3, 2 * 4 * 4), rtol=1e-5)
 
 
+@jax.debug_key_reuse(False)  # the same draw twice is what is tested
 def test_call_is_reconstruct_and_decode_of_the_sample():
     module, x, keys = AutoencoderKL(**SMALL), image(4, 4), random_keys(2)
 
@@ -274,6 +275,7 @@ def test_kl_of_closed_form():
     np.testing.assert_allclose(posterior.kl(), expected, rtol=1e-6)
 
 
+@jax.debug_key_reuse(False)  # the same draw twice is what is tested
 def test_samples_have_the_posteriors_moments_and_depend_on_their_own_key_alone():
     shape = (4, 50, 50, 2)
     posterior = Posterior(jnp.full(shape, 2.0), jnp.full(shape, 2 * np.log(0.5)))
@@ -340,7 +342,8 @@ def test_pytorch_init_bounds_and_keeps():
     for path, value in flat.items():
         if path[-1] == "kernel":
             bound = np.prod(value.shape[:-1]) ** -0.5
-            assert 0.8 * bound < float(jnp.abs(value).max()) <= bound, path
+            lowest = 0.9 if value.size > 100 else 0.5
+            assert lowest * bound < float(jnp.abs(value).max()) <= bound, path
             assert 0 < float(jnp.abs(flat[*path[:-1], "bias"]).max()) <= bound, path
     kernel = new["encoder"]["mid_res_0"]["conv1"]["kernel"]
     np.testing.assert_allclose(kernel.std(), (3 * kernel[..., 0].size) ** -0.5, rtol=0.1)

@@ -84,6 +84,16 @@ def test_padding_changes_nothing(causal):
         assert float(jnp.abs(padded - unmasked)[:, :5].max()) > 1e-3
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_masked_token_is_not_seen_wherever_it_stands(causal):
+    module, variables = build(causal=causal)
+    mask = jnp.ones((3, 8), bool).at[:, 2].set(False)
+    changed = TOKENS.at[:, 2].set((TOKENS[:, 2] + 1) % 40)
+    before, after = (run(module, variables, tokens, mask) for tokens in (TOKENS, changed))
+    others = np.arange(8) != 2
+    np.testing.assert_array_equal(before[:, others], after[:, others])
+
+
 def test_positions_matter():
     module, variables = build(causal=False)
     states = run(module, variables, np.full((1, 4), 3, np.int32))

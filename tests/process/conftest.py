@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.process.samplers import SAMPLERS, sample, step_noise
+
 WEIGHTS, MEANS, STDS = (0.4, 0.6), (-0.6, 0.5), (0.15, 0.25)
 
 
@@ -41,6 +43,17 @@ def denoiser(schedule, estimate=mixture_estimate):
     return denoise
 
 
+def level(bar):
+    """(alpha, sigma) of an alpha_bar."""
+    return np.sqrt(bar), np.sqrt(1 - bar)
+
+
+def mixture_eps(x, bar):
+    """The mixture's noise estimate at an alpha_bar."""
+    a, s = level(bar)
+    return (x - a * mixture_estimate(x, a, s)) / s
+
+
 @pytest.fixture(scope="session")
 def exact():
     """The functions above, and the mixture's moments."""
@@ -50,7 +63,29 @@ def exact():
         gaussian=gaussian_estimate,
         mixture=mixture_estimate,
         denoiser=denoiser,
+        level=level,
+        eps=mixture_eps,
         components=tuple(np.array(c) for c in (MEANS, STDS, WEIGHTS)),
         mean=mean,
         variance=second - mean**2,
     )
+
+
+@pytest.fixture
+def run(exact, x64):
+    """run(schedule, name, transcription, **options): the two trajectories, compared."""
+
+    def compare(schedule, name, transcription, steps=None, **options):
+        s = SAMPLERS[name](schedule, steps, **options)
+        keys = jax.random.split(jax.random.key(7), 3)
+        x = s.prior_std * jnp.asarray(np.random.default_rng(3).normal(size=(3, 5, 1)))
+        _, xs = sample(s, exact.denoiser(schedule), x, keys, trajectory=True)
+        noises = np.stack([step_noise(keys, i, x) for i in range(s.steps)])
+        x = np.asarray(x)
+        expected = [x]
+        expected.extend(transcription(x, noises))
+        assert xs.shape == np.shape(expected)
+        np.testing.assert_allclose(xs, np.stack(expected), rtol=0, atol=1e-10 * s.prior_std)
+        assert np.ptp(np.asarray(xs[-1])) > 0.3, "the trajectories went nowhere"
+
+    return compare

@@ -35,7 +35,10 @@ def test_conversions_reach_the_target_and_return(name, source, target, x64):
 def test_targets_are_the_papers(x64):
     x0, eps = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 2, 1)))
     a, s = jnp.array([0.8, 0.6, 0.1]), jnp.array([0.6, 0.8, np.sqrt(0.99)])
-    wide = lambda v: v.reshape(3, 1, 1)
+
+    def wide(v):
+        return v.reshape(3, 1, 1)
+
     v = gaussian.targets("v", x0, eps, a, s)
     np.testing.assert_allclose(v, wide(a) * eps - wide(s) * x0)
     np.testing.assert_allclose(gaussian.targets("velocity", x0, eps, a, s), eps - x0)
@@ -121,7 +124,10 @@ def test_denoise_of_a_perfect_network_is_x0(name, prediction, x64):
 def test_learned_variance_splits_the_channels():
     schedule = schedules.ddpm_linear()
     x, t = jnp.ones((2, 3, 4)), jnp.array([3, 500])
-    network = lambda x, t: jnp.concatenate([0 * x, 7 + 0 * x], axis=-1)
+
+    def network(x, t):
+        return jnp.concatenate([0 * x, 7 + 0 * x], axis=-1)
+
     x0, variance = gaussian.make_denoise(network, schedule, "x0", learned_variance=True)(x, t)
     assert x0.shape == variance.shape == x.shape
     assert np.all(x0 == 0) and np.all(variance == 7)
@@ -130,17 +136,20 @@ def test_learned_variance_splits_the_channels():
 def test_what_is_refused():
     schedule = schedules.ddpm_linear()
     x, t = jnp.ones((2, 3, 4)), jnp.array([3, 500])
-    double = lambda x, t: jnp.concatenate([x, x], axis=-1)
-    with pytest.raises(ValueError, match="8 output channels for 4.*fixed variance needs 4"):
+
+    def double(x, t):
+        return jnp.concatenate([x, x], axis=-1)
+
+    with pytest.raises(ValueError, match=r"8 output channels for 4.*fixed variance needs 4"):
         gaussian.make_denoise(double, schedule, "eps")(x, t)
-    with pytest.raises(ValueError, match="4 output channels.*learned variance needs 8"):
+    with pytest.raises(ValueError, match=r"4 output channels.*learned variance needs 8"):
         gaussian.make_denoise(lambda x, t: x, schedule, "eps", learned_variance=True)(x, t)
     with pytest.raises(
         ValueError, match=r"process\.prediction: 'noise' is unknown; choose one of eps"
     ):
         gaussian.make_denoise(double, schedule, "noise")
     zero = schedules.zero_terminal_snr(schedule)
-    with pytest.raises(ValueError, match="'eps' cannot give x0.*predict 'v'"):
+    with pytest.raises(ValueError, match=r"'eps' cannot give x0.*predict 'v'"):
         gaussian.make_denoise(double, zero, "eps")
     with pytest.raises(ValueError, match="EDM has no posterior per step"):
         gaussian.posterior_tables(schedules.edm())

@@ -25,7 +25,10 @@ def test_guiding_x0_is_guiding_eps(x64):
     schedule, w = schedules.scaled_linear(), 2.5
     x = X.astype(jnp.float64)
     a, s = schedule.alpha(T), schedule.sigma(T)
-    to_eps = lambda f: gaussian.convert(f(x, T), "x0", "eps", x, a, s)
+
+    def to_eps(f):
+        return gaussian.convert(f(x, T), "x0", "eps", x, a, s)
+
     eps = (1 + w) * to_eps(up) - w * to_eps(down)
     expected = gaussian.convert(eps, "eps", "x0", x, a, s)
     np.testing.assert_allclose(guidance.classifier_free(up, down, 1 + w)(x, T), expected)
@@ -73,8 +76,12 @@ def test_clip_and_dynamic_threshold():
 
 
 def test_wrappers_pass_the_variance_output_on():
-    pair = lambda x, t: (up(x, t), 5 * x)
-    other = lambda x, t: (down(x, t), 7 * x)
+    def pair(x, t):
+        return (up(x, t), 5 * x)
+
+    def other(x, t):
+        return (down(x, t), 7 * x)
+
     wrappers = (
         guidance.classifier_free(pair, other, 3.0, interval=(0, 600), rescale=0.5),
         guidance.clip_x0(pair),

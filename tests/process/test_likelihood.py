@@ -67,9 +67,9 @@ def test_gaussian_model_reaches_the_entropy(variance, name, within, exact):
     total = float(out["bits_per_dim"].mean())
     assert total > entropy * 0.999, "below the entropy: not a bound"
     assert total < entropy * (1 + within), (total, entropy)
-    ratio = np.exp(_true_log_variance(schedule, std) - _model_log_variance(schedule, variance, std))
-    gap = 0.5 * np.sum(ratio - 1 - np.log(ratio)) / np.log(2)
-    np.testing.assert_allclose(total, entropy + gap, rtol=5e-3)
+    if name == "linear":  # finer steps than a level (cosine) leave x0 discrete: no closed form
+        gap = _gap(schedule, variance, std)
+        np.testing.assert_allclose(total, entropy + gap, rtol=5e-3)
     assert out["terms"].shape == out["x0_mse"].shape == (8, schedule.num_steps)
     np.testing.assert_allclose(out["prior"] + out["terms"].sum(1), out["bits_per_dim"], rtol=1e-5)
     # the error of the exact denoiser is the posterior variance of x0
@@ -92,6 +92,26 @@ def _true_log_variance(schedule, std):
     tables, a2 = gaussian.posterior_tables(schedule), schedule.alpha_bar
     spread = std**2 * (1 - a2) / (a2 * std**2 + 1 - a2)
     return np.log(tables["variance"] + tables["x0"] ** 2 * spread)
+
+
+def _gap(schedule, variance, std):
+    """Bits that the bound lies above the entropy."""
+    true, model = _true_log_variance(schedule, std), _model_log_variance(schedule, variance, std)
+    ratio = np.exp(true - model)[1:]
+    first = _rounded_kl(np.exp(0.5 * true[0]), np.exp(0.5 * model[0]))
+    return first + 0.5 * np.sum(ratio - 1 - np.log(ratio)) / np.log(2)
+
+
+def _rounded_kl(true, model):
+    """Bits between two centred Gaussians rounded to levels, over all places between two levels."""
+    places = (np.arange(64) + 0.5) / 64 / 127.5
+    levels = np.arange(-40, 41) / 127.5 - places[:, None]
+
+    def mass(std):
+        return ndtr((levels + 1 / 255) / std) - ndtr((levels - 1 / 255) / std)
+
+    p, q = mass(true), np.maximum(mass(model), 1e-12)
+    return np.mean(np.sum(np.where(p > 0, p * np.log2(np.maximum(p, 1e-300) / q), 0), axis=1))
 
 
 def _model_log_variance(schedule, variance, std):
@@ -125,8 +145,11 @@ def test_prior_term(x64):
 
 def test_what_is_refused():
     x0, keys = jnp.zeros((2, 3, 1)), jax.random.split(jax.random.key(0), 2)
-    same = lambda x, t: x
-    with pytest.raises(ValueError, match="Flow has no posterior per step.*ddpm_linear"):
+
+    def same(x, t):
+        return x
+
+    with pytest.raises(ValueError, match=r"Flow has no posterior per step.*ddpm_linear"):
         likelihood.bits_per_dim(same, schedules.flow(), x0, keys)
     with pytest.raises(ValueError, match=r"process\.variance: 'big' is unknown"):
         likelihood.bits_per_dim(same, schedules.ddpm_linear(10), x0, keys, "big")

@@ -8,8 +8,16 @@ import pytest
 from diffusion.process import gaussian, likelihood, losses, schedules
 
 DDPM, EDM, FLOW = schedules.ddpm_linear(), schedules.edm(), schedules.flow()
-X0, NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5, 3, 2)))
+DATA = np.random.default_rng(0).normal(size=(2, 4, 5, 3, 2))
 STEPS = jnp.array([1, 200, 600, 999])
+
+
+def clean():
+    return jnp.asarray(DATA[0])  # made in the test, in its precision
+
+
+def unit():
+    return jnp.asarray(DATA[1])
 
 
 def network(x, t):
@@ -21,7 +29,7 @@ def per_example(x):
 
 
 def noised(schedule, t):
-    return gaussian.q_sample(schedule, X0, t, NOISE)
+    return gaussian.q_sample(schedule, clean(), t, unit())
 
 
 def estimate(schedule, prediction, t):
@@ -30,14 +38,14 @@ def estimate(schedule, prediction, t):
 
 
 def test_simple_loss_is_ddpm_equation_14(x64):
-    loss, aux = losses.objective(DDPM)(network, X0, STEPS, NOISE)
+    loss, aux = losses.objective(DDPM)(network, clean(), STEPS, unit())
     bar = DDPM.alpha_bar[STEPS].reshape(4, 1, 1, 1)
-    x_t = np.sqrt(bar) * X0 + np.sqrt(1 - bar) * NOISE
-    expected = np.mean((NOISE - np.tanh(x_t) - 0.1) ** 2, axis=(1, 2, 3))
+    x_t = np.sqrt(bar) * clean() + np.sqrt(1 - bar) * unit()
+    expected = np.mean((unit() - np.tanh(x_t) - 0.1) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
     np.testing.assert_allclose(aux["mse"], expected, rtol=1e-12)
-    l1, _ = losses.objective(DDPM, norm="l1")(network, X0, STEPS, NOISE)
-    expected = np.mean(np.abs(NOISE - np.tanh(x_t) - 0.1), axis=(1, 2, 3))
+    l1, _ = losses.objective(DDPM, norm="l1")(network, clean(), STEPS, unit())
+    expected = np.mean(np.abs(unit() - np.tanh(x_t) - 0.1), axis=(1, 2, 3))
     np.testing.assert_allclose(l1, expected, rtol=1e-12)
 
 
@@ -45,16 +53,19 @@ def test_simple_loss_is_ddpm_equation_14(x64):
 def test_min_snr_weighs_x0_by_the_capped_snr(prediction, x64):
     """min(SNR, gamma) on the error of x0, whatever is predicted (Min-SNR §3.4)."""
     objective = losses.objective(DDPM, prediction, weighting="min_snr", gamma=3)
-    loss, _ = objective(network, X0, STEPS, NOISE)
+    loss, _ = objective(network, clean(), STEPS, unit())
     snr = np.exp(DDPM.logsnr(np.asarray(STEPS)))
-    expected = np.minimum(snr, 3) * per_example((estimate(DDPM, prediction, STEPS) - X0) ** 2)
+    expected = np.minimum(snr, 3) * per_example((estimate(DDPM, prediction, STEPS) - clean()) ** 2)
     np.testing.assert_allclose(loss, expected, rtol=1e-9)
 
 
 def test_min_snr_factors_are_the_published_ones(x64):
     snr = np.array([0.01, 1.0, 4.9, 100.0])
     a, s = jnp.asarray(np.sqrt(snr / (1 + snr))), jnp.asarray(np.sqrt(1 / (1 + snr)))
-    factor = lambda prediction: losses.weight("min_snr", prediction, a, s, 5.0)
+
+    def factor(prediction):
+        return losses.weight("min_snr", prediction, a, s, 5.0)
+
     np.testing.assert_allclose(factor("eps"), np.minimum(snr, 5) / snr)
     np.testing.assert_allclose(factor("v"), np.minimum(snr, 5) / (snr + 1))
     np.testing.assert_allclose(factor("x0"), np.minimum(snr, 5))
@@ -63,17 +74,17 @@ def test_min_snr_factors_are_the_published_ones(x64):
 @pytest.mark.parametrize("prediction", ["eps", "x0", "edm"])
 def test_edm_weighting_is_edm_equation_8(prediction, x64):
     t = jnp.array([0.01, 0.5, 3.0, 40.0])
-    loss, _ = losses.objective(EDM, prediction, weighting="edm")(network, X0, t, NOISE)
+    loss, _ = losses.objective(EDM, prediction, weighting="edm")(network, clean(), t, unit())
     weight = (t**2 + 0.25) / (t * 0.5) ** 2
-    expected = weight * per_example((estimate(EDM, prediction, t) - X0) ** 2)
+    expected = weight * per_example((estimate(EDM, prediction, t) - clean()) ** 2)
     np.testing.assert_allclose(loss, expected, rtol=1e-9)
 
 
 def test_edm_weighting_of_f_is_one(x64):
     t = jnp.array([0.01, 0.5, 3.0, 40.0])
-    weighed, aux = losses.objective(EDM, "edm", weighting="edm")(network, X0, t, NOISE)
+    weighed, aux = losses.objective(EDM, "edm", weighting="edm")(network, clean(), t, unit())
     np.testing.assert_allclose(weighed, aux["mse"], rtol=1e-12)
-    simple, _ = losses.objective(EDM, "edm")(network, X0, t, NOISE)
+    simple, _ = losses.objective(EDM, "edm")(network, clean(), t, unit())
     np.testing.assert_allclose(simple, aux["mse"])
 
 
@@ -85,12 +96,12 @@ def test_flow_matching_is_the_squared_error_of_the_velocity(x64):
         seen.update(x=x, c=c)
         return network(x, c)
 
-    loss, _ = losses.objective(FLOW, "velocity")(spy, X0, t, NOISE)
+    loss, _ = losses.objective(FLOW, "velocity")(spy, clean(), t, unit())
     wide = t.reshape(4, 1, 1, 1)
-    x_t = (1 - wide) * X0 + wide * NOISE
+    x_t = (1 - wide) * clean() + wide * unit()
     np.testing.assert_allclose(seen["x"], x_t)
     np.testing.assert_allclose(seen["c"], 1000 * t)
-    expected = per_example((NOISE - X0 - network(x_t, t)) ** 2)
+    expected = per_example((unit() - clean() - network(x_t, t)) ** 2)
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
 
 
@@ -98,9 +109,9 @@ def test_flow_matching_is_the_squared_error_of_the_velocity(x64):
 def test_vlb_is_t_times_the_bound_s_term(variance, x64):
     t = jnp.array([0, 200, 600, 999])
     objective = losses.objective(DDPM, "eps", weighting="vlb", variance=variance)
-    loss, aux = objective(network, X0, t, NOISE)
+    loss, aux = objective(network, clean(), t, unit())
     x0 = estimate(DDPM, "eps", t)
-    term = likelihood.bound_term(DDPM, X0, noised(DDPM, t), t, x0, variance)
+    term = likelihood.bound_term(DDPM, clean(), noised(DDPM, t), t, x0, variance)
     np.testing.assert_allclose(loss, 1000 * term, rtol=1e-12)
     np.testing.assert_allclose(loss, aux["vlb"])
 
@@ -112,23 +123,27 @@ def double(scale):
 def test_hybrid_is_simple_plus_a_thousandth_of_the_bound(x64):
     """Improved DDPM eq. 16; the bound trains the variance only."""
     hybrid = losses.objective(DDPM, variance="learned")
-    loss, aux = hybrid(double(1.0), X0, STEPS, NOISE)
-    simple, _ = losses.objective(DDPM)(network, X0, STEPS, NOISE)
+    loss, aux = hybrid(double(1.0), clean(), STEPS, unit())
+    simple, _ = losses.objective(DDPM)(network, clean(), STEPS, unit())
     np.testing.assert_allclose(loss, simple + 0.001 * aux["vlb"], rtol=1e-12)
     x_t, x0 = noised(DDPM, STEPS), estimate(DDPM, "eps", STEPS)
     v = jnp.sin(x_t)
-    term = likelihood.bound_term(DDPM, X0, x_t, STEPS, x0, "learned", v)
+    term = likelihood.bound_term(DDPM, clean(), x_t, STEPS, x0, "learned", v)
     np.testing.assert_allclose(aux["vlb"], 1000 * term, rtol=1e-12)
 
     def total(weights, objective):
-        output = lambda x, t: jnp.concatenate(
-            [weights[0] * jnp.tanh(x) + 0.1, weights[1] * jnp.sin(x)], axis=-1
-        )
-        return objective(output, X0, STEPS, NOISE)[0].sum()
+        def output(x, t):
+            return jnp.concatenate(
+                [weights[0] * jnp.tanh(x) + 0.1, weights[1] * jnp.sin(x)], axis=-1
+            )
 
-    plain = lambda w: losses.objective(DDPM)(lambda x, t: w * jnp.tanh(x) + 0.1, X0, STEPS, NOISE)[
-        0
-    ].sum()
+        return objective(output, clean(), STEPS, unit())[0].sum()
+
+    def plain(w):
+        return losses.objective(DDPM)(lambda x, t: w * jnp.tanh(x) + 0.1, clean(), STEPS, unit())[
+            0
+        ].sum()
+
     grads = jax.grad(total)(jnp.ones(2), hybrid)
     np.testing.assert_allclose(grads[0], jax.grad(plain)(1.0), rtol=1e-10)
     assert abs(grads[1]) > 0
@@ -141,8 +156,11 @@ def test_hybrid_is_simple_plus_a_thousandth_of_the_bound(x64):
 def test_learned_variance_spans_the_posterior_s_and_beta(x64):
     """v = -1 is fixed_small, v = +1 is beta (Improved DDPM eq. 15)."""
     x_t, x0 = noised(DDPM, STEPS), estimate(DDPM, "eps", STEPS)
-    term = lambda *args: likelihood.bound_term(DDPM, X0, x_t, STEPS, x0, *args)
-    ones = jnp.ones_like(X0)
+
+    def term(*args):
+        return likelihood.bound_term(DDPM, clean(), x_t, STEPS, x0, *args)
+
+    ones = jnp.ones_like(clean())
     np.testing.assert_allclose(term("learned", -ones), term("fixed_small"), rtol=1e-10)
     np.testing.assert_allclose(term("learned", ones), term("fixed_large"), rtol=1e-10)
 
@@ -218,11 +236,11 @@ def test_second_moment_resampler():
         (lambda: small_draw(DDPM, times="logit_normal"), "'logit_normal'.*Discrete"),
         (lambda: small_draw(DDPM, times="often"), r"process\.times: 'often' is unknown"),
         (
-            lambda: losses.objective(DDPM)(double(1.0), X0, STEPS, NOISE),
+            lambda: losses.objective(DDPM)(double(1.0), clean(), STEPS, unit()),
             "4 output channels for 2.*fixed variance needs 2",
         ),
         (
-            lambda: losses.objective(DDPM, variance="learned")(network, X0, STEPS, NOISE),
+            lambda: losses.objective(DDPM, variance="learned")(network, clean(), STEPS, unit()),
             "2 output channels for 2.*learned variance needs 4",
         ),
     ],

@@ -78,7 +78,10 @@ def hand_over(monkeypatch, torch, scheduler, name, noises, index):
     """Makes this scheduler take step ``index[0]``'s noise from ``noises``."""
     module = importlib.import_module(scheduler.__module__)
     if hasattr(module, "randn_tensor"):
-        give = lambda *args, **kwargs: torch.from_numpy(noises[index[0]])
+
+        def give(*args, **kwargs):
+            return torch.from_numpy(noises[index[0]])
+
         monkeypatch.setattr(module, "randn_tensor", give)
 
 
@@ -87,7 +90,10 @@ def their_trajectory(torch, scheduler, name, x, estimate, noises, ends, options,
     in_sigma = name in IN_SIGMA
     rows = []
     sigmas = scheduler.sigmas.numpy().astype(np.float64) if in_sigma else None
-    alpha = lambda i: 1 / np.sqrt(1 + sigmas[i] ** 2) if in_sigma else 1.0
+
+    def alpha(i):
+        return 1 / np.sqrt(1 + sigmas[i] ** 2) if in_sigma else 1.0
+
     y = torch.from_numpy(np.asarray(x / alpha(0), np.float32))
     for i, t in enumerate(scheduler.timesteps):
         inputs = scheduler.scale_model_input(y, t)
@@ -155,8 +161,10 @@ def test_flow_euler(exact, library):
         assert np.linalg.norm(xs[i + 1] - y.numpy()) / np.linalg.norm(y.numpy()) < 1e-4
 
 
-@pytest.mark.parametrize("ours, theirs", [("euler", "EDMEulerScheduler"),
-                                          ("dpmpp_2m", "EDMDPMSolverMultistepScheduler")])  # fmt: skip
+EDM_CASES = {"euler": "EDMEulerScheduler", "dpmpp_2m": "EDMDPMSolverMultistepScheduler"}
+
+
+@pytest.mark.parametrize("ours, theirs", list(EDM_CASES.items()))
 def test_edm(exact, library, ours, theirs):
     """On EDM's levels; the network's output is F, its input scaled, in both."""
     torch, diffusers = library

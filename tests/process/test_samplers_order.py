@@ -49,7 +49,9 @@ def flow_map(exact, t, quantiles):
         spread = np.sqrt((1 - t) ** 2 * stds**2 + t**2)
         return np.sum(weights * ndtr((x - (1 - t) * means) / spread))
 
-    solve = lambda q: brentq(lambda x: distribution(x) - q, -20, 20, xtol=1e-15, rtol=1e-14)
+    def solve(q):
+        return brentq(lambda x: distribution(x) - q, -20, 20, xtol=1e-15, rtol=1e-14)
+
     return np.array([solve(q) for q in quantiles])[:, None]
 
 

@@ -285,7 +285,7 @@ def _folder_examples(
             if len(bad) > max_bad_images:
                 raise ValueError(
                     f"{row['path']} is no image, the {len(bad)}. of more than "
-                    f"data.max_bad_images={max_bad_images}: remove it, or raise the limit"
+                    f"--max_bad_images={max_bad_images}: remove it, or raise the limit"
                 )
             continue
         example: Example = {"image": image}

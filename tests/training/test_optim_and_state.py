@@ -1,0 +1,111 @@
+"""Learning-rate schedules, optimisers and averages against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.training import optim
+from diffusion.training import state as ts
+
+
+def test_warmup_starts_at_zero_and_reaches_the_peak():
+    rate = optim.learning_rate(2e-4, warmup_steps=5000)
+    np.testing.assert_allclose([rate(0), rate(2500), rate(5000), rate(10**6)], [0, 1e-4, 2e-4, 2e-4])
+
+
+@pytest.mark.parametrize(
+    ("decay", "middle", "end"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0)]
+)
+def test_decay_ends_at_decay_steps(decay, middle, end):
+    rate = optim.learning_rate(1.0, 10, 110, decay)
+    np.testing.assert_allclose([rate(10), rate(60), rate(110)], [1.0, middle, end], atol=1e-6)
+
+
+def test_inverse_sqrt_is_flat_then_falls():
+    rate = optim.learning_rate(1.0, 0, 100, "inverse_sqrt")
+    np.testing.assert_allclose([rate(50), rate(100), rate(400)], [1.0, 1.0, 0.5])
+
+
+def test_adam_first_step_is_the_learning_rate():
+    transform = optim.make_transform(optim.learning_rate(0.1))
+    params = {"w": jnp.array([1.0, -2.0])}
+    updates, _ = transform.update({"w": jnp.array([3.0, -0.5])}, transform.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.1, 0.1], rtol=1e-5)
+
+
+def test_adamw_decays_the_weights_and_adam_refuses_to():
+    transform = optim.make_transform(lambda step: 0.1, "adamw", weight_decay=0.5)
+    params = {"w": jnp.array([2.0])}
+    updates, _ = transform.update({"w": jnp.zeros(1)}, transform.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.1 * 0.5 * 2.0])
+    with pytest.raises(ValueError, match=r"optim.weight_decay=0.5.*adamw"):
+        optim.make_transform(lambda step: 0.1, "adam", weight_decay=0.5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optim.learning_rate(1.0, decay="steps"),
+        lambda: optim.learning_rate(1.0, 100, 50, "cosine"),
+        lambda: optim.make_transform(lambda step: 1.0, "lion"),
+    ],
+)
+def test_unknown_or_impossible_settings_are_refused(make):
+    with pytest.raises(ValueError, match=r"optim\."):
+        make()
+
+
+def test_ema_starts_at_the_weights_after_the_first_step():
+    ema = ts.Ema(0.9999)
+    np.testing.assert_allclose([ema.decay_at(jnp.int32(n)) for n in (1, 2, 9)], [0, 0.9999, 0.9999])
+    ramp = ts.Ema(0.9999, ramp=True)
+    np.testing.assert_allclose(ramp.decay_at(jnp.int32(5)), 6 / 15, rtol=1e-6)
+    np.testing.assert_allclose(ramp.decay_at(jnp.int32(10**6)), 0.9999, rtol=1e-6)
+
+
+def toy(clip_norm=0.0, decay=0.5):
+    rate = optim.learning_rate(0.1)
+    optimizer = ts.Optimizer({"net": optim.make_transform(rate, "sgd", b1=0.0)}, rate, clip_norm)
+    ema = ts.Ema(decay, networks=("net",))
+    params = {"net": {"w": jnp.array([3.0, 4.0])}}
+    return ts.create_state(jax.random.key(0), params, optimizer, ema, {}), optimizer, ema
+
+
+def test_gradients_are_clipped_to_their_global_norm():
+    state, optimizer, ema = toy(clip_norm=1.0)
+    grads = {"net": {"w": jnp.array([30.0, 40.0])}}
+    new, metrics = ts.apply_gradients(state, grads, jnp.float32(1), optimizer, ema)
+    np.testing.assert_allclose(metrics["grad_norm"], 50.0)
+    np.testing.assert_allclose(metrics["param_norm"], 5.0)
+    np.testing.assert_allclose(new.params["net"]["w"], [3.0 - 0.06, 4.0 - 0.08], rtol=1e-6)
+
+
+def test_the_average_follows_equation_one():
+    state, optimizer, ema = toy()
+    grads = {"net": {"w": jnp.array([1.0, 0.0])}}
+    for _ in range(2):
+        state, _ = ts.apply_gradients(state, grads, jnp.float32(1), optimizer, ema)
+    # After step 1 the average is the weights (2.9); after step 2 half of those and half of 2.8.
+    np.testing.assert_allclose(state.ema["net"]["w"][0], 2.85, rtol=1e-6)
+
+
+def test_accumulation_is_the_mean_over_strided_parts():
+    batch = {"x": jnp.arange(8.0)}
+
+    def grad_fn(params, batch):
+        return (params * batch["x"]).mean(), batch["x"].max()
+
+    whole = ts.accumulate(grad_fn, 1)(2.0, batch)
+    parts = ts.accumulate(grad_fn, 4)(2.0, batch)
+    np.testing.assert_allclose(parts[0], whole[0])
+    np.testing.assert_allclose(parts[1], np.mean([4.0, 5.0, 6.0, 7.0]))
+
+
+def test_flips_mirror_the_last_spatial_axis_of_about_half():
+    keys = jax.random.split(jax.random.key(0), 200)
+    x = jnp.broadcast_to(jnp.arange(4.0)[None, None, :, None], (200, 2, 4, 1))
+    flipped = np.asarray(ts.random_flip(x, keys))
+    mirrored = (flipped[:, 0, 0, 0] == 3).sum()
+    assert 70 < mirrored < 130
+    np.testing.assert_array_equal(np.sort(flipped, axis=2), np.asarray(x))

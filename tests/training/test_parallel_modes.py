@@ -1,0 +1,181 @@
+"""One device, `jit` over meshes, FSDP, `pmap`, accumulation and remat are the same step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.models.unet import UNet
+from diffusion.process import losses, schedules
+from diffusion.training import optim
+from diffusion.training import state as ts
+from diffusion.training.denoiser import Denoiser
+from diffusion.training.parallel import Parallel, check_batch, make_mesh, partition, unsharded
+from diffusion.training.state import Ema, Optimizer
+
+BATCH, SHAPE = 16, (8, 8, 4)
+
+
+def make_task(accumulate=1, remat=None, optimizer="sgd") -> Denoiser:
+    schedule = schedules.ddpm_linear(100)
+    rate = optim.learning_rate(0.1 if optimizer == "sgd" else 1e-3)
+    transform = optim.make_transform(rate, optimizer, eps=1e-3)
+    return Denoiser(
+        unet=UNet(4, 32, (1, 2), 1, (False, True), groups=8, dropout=0.1, remat=remat),
+        sample_shape=SHAPE,
+        objective=losses.objective(schedule, "eps"),
+        draw=lambda keys, x0: losses.draw(keys, schedule, x0),
+        optimizer=Optimizer({"unet": transform}, rate, clip_norm=1.0),
+        ema=Ema(0.9, networks=("unet",)),
+        accumulate=accumulate,
+    )
+
+
+def batches():
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        yield {
+            "mean": rng.normal(size=(BATCH, *SHAPE)).astype(np.float32),
+            "logvar": rng.normal(size=(BATCH, *SHAPE)).astype(np.float32),
+            "position": np.arange(BATCH, dtype=np.int32),
+        }
+
+
+def run(parallel: Parallel, task: Denoiser):
+    """Three steps: the losses, and the state on the host."""
+    state = parallel.init(task.init, jax.random.key(0))
+    step = parallel.step(task.train_step)
+    found = []
+    for batch in batches():
+        state, metrics = step(state, parallel.batch(batch), {})
+        found.append(parallel.scalars(metrics)["loss"])
+    return found, jax.device_get(parallel.gather(state)), state
+
+
+def single() -> Parallel:
+    return Parallel("jit", make_mesh(devices=jax.devices()[:1]))
+
+
+@functools.cache
+def reference(optimizer: str):
+    return run(single(), make_task(optimizer=optimizer))[:2]
+
+
+def distance(a, b) -> float:
+    """norm(a - b) / norm(b) over all leaves."""
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    difference = sum(float(np.sum((x.astype(np.float64) - y) ** 2)) for x, y in pairs)
+    return float(np.sqrt(difference / sum(float(np.sum(y.astype(np.float64) ** 2)) for _, y in pairs)))
+
+
+def meshes(data, fsdp):
+    return lambda: Parallel("jit", make_mesh(data, fsdp))
+
+
+WAYS = {
+    "data8": (meshes(8, 1), {}),
+    "fsdp8": (meshes(1, 8), {}),
+    "data2_fsdp4": (meshes(2, 4), {}),
+    "pmap": (lambda: Parallel("pmap", make_mesh()), {}),
+    "accumulate": (meshes(8, 1), {"accumulate": 2}),
+    "pmap_accumulate": (lambda: Parallel("pmap", make_mesh()), {"accumulate": 2}),
+    "remat": (single, {"remat": "conv"}),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_is_the_plain_step(way, optimizer):
+    make, changed = WAYS[way]
+    losses_found, state, _ = run(make(), make_task(**changed, optimizer=optimizer))
+    losses_wanted, wanted = reference(optimizer)
+    np.testing.assert_allclose(losses_found, losses_wanted, rtol=1e-6)
+    assert distance(state.params, wanted.params) < 1e-6
+    assert distance(state.ema, wanted.ema) < 1e-6
+    assert int(state.step) == 3
+    start = jax.device_get(single().init(make_task().init, jax.random.key(0)))
+    assert distance(wanted.params, start.params) > 1e-4  # the steps did something
+
+
+def test_draws_are_bit_equal_in_every_mode():
+    task = make_task()
+    (batch, *_) = batches()
+    rng = jax.random.key_data(jax.random.key(3))
+
+    def draws(batch):
+        keys = ts.example_keys(rng, jnp.int32(5), batch["position"])
+        t, noise = task.draw(ts.stream(keys, ts.TIMES), jnp.zeros((len(keys), *SHAPE)))
+        x0 = task.clean({}, {}, batch, keys, True)
+        mask = jax.vmap(jax.random.bernoulli)(ts.stream(keys, ts.DROPOUT))
+        return t, noise, x0, mask
+
+    wanted = jax.device_get(jax.jit(draws)(batch))
+    for parallel in (Parallel("jit", make_mesh()), Parallel("pmap", make_mesh())):
+        placed = parallel.batch(batch)
+        found = jax.jit(draws)(placed) if parallel.mode == "jit" else jax.pmap(draws)(placed)
+        for a, b in zip(jax.device_get(found), wanted):
+            np.testing.assert_array_equal(np.asarray(a).reshape(b.shape), b)
+    # An example's draws belong to its position, not to where it lies in the batch.
+    shuffled = jax.tree.map(lambda x: x[::-1], batch)
+    for a, b in zip(jax.device_get(jax.jit(draws)(shuffled)), wanted):
+        np.testing.assert_array_equal(a[::-1], b)
+
+
+def test_state_is_donated_and_its_shardings_do_not_drift():
+    parallel, task = Parallel("jit", make_mesh(1, 8)), make_task()
+    state = parallel.init(task.init, jax.random.key(0))
+    before = jax.tree.map(lambda x: x.sharding, state)
+    step = parallel.step(task.train_step)
+    (batch, *_) = batches()
+    after, _ = step(state, parallel.batch(batch), {})
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), after, before)
+    assert all(jax.tree.leaves(same))
+
+
+def test_fsdp_holds_an_eighth_of_what_is_large():
+    parallel, task = Parallel("jit", make_mesh(1, 8)), make_task()
+    state = parallel.init(task.init, jax.random.key(0))
+    kernel = state.params["unet"]["mid_res_0"]["conv1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    assert unsharded(parallel.mesh, jax.eval_shape(task.init, jax.random.key(0))) == []
+
+
+def test_partition_takes_the_largest_divisible_dimension():
+    assert partition((3, 3, 64, 128), 8) == jax.P(None, None, None, "fsdp")
+    assert partition((3, 3, 128, 60), 8) == jax.P(None, None, "fsdp")
+    assert partition((8,), 8) == jax.P()  # too small
+    assert partition((4097, 3), 8) == jax.P()  # divisible by nothing
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    parallel, task = single(), make_task(optimizer="adam")
+    state = parallel.init(task.init, jax.random.key(0))
+    kept = jax.device_get(state)
+    (batch, *_) = batches()
+    batch["mean"][3, 0, 0, 0] = np.nan
+    state, metrics = parallel.step(task.train_step)(state, parallel.batch(batch), {})
+    assert not np.isfinite(float(metrics["loss"]))
+    for name in ("params", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(kept, name), getattr(state, name))
+    assert int(state.step) == 1
+    assert int(state.extra["skipped_steps"]) == int(state.extra["skipped_in_a_row"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: make_mesh(fsdp=3), ("parallel.fsdp=3", "8")),
+        (lambda: make_mesh(data=3, fsdp=2), ("parallel.data=3", "8 devices")),
+        (lambda: Parallel("both", make_mesh()), ("parallel.mode='both'", "pmap")),
+        (lambda: Parallel("pmap", make_mesh(1, 8)), ("parallel.fsdp=8", "jit")),
+        (lambda: check_batch(20, 1, 8), ("train.batch_size=20", "8")),
+        (lambda: check_batch(16, 4, 8), ("train.accumulate=4", "32")),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, words):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert all(word in str(error.value) for word in words)

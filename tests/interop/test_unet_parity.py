@@ -37,7 +37,12 @@ CIFAR10 = DDPM | {
 PLAIN = {
     "ddpm_cifar10": (CIFAR10, (1, 3, 32, 32)),
     "ddpm_narrow": (
-        CIFAR10 | {"block_out_channels": (32, 64, 64, 64), "norm_num_groups": 16},
+        CIFAR10
+        | {
+            "block_out_channels": (32, 64, 64, 64),
+            "norm_num_groups": 16,
+            "layers_per_block": 1,
+        },
         (2, 3, 16, 24),
     ),
     "ldm_celebahq": (
@@ -77,6 +82,7 @@ PLAIN = {
             "attention_head_dim": 5,
             "in_channels": 5,
             "out_channels": 2,
+            "norm_eps": 0.1,
         },
         (2, 5, 6, 10),
     ),

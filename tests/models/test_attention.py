@@ -164,6 +164,17 @@ def test_linear_and_convolutional_projection_compute_the_same(rank):
     )
 
 
+def test_spatial_transformers_norm_has_its_own_epsilon():
+    """1e-6 whatever the network's, as in CompVis: seen where the input's variance is as small."""
+    x = 1e-3 * normal(0, 1, 16, 4)
+    module = attention.SpatialTransformer(1, 4, depth=0, groups=1, linear_projection=True)
+    project = {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}
+    norm = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
+    params = {"norm": norm, "proj_in": project, "proj_out": project}
+    expected = x + (x - x.mean()) / jnp.sqrt(x.var() + 1e-6)
+    np.testing.assert_allclose(module.apply({"params": params}, x), expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["AttentionBlock", "SpatialTransformer"])
 def test_blocks_start_as_the_identity(kind):
     x = normal(0, 2, 3, 2, 8)

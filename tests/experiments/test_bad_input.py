@@ -1,0 +1,148 @@
+"""Each wrong input ends with one sentence naming key, value and remedy, status 2, nothing changed."""
+
+import hashlib
+import shutil
+
+import pytest
+
+from experiments import cli, encode_latents, evaluate, plan, prepare_data, sample, train
+
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "encode": encode_latents,
+    "evaluate": evaluate,
+    "plan": plan,
+    "prepare": prepare_data,
+}
+
+
+def run(name, *argv) -> int:
+    return cli.run(COMMANDS[name].define, COMMANDS[name].main, argv)
+
+
+def refused(capsys, *words) -> None:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def contents(folder):
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+PIXEL = "--config=configs/digits_pixel.py:smoke"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--config.train.stepz=3",), ("stepz",)),
+        (("--config.train.steps=many",), ("steps", "many")),
+        (("--config.train.batch_size=0",), ("train.batch_size=0",)),
+        (("--config.train.batch_size=9", "--config.train.accumulate=2"), ("9", "2")),
+        (("--config.data.image_size=33",), ("33",)),
+        (("--config.data.dir=/nowhere",), ("/nowhere", "prepare_data")),
+        (("--config.parallel.fsdp=3",), ("parallel.fsdp=3",)),
+        (("--config.parallel.mode=threads",), ("parallel.mode='threads'", "pmap")),
+        (("--config.process.schedule.name=square",), ("square", "ddpm_linear")),
+        (("--config.optim.name=lion",), ("lion", "adamw")),
+        (("--config.ema.decay=1.5",), ("ema.decay=1.5",)),
+        (("--config.task=dance",), ("dance", "denoiser")),
+        (("--unknown=1",), ("unknown",)),
+        (("stray",), ("stray",)),
+    ],
+)
+def test_training_refuses(argv, words, job, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    data = [] if any("data.dir" in a for a in argv) else [f"--config.data.dir={job}/data"]
+    assert run("train", PIXEL, f"--workdir={workdir}", *data, *argv) == 2
+    refused(capsys, *words)
+    assert not workdir.exists()
+
+
+def test_a_missing_flag_is_named(capsys):
+    assert run("train", PIXEL) == 2
+    refused(capsys, "--workdir")
+    assert run("plan") == 2
+    refused(capsys, "--config")
+
+
+def test_an_unknown_config_argument_is_refused(capsys):
+    assert run("plan", "--config=configs/digits_pixel.py:f9") == 2
+    refused(capsys, "f9", "smoke")
+
+
+def test_a_workdir_of_another_run_is_refused_and_untouched(job, capsys):
+    before = contents(job / "autoencoder")
+    argv = (f"--workdir={job}/autoencoder", f"--config.data.dir={job}/data")
+    config = "--config=configs/digits_autoencoder.py:smoke"
+    assert run("train", config, *argv, "--config.optim.learning_rate=0.5") == 2
+    refused(capsys, "optim.learning_rate", "0.5", "0.002")
+    assert contents(job / "autoencoder") == before
+
+
+def test_a_folder_of_something_else_is_refused(job, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert run("train", PIXEL, f"--workdir={tmp_path}", f"--config.data.dir={job}/data") == 2
+    refused(capsys, "thesis.tex")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_half_written_data_is_refused(job, tmp_path, capsys):
+    shutil.copytree(job / "data", tmp_path / "data")
+    (found,) = (tmp_path / "data").rglob("provenance.json")
+    found.unlink()
+    workdir = tmp_path / "run"
+    assert run("train", PIXEL, f"--workdir={workdir}", f"--config.data.dir={tmp_path}/data") == 2
+    refused(capsys, "half-written", "prepare_data")
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--num=0",), ("--num=0",)),
+        (("--prompts_file=nothing.txt",), ("nothing.txt",)),
+        (("--sampler=magic",), ("magic", "ddim")),
+        (("--steps=0",), ("0",)),
+        (("--prompt=a", "--prompts_file=b"), ("--prompt", "--prompts_file")),
+    ],
+)
+def test_sampling_refuses(argv, words, job, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("sample", f"--workdir={job}/ldm", f"--out={out}", *argv) == 2
+    refused(capsys, *words)
+    assert not out.exists()
+
+
+def test_an_empty_prompt_list_is_refused(job, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n\n")
+    out = tmp_path / "out"
+    argv = (f"--prompts_file={tmp_path}/prompts.txt", f"--out={out}")
+    assert run("sample", f"--workdir={job}/ldm", *argv) == 2
+    refused(capsys, "prompts.txt", "no prompt")
+    assert not out.exists()
+
+
+def test_sampling_from_what_is_no_denoiser_is_refused(job, tmp_path, capsys):
+    assert run("sample", f"--workdir={job}/autoencoder", f"--out={tmp_path}/out") == 2
+    refused(capsys, "task='autoencoder'")
+    assert run("sample", f"--workdir={tmp_path}/none", f"--out={tmp_path}/out") == 2
+    refused(capsys, "no run")
+
+
+def test_evaluation_refuses(job, capsys):
+    assert run("evaluate", f"--workdir={job}/ldm", "--metrics=beauty") == 2
+    refused(capsys, "beauty", "adherence")
+    assert run("evaluate", f"--workdir={job}/ldm", "--metrics=adherence") == 2
+    refused(capsys, "--classifier")
+
+
+def test_latents_of_another_first_stage_are_refused(job, tmp_path, capsys):
+    config = "--config=configs/digits_ldm.py:smoke"
+    argv = (f"--config.data.dir={job}/latents", f"--workdir={tmp_path}/run")
+    assert run("train", config, *argv, "--config.model.autoencoder.channels=48") == 2
+    refused(capsys, "channels", "48", "96")
+    assert not (tmp_path / "run").exists()

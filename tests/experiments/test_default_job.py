@@ -1,0 +1,87 @@
+"""The default job ran: its files, its numbers, and what sampling promises."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from experiments import cli, generate, plan, sample, train
+
+
+def test_the_job_leaves_what_it_promises(job):
+    for name in ("samples.png", "denoising.png", "loss.png"):
+        with Image.open(job / name) as picture:
+            assert min(picture.size) > 60
+    results = json.loads((job / "results.json").read_text())
+    for key in ("adherence", "adherence_held_out"):
+        assert {"digit", "colour", "background", "size", "place", "all"} <= results[key].keys()
+        assert 0 <= results[key]["all"] <= min(results[key]["digit"], results[key]["colour"])
+    assert results["autoencoder"]["psnr"] > 0
+    assert results["frechet_distance"] > 0
+    stages = {"prepare_data", "autoencoder", "classifier", "encode_latents", "ldm", "evaluate"}
+    assert stages <= results["seconds"].keys()
+    assert results["seed"] == 0 and "jax" in results["versions"]
+    for name in ("autoencoder", "classifier", "ldm"):
+        rows = [json.loads(line) for line in (job / name / "metrics.jsonl").read_text().splitlines()]
+        steps = [row["step"] for row in rows if "loss" in row]
+        assert steps == [1, 2, 3, 4]
+        keys = {"examples_per_sec", "learning_rate", "grad_norm", "param_norm", "data_wait_secs"}
+        assert keys <= rows[0].keys()
+        config = json.loads((job / name / "config.json").read_text())
+        assert config["train"]["steps"] == 4
+
+
+def test_pngs_carry_how_they_were_made(job, tmp_path):
+    argv = [f"--workdir={job}/ldm", "--num=3", "--prompt=a small red seven", f"--out={tmp_path}"]
+    assert cli.run(sample.define, sample.main, [*argv, "--seed=5", "--steps=2"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*[f"0000{i}.png" for i in range(3)], "grid.png"]
+    with Image.open(tmp_path / "00001.png") as picture:
+        text = picture.info
+        assert picture.size == (32, 32)
+    assert text["prompt"] == "a small red seven" and text["seed"] == "5" and text["generated"]
+    assert text["sampler"] == "dpmpp_2m" and len(text["checkpoint"]) == 16
+
+
+def test_samples_do_not_depend_on_the_batch_size(job):
+    model = generate.load(job / "ldm")
+    prompts = ["a small red seven at the top left on black", "a large blue one"]
+    whole, ragged = (
+        np.concatenate(list(generate.images(model, 5, prompts, seed=3, batch_size=size, steps=2)))
+        for size in (5, 2)
+    )
+    assert whole.shape == (5, 32, 32, 3) and whole.dtype == np.uint8
+    assert np.abs(whole.astype(int) - ragged).max() <= 1
+    other = np.concatenate(list(generate.images(model, 5, prompts, seed=4, steps=2)))
+    assert np.abs(whole.astype(int) - other).max() > 1
+
+
+def test_guidance_and_prompt_change_the_picture(job):
+    model = generate.load(job / "ldm", which="raw")
+    one = next(generate.images(model, 1, ["a red seven"], steps=2, guidance_scale=1.0))
+    two = next(generate.images(model, 1, ["a red seven"], steps=2, guidance_scale=4.0))
+    assert np.abs(one.astype(int) - two).max() > 0
+
+
+def test_the_same_command_again_has_nothing_to_do_and_more_steps_extend(job):
+    directory = job / "classifier"
+    config = json.loads((directory / "config.json").read_text())
+    argv = ["--config=configs/digits_classifier.py:smoke", f"--workdir={directory}"]
+    argv.append(f"--config.data.dir={config['data']['dir']}")
+    before = (directory / "metrics.jsonl").read_text()
+    assert cli.run(train.define, train.main, argv) == 0
+    assert (directory / "metrics.jsonl").read_text() == before
+    assert cli.run(train.define, train.main, [*argv, "--config.train.steps=5"]) == 0
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5]
+
+
+def test_plan_counts_what_training_makes(job):
+    from diffusion.checkpoint import restore_params
+    from experiments import workdir
+
+    config = workdir.read_config(job / "ldm")
+    saved = restore_params(job / "ldm" / "checkpoints").items["params"]
+    networks = plan.plan(config)["networks"]
+    for name in ("unet", "text_encoder"):
+        assert networks[name]["parameters"] == plan.count(saved[name])
+    assert networks["autoencoder"]["parameters"] > 0

@@ -97,6 +97,7 @@ def _loop(config, directory, run, key, abstract, checkpoints) -> dict[str, float
                     writer.images(done, preview.pictures(run, whole, directory))
             # The data state is that after this step's batch: what a resumed run reads next.
             if stop.requested or last or done % config.train.save_every_steps == 0:
+                log.flush()  # a step that is saved is never logged again
                 checkpoints.save(done, parallel.gather(state), batches.get_state(), {})
             if stop.requested:
                 checkpoints.wait()

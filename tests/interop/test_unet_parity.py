@@ -153,7 +153,7 @@ CASES = {**PLAIN, **CONDITIONAL}
 
 @pytest.fixture(autouse=True, scope="module")
 def quiet():
-    """Diffusers warns through its logger; torch.compile's import paths warn of deprecations."""
+    """Diffusers talks through its logger; parity needs full precision of our products."""
     diffusers.utils.logging.set_verbosity_error()
     with jax.default_matmul_precision("highest"):
         yield

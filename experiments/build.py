@@ -208,7 +208,10 @@ TASKS: dict[str, Callable[..., Any]] = {
 def task(config: ConfigDict, **arguments: Any) -> Any:
     """The task of a config; its shapes are checked by tracing, no array is made."""
     made = choose(TASKS, config.task, "task")(config, **arguments)
-    jax.eval_shape(made.init, jax.random.key(0))
+    try:
+        jax.eval_shape(made.init, jax.random.key(0))
+    except ValueError as error:
+        raise ValueError(f"data.image_size={config.data.image_size} or model.*: {error}") from error
     return made
 
 

@@ -8,6 +8,7 @@ status 2 and no traceback; so is whatever absl or ml_collections refuses on the 
 """
 
 import sys
+import unittest.mock
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,11 +50,16 @@ def run(
         print(sys.modules[main.__module__].__doc__, declared.values.get_help(), sep="\n")
         return 0
     try:
-        rest = declared.values(arguments)
+        # ml_collections looks for overrides of a config in sys.argv, whatever it is handed.
+        with unittest.mock.patch.object(sys, "argv", arguments):
+            rest = declared.values(arguments)
         if len(rest) > 1:
             raise ValueError(f"unexpected argument {rest[1]!r}: flags are --name=value")
+    except (KeyError, AttributeError) as error:
+        # How ml_collections refuses an override; its text suggests the nearest key.
+        return refuse(ValueError(f"--config.KEY=... names a key the config lacks: {error.args[0]}"))
     except Exception as error:
-        # absl raises flags.Error; a config file or an override of one raises what it likes.
+        # absl raises flags.Error; a config file raises what it likes.
         return refuse(error)
     try:
         return main(declared.values) or 0

@@ -22,7 +22,9 @@ def test_the_job_leaves_what_it_promises(job):
     assert stages <= results["seconds"].keys()
     assert results["seed"] == 0 and "jax" in results["versions"]
     for name in ("autoencoder", "classifier", "ldm"):
-        rows = [json.loads(line) for line in (job / name / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (job / name / "metrics.jsonl").read_text().splitlines()
+        ]
         steps = [row["step"] for row in rows if "loss" in row]
         assert steps == [1, 2, 3, 4]
         keys = {"examples_per_sec", "learning_rate", "grad_norm", "param_norm", "data_wait_secs"}
@@ -34,7 +36,10 @@ def test_the_job_leaves_what_it_promises(job):
 def test_pngs_carry_how_they_were_made(job, tmp_path):
     argv = [f"--workdir={job}/ldm", "--num=3", "--prompt=a small red seven", f"--out={tmp_path}"]
     assert cli.run(sample.define, sample.main, [*argv, "--seed=5", "--steps=2"]) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*[f"0000{i}.png" for i in range(3)], "grid.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *[f"0000{i}.png" for i in range(3)],
+        "grid.png",
+    ]
     with Image.open(tmp_path / "00001.png") as picture:
         text = picture.info
         assert picture.size == (32, 32)

@@ -11,12 +11,12 @@ from diffusion.training import state as ts
 
 def test_warmup_starts_at_zero_and_reaches_the_peak():
     rate = optim.learning_rate(2e-4, warmup_steps=5000)
-    np.testing.assert_allclose([rate(0), rate(2500), rate(5000), rate(10**6)], [0, 1e-4, 2e-4, 2e-4])
+    np.testing.assert_allclose(
+        [rate(0), rate(2500), rate(5000), rate(10**6)], [0, 1e-4, 2e-4, 2e-4]
+    )
 
 
-@pytest.mark.parametrize(
-    ("decay", "middle", "end"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0)]
-)
+@pytest.mark.parametrize(("decay", "middle", "end"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0)])
 def test_decay_ends_at_decay_steps(decay, middle, end):
     rate = optim.learning_rate(1.0, 10, 110, decay)
     np.testing.assert_allclose([rate(10), rate(60), rate(110)], [1.0, middle, end], atol=1e-6)

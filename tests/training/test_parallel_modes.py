@@ -67,7 +67,9 @@ def distance(a, b) -> float:
     """norm(a - b) / norm(b) over all leaves."""
     pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     difference = sum(float(np.sum((x.astype(np.float64) - y) ** 2)) for x, y in pairs)
-    return float(np.sqrt(difference / sum(float(np.sum(y.astype(np.float64) ** 2)) for _, y in pairs)))
+    return float(
+        np.sqrt(difference / sum(float(np.sum(y.astype(np.float64) ** 2)) for _, y in pairs))
+    )
 
 
 def meshes(data, fsdp):

@@ -32,7 +32,7 @@ def get_config(arg=None):
     config.model.autoencoder = common.digits_first_stage()
     config.model.unet = {
         "out_channels": 4,
-        "channels": 64,
+        "channels": 48,
         "multipliers": (1, 2),
         "blocks": 1,
         "attention": (False, True),
@@ -40,7 +40,7 @@ def get_config(arg=None):
         "head_dim": 32,
         "transformer_depth": 1,
         "pool_context": True,
-        "groups": 32,
+        "groups": 16,
         "epsilon": 1e-5,
         "scale_shift": True,
         "flip_sin_to_cos": True,
@@ -60,20 +60,20 @@ def get_config(arg=None):
     config.conditioning.mask_padding = True
     config.process.schedule = {"name": "scaled_linear", "num_steps": 1000}
     config.process.objective.weighting = "min_snr"
-    config.process.objective.gamma = 0.2
-    config.train.steps = 4000
-    config.train.batch_size = 64
-    config.train.log_every_steps = 100
-    config.train.save_every_steps = 1000
+    config.process.objective.gamma = 0.5
+    config.train.steps = 12000
+    config.train.batch_size = 16
+    config.train.log_every_steps = 250
+    config.train.save_every_steps = 3000
     config.optim.name = "adamw"
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 100
     config.optim.decay = "cosine"
-    config.optim.decay_steps = 4000
+    config.optim.decay_steps = 12000
     config.optim.b2 = 0.99
     config.optim.weight_decay = 1e-3
     config.optim.clip_norm = 1.0
-    config.ema.decay = 0.998
+    config.ema.decay = 0.999
     config.ema.ramp = True
     config.sample.sampler = "dpmpp_2m"
     config.sample.steps = 25

@@ -12,8 +12,8 @@ there, but in no optimiser's list, and so stays 0.
 """
 
 import dataclasses
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -31,7 +31,7 @@ class Autoencoder:
     sample_shape: (*space, channels) of the images. reconstruction: "l1" or "l2".
     """
 
-    network: nn.Module
+    network: Any
     sample_shape: tuple[int, ...]
     optimizer: Optimizer
     ema: Ema

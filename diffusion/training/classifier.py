@@ -1,8 +1,8 @@
 """The classification task: the digit classifier that the default job is evaluated with."""
 
 import dataclasses
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,7 +16,7 @@ from diffusion.training.state import Ema, Metrics, Optimizer, Params, TrainState
 class Classifier:
     """Softmax cross-entropy on `batch["label"]` from `batch["image"]` (uint8)."""
 
-    network: nn.Module
+    network: Any
     sample_shape: tuple[int, ...]
     optimizer: Optimizer
     ema: Ema

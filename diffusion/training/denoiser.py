@@ -9,14 +9,13 @@ arXiv:2112.10752; E is the identity for DDPM, arXiv:2006.11239 eq. 14):
 
 tau_theta is the text encoder: trained jointly when it is among the state's parameters, frozen when
 it is among the frozen ones. A fraction `drop_condition` of the captions is replaced by the empty
-one (classes by the null class), as classifier-free guidance needs it (arXiv:2207.12598, algorithm 1).
+one (classes by the null class), for classifier-free guidance (arXiv:2207.12598, algorithm 1).
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -29,25 +28,25 @@ Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """Modules and functions of the task; holds no arrays. See `experiments/build.py`.
+    """Flax modules and functions of the task; holds no arrays. See `experiments/build.py`.
 
     sample_shape: (*space, channels) of what is diffused. objective and draw come from
     `process/losses.py`. null_tokens is the encoded empty caption; null_label the extra class.
     """
 
-    unet: nn.Module
+    unet: Any
     sample_shape: tuple[int, ...]
     objective: Callable
     draw: Callable
     optimizer: Optimizer
     ema: Ema
-    text_encoder: nn.Module | None = None
+    text_encoder: Any = None
     train_text_encoder: bool = False
     null_tokens: tuple[int, ...] = ()
     mask_padding: bool = False
     null_label: int | None = None
     drop_condition: float = 0.0
-    autoencoder: nn.Module | None = None
+    autoencoder: Any = None
     flip: bool = False
     accumulate: int = 1
 

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+Rate = Callable[..., Array]  # step -> learning rate
+
 
 def learning_rate(
     peak: float, warmup_steps: int = 0, decay_steps: int = 0, decay: str = "constant"
-) -> Callable[[Array], Array]:
+) -> Rate:
     """Linear warm-up from 0 at step 0 to `peak` (as DDPM and LDM have it), then `decay`.
 
     decay: "constant"; "cosine" to 0 at `decay_steps`; "linear" to 0 at `decay_steps`;
@@ -48,7 +50,7 @@ def learning_rate(
 
 
 def make_transform(
-    rate: Callable[[Array], Array],
+    rate: Rate,
     name: str = "adam",
     b1: float = 0.9,
     b2: float = 0.999,

@@ -1,4 +1,4 @@
-"""Each wrong input ends with one sentence naming key, value and remedy, status 2, nothing changed."""
+"""A wrong input ends with one sentence naming key, value and remedy, status 2, nothing changed."""
 
 import hashlib
 import shutil

@@ -66,10 +66,9 @@ def reference(optimizer: str):
 def distance(a, b) -> float:
     """norm(a - b) / norm(b) over all leaves."""
     pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    difference = sum(float(np.sum((x.astype(np.float64) - y) ** 2)) for x, y in pairs)
-    return float(
-        np.sqrt(difference / sum(float(np.sum(y.astype(np.float64) ** 2)) for _, y in pairs))
-    )
+    difference = sum(np.sum((x.astype(np.float64) - y) ** 2) for x, y in pairs)
+    size = sum(np.sum(y.astype(np.float64) ** 2) for _, y in pairs)
+    return float(np.sqrt(difference / size))
 
 
 def meshes(data, fsdp):

@@ -12,18 +12,21 @@ import pytest
 from experiments import quickstart
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_device():
-    patch = pytest.MonkeyPatch()
-    devices = jax.devices()[:1]
-    patch.setattr(jax, "devices", lambda *_: devices)
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="session")
-def job(one_device, tmp_path_factory) -> pathlib.Path:
+def job(tmp_path_factory) -> pathlib.Path:
     """A folder in which the default job ran for a few steps: autoencoder, classifier, ldm."""
     root = tmp_path_factory.mktemp("quickstart")
-    quickstart.quickstart(root, smoke=True)
+    with pytest.MonkeyPatch.context() as patch:
+        see_one_device(patch)
+        quickstart.quickstart(root, smoke=True)
     return root
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    see_one_device(monkeypatch)
+
+
+def see_one_device(patch) -> None:
+    devices = jax.devices()[:1]
+    patch.setattr(jax, "devices", lambda *_: devices)

@@ -29,6 +29,8 @@ def test_the_job_leaves_what_it_promises(job):
         assert steps == [1, 2, 3, 4]
         keys = {"examples_per_sec", "learning_rate", "grad_norm", "param_norm", "data_wait_secs"}
         assert keys <= rows[0].keys()
+        card = (job / name / "README.md").read_text()
+        assert "MNIST" in card and "Intended use" in card and "Limits" in card
         config = json.loads((job / name / "config.json").read_text())
         assert config["train"]["steps"] == 4
 

@@ -3,21 +3,13 @@
 Everything that a config can be wrong in raises ValueError here, before anything is written.
 """
 
-import dataclasses
-import json
-import pathlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import weights
-from diffusion.data import latents, loader, sources, transforms
-from diffusion.data.tokenizers import Tokenizer
 from diffusion.models.autoencoder import AutoencoderKL, VQModel
 from diffusion.models.image_encoder import DigitClassifier
 from diffusion.models.text_encoder import TextTransformer
@@ -28,8 +20,7 @@ from diffusion.training import optim
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.classifier import Classifier
 from diffusion.training.denoiser import Denoiser
-from diffusion.training.parallel import Parallel, check_batch, make_mesh
-from diffusion.training.state import Ema, Optimizer, TrainState
+from diffusion.training.state import Ema, Optimizer
 
 SCHEDULES: dict[str, Callable[..., schedules.Schedule]] = {
     "ddpm_linear": schedules.ddpm_linear,
@@ -213,164 +204,3 @@ def task(config: ConfigDict, **arguments: Any) -> Any:
     except ValueError as error:
         raise ValueError(f"data.image_size={config.data.image_size} or model.*: {error}") from error
     return made
-
-
-# -- data ----------------------------------------------------------------------------------------
-
-
-def open_images(config: ConfigDict, split: str) -> tuple[sources.Source, list]:
-    """A data set of images and the transforms that make batches of it."""
-    data = config.data
-    if data.name == "captioned_digits":
-        source = sources.open_source(data.name, data.dir, split)
-        compose = transforms.ComposeDigits.of(source, config.seed, data.compose_held_out)
-        return source, [compose]
-    source = sources.open_source(data.name, data.dir, split, data.image_size)
-    return source, [transforms.Channels(data.channels)]
-
-
-def batches(config: ConfigDict, source: Any, steps: list) -> loader.Loader:
-    """The training stream of this process."""
-    return loader.Loader(
-        source,
-        config.train.batch_size,
-        config.seed,
-        steps,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-# -- a run ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What `experiments/train.py` needs, whichever the task."""
-
-    config: ConfigDict
-    task: Any
-    parallel: Parallel
-    init: Callable[[jax.Array], TrainState]
-    frozen: dict[str, Any]
-    train_batches: Callable[[], loader.Loader]
-    eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
-    write_files: Callable[[pathlib.Path], None]
-
-    def evaluate(self, state: TrainState, frozen: dict[str, Any]) -> dict[str, float]:
-        """Means over the evaluation split, named eval_*."""
-        totals: dict[str, float] = {}
-        for batch in self.eval_batches():
-            sums = _eval_step(self.task)(state, batch, frozen)
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        count = totals.pop("count")
-        return {f"eval_{name}": value / count for name, value in totals.items()}
-
-
-_EVAL_STEPS: dict[int, Callable] = {}
-
-
-def _eval_step(of: Any) -> Callable:
-    # One compilation a task object, however often it is evaluated.
-    return _EVAL_STEPS.setdefault(id(of), jax.jit(of.eval_step))
-
-
-def parallel(config: ConfigDict) -> Parallel:
-    made = Parallel(config.parallel.mode, make_mesh(config.parallel.data, config.parallel.fsdp))
-    check_batch(config.train.batch_size, config.train.accumulate, made.devices)
-    return made
-
-
-def build_run(config: ConfigDict) -> Run:
-    """Opens the data and makes the task. Raises ValueError for whatever does not fit."""
-    _check_numbers(config)
-    placed = parallel(config)
-    if config.data.name == "latents":
-        return _latent_run(config, placed)
-    made = task(config)
-    source, steps = open_images(config, "train")
-    keep = transforms.Keep(("image", "label"))
-    _check_image(source, [*steps, keep], made.sample_shape)
-
-    def eval_batches():
-        held, held_steps = open_images(config, config.data.eval_split)
-        return loader.one_pass(held, config.evaluation.batch_size, [*held_steps, keep])
-
-    return Run(
-        config,
-        made,
-        placed,
-        made.init,
-        {},
-        lambda: batches(config, source, [*steps, keep]),
-        eval_batches,
-        lambda directory: None,
-    )
-
-
-def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
-    source = latents.LatentSource(config.data.dir, latent_identity(config))
-    directory = pathlib.Path(config.data.dir)
-    tokenizer = Tokenizer.load(directory / "tokenizer.json")
-    made = task(config, null_tokens=null_tokens(config, tokenizer))
-
-    def write_files(workdir: pathlib.Path) -> None:
-        if not (workdir / "first_stage" / weights.WEIGHTS).exists():
-            shutil.copytree(directory / "first_stage", workdir / "first_stage", dirs_exist_ok=True)
-            shutil.copy(directory / "tokenizer.json", workdir / "tokenizer.json")
-
-    def init(key):
-        return made.init(key, jnp.asarray(source.shift), jnp.asarray(source.scale))
-
-    keep = transforms.Keep(("mean", "logvar", "tokens"))
-    return Run(
-        config,
-        made,
-        placed,
-        init,
-        {},
-        lambda: batches(config, source, [keep]),
-        lambda: loader.one_pass(
-            source, config.evaluation.batch_size, [keep], stop=config.evaluation.examples
-        ),
-        write_files,
-    )
-
-
-def latent_identity(config: ConfigDict) -> dict[str, Any]:
-    """What the provenance of a config's latents must say."""
-    made_from = {
-        "data": config.latents.data_name,
-        "epochs": config.latents.epochs,
-        "image_size": config.data.image_size,
-        "autoencoder": json.loads(json.dumps(config.model.autoencoder.to_dict())),
-    }
-    return {"made_from": made_from}
-
-
-def null_tokens(config: ConfigDict, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The encoded empty caption, once the tokenizer is known to fit the text encoder."""
-    text = config.model.text_encoder
-    if tokenizer.vocabulary_size > text.vocab_size:
-        raise ValueError(
-            f"model.text_encoder.vocab_size={text.vocab_size} is under the tokenizer's "
-            f"{tokenizer.vocabulary_size} words: raise it to that"
-        )
-    return tuple(int(token) for token in tokenizer.null(text.max_length))
-
-
-def _check_numbers(config: ConfigDict) -> None:
-    for key in ("steps", "batch_size", "accumulate", "log_every_steps", "save_every_steps"):
-        if config.train[key] < 1:
-            raise ValueError(f"train.{key}={config.train[key]} must be at least 1")
-
-
-def _check_image(source: Any, steps: list, shape: tuple[int, ...]) -> None:
-    first = loader.fetch(source, *(np.zeros(1, np.int64),) * 3, steps)
-    found = first["image"].shape[1:]
-    if found != shape:
-        raise ValueError(
-            f"data.image_size and data.channels say {shape}, but the images of "
-            f"data.dir are {found}: set them to that"
-        )

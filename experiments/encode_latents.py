@@ -22,7 +22,7 @@ from diffusion import weights
 from diffusion.checkpoint import restore_params
 from diffusion.data import latents, loader, tokenizers, transforms
 from diffusion.training.parallel import BATCH, make_mesh
-from experiments import build, cli, workdir
+from experiments import build, cli, runs, workdir
 
 
 def encode(config: ConfigDict) -> dict:
@@ -33,11 +33,11 @@ def encode(config: ConfigDict) -> dict:
     section = config.latents
     params, checkpoint_hash = first_stage(config)
     network = build.autoencoder(config.model.autoencoder)
-    source, steps = build.open_images(_image_config(config), "train")
+    source, steps = runs.open_images(_image_config(config), "train")
     count = len(source) * section.epochs
     length = config.model.text_encoder.max_length
     tokenizer = _tokenizer(source, steps, section.tokenizer)
-    build.null_tokens(config, tokenizer)
+    runs.null_tokens(config, tokenizer)
     shape = build.sample_shape(config)
     plan = latents.Plan(
         out,
@@ -49,7 +49,7 @@ def encode(config: ConfigDict) -> dict:
             "tokens": ("int16", (length,)),
         },
         {
-            **build.latent_identity(config)["made_from"],
+            **runs.latent_identity(config)["made_from"],
             "first_stage": checkpoint_hash,
             "tokenizer": tokenizer.sha256,
             "data_sha256": source.provenance["sha256"],

@@ -29,7 +29,7 @@ from diffusion.data import loader
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.metrics import adherence as adherence_metric
 from diffusion.metrics import frechet, reconstruction
-from experiments import build, cli, generate, workdir
+from experiments import build, cli, generate, runs, workdir
 
 METRICS = ("adherence", "frechet_distance", "psnr")
 UNSEEN_EPOCH = 10**6  # compositions that no training run reads
@@ -95,7 +95,7 @@ def digits(
             features = judge(images)[1]
     config = ConfigDict(model.config.to_dict())
     config.data.dir, config.data.name = config.latents.data_dir, config.latents.data_name
-    source, steps = build.open_images(config, "train")
+    source, steps = runs.open_images(config, "train")
     index = np.arange(len(source))
     composed = loader.fetch(source, index, np.full_like(index, UNSEEN_EPOCH), index, steps)
     reference = frechet.feature_statistics(judge(composed["image"])[1])
@@ -127,7 +127,7 @@ def first_stage_psnr(directory: pathlib.Path) -> dict[str, float]:
         z = network.apply({"params": params}, x, method="encode").mean
         return generate.to_uint8(network.apply({"params": params}, z, method="decode"))
 
-    source, steps = build.open_images(config, "test")
+    source, steps = runs.open_images(config, "test")
     values = []
     for batch in loader.one_pass(source, 250, steps):
         pixels = np.asarray(reconstruct(batch["image"]))

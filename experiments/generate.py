@@ -23,7 +23,7 @@ from diffusion.data.tokenizers import Tokenizer
 from diffusion.process import gaussian, guidance, samplers
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import BATCH, make_mesh
-from experiments import build, workdir
+from experiments import build, runs, workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load(directory: str | pathlib.Path, which: str = "ema", step: int | None = N
         first_stage = build.autoencoder(ConfigDict(described))
     if "text_encoder" in config.model:
         tokenizer = Tokenizer.load(directory / "tokenizer.json")
-        tokens = build.null_tokens(config, tokenizer)
+        tokens = runs.null_tokens(config, tokenizer)
     task = build.task(config, null_tokens=tokens)
     return Model(
         config, task, params, saved.items["extra"], first_stage, tokenizer, saved.hash, saved.step

@@ -14,10 +14,10 @@ from diffusion.data.tokenizers import Tokenizer
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.state import TrainState
-from experiments import build, generate
+from experiments import build, generate, runs
 
 
-def pictures(run: build.Run, state: TrainState, directory: pathlib.Path) -> dict[str, np.ndarray]:
+def pictures(run: runs.Run, state: TrainState, directory: pathlib.Path) -> dict[str, np.ndarray]:
     """What there is to see of `state`; empty for a task without pictures."""
     if isinstance(run.task, Autoencoder):
         return _reconstructions(run, state)
@@ -26,7 +26,7 @@ def pictures(run: build.Run, state: TrainState, directory: pathlib.Path) -> dict
     return {}
 
 
-def _reconstructions(run: build.Run, state: TrainState) -> dict[str, np.ndarray]:
+def _reconstructions(run: runs.Run, state: TrainState) -> dict[str, np.ndarray]:
     image = next(run.eval_batches())["image"][: run.config.evaluation.preview]
     params = {"params": state.inference_params["autoencoder"]}
     x = jnp.asarray(image, jnp.float32) / 127.5 - 1
@@ -35,7 +35,7 @@ def _reconstructions(run: build.Run, state: TrainState) -> dict[str, np.ndarray]
     return {"images": image, "reconstructions": np.asarray(decoded)}
 
 
-def _samples(run: build.Run, state: TrainState, directory: pathlib.Path) -> dict[str, np.ndarray]:
+def _samples(run: runs.Run, state: TrainState, directory: pathlib.Path) -> dict[str, np.ndarray]:
     params: dict[str, Any] = dict(state.inference_params)
     first_stage, tokenizer, prompts = None, None, None
     if "autoencoder" in run.config.model:

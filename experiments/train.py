@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from diffusion.checkpoint import Checkpoints
 from diffusion.writers import make_writer
-from experiments import build, cli, preview, workdir
+from experiments import cli, preview, runs, workdir
 
 INTERRUPTED = 75  # exit status: saved after a signal; the same command goes on
 
@@ -35,7 +35,7 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
 
     # ---------------------------------------------------------------- check, build, place
     workdir.check(directory, config)
-    run = build.build_run(config)
+    run = runs.build_run(config)
     parallel = run.parallel
     print(
         f"{jax.process_count()} processes, {parallel.devices} devices "

@@ -27,8 +27,10 @@ def base(task: str) -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = ""  # a builder of diffusion/data, or "latents"
     config.data.dir = ""  # where prepare_data or encode_latents wrote it
-    config.data.image_size = 32  # pixels a side
+    config.data.eval_split = "test"
+    config.data.image_size = 32  # pixels a side; a tuple has one size a spatial axis
     config.data.channels = 3
+    config.data.fit = "crop"  # to image_size: "crop" (centre square, bicubic) or "pad" (with black)
     config.data.flip = False  # mirror half of the training images
 
     config.model = ConfigDict()
@@ -57,6 +59,7 @@ def base(task: str) -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.every_steps = 0  # loss on held-out data; 0: never
+    config.evaluation.examples = 0  # the first N of the split; 0: all
     config.evaluation.batch_size = 250
     config.evaluation.preview = 16  # pictures logged with it; 0: none
 
@@ -74,9 +77,12 @@ def denoiser() -> ConfigDict:
     config.process = ConfigDict()
     config.process.prediction = "eps"  # what the network puts out
     config.process.schedule = ConfigDict({"name": "ddpm_linear", "num_steps": 1000})
+    # of p(x_{t-1} | x_t): "fixed_large" (beta_t), "fixed_small" (the posterior's), "learned"
+    config.process.variance = "fixed_large"
     # norm: "l2", "l1"; weighting: "simple", "min_snr", "edm", "vlb" (diffusion/process/losses.py)
     config.process.objective = ConfigDict({"norm": "l2", "weighting": "simple"})
-    config.process.times = ""  # how t is drawn; "": as the schedule has it
+    # how t is drawn: "uniform", "lognormal", "logit_normal", "second_moment"; "": its own
+    config.process.times = ""
     config.conditioning = ConfigDict()
     config.conditioning.drop = 0.0  # fraction of conditions replaced by the null one
     config.conditioning.mask_padding = False  # hide padding tokens from cross-attention
@@ -120,13 +126,74 @@ def smoke(config: ConfigDict, steps: int = 4) -> ConfigDict:
     return config
 
 
+# -- DDPM and what builds on it -------------------------------------------------------------------
+
+
+def ddpm(name: str, flip: bool) -> ConfigDict:
+    """What the authors' configs share (hojonathanho/diffusion, `scripts/run_*.py`)."""
+    config = denoiser()
+    config.data.name = name
+    config.data.dir = "runs/data"
+    config.data.flip = flip
+    config.model.dtype = "float32"
+    config.train.log_every_steps = 100
+    config.train.save_every_steps = 10_000
+    config.optim.warmup_steps = 5000
+    config.optim.clip_norm = 1.0
+    config.ema.decay = 0.9999
+    config.sample.sampler = "ddpm"
+    config.sample.steps = 1000
+    config.sample.clip = True
+    return config
+
+
+def ddpm_unet() -> dict:
+    """The U-Net for 32x32 images: 35,746,307 parameters on three channels."""
+    return {
+        "out_channels": 3,
+        "channels": 128,
+        "multipliers": (1, 2, 2, 2),
+        "blocks": 2,
+        "attention": (False, True, False, False),
+        "heads": 1,
+        "groups": 32,
+        "dropout": 0.1,
+    }
+
+
+def ddpm_unet_256() -> dict:
+    """The U-Net for 256x256 images: 113,673,219 parameters; attention at 16x16."""
+    return ddpm_unet() | {
+        "multipliers": (1, 1, 2, 2, 4, 4),
+        "attention": (False, False, False, False, True, False),
+        "dropout": 0.0,
+    }
+
+
+def smoke_ddpm(config: ConfigDict) -> ConfigDict:
+    """A pixel-space denoiser's run of seconds: the same kind of network, tiny."""
+    levels = min(2, len(config.model.unet.multipliers))
+    config.model.unet.update(
+        {
+            "channels": 8,
+            "multipliers": (1, 2)[:levels],
+            "blocks": 1,
+            "attention": (False, True)[:levels],
+            "groups": 4,
+        }
+    )
+    if config.process.schedule.get("num_steps"):
+        config.process.schedule.num_steps = min(config.process.schedule.num_steps, 100)
+    config.sample.update({"steps": 2, "batch_size": 8})
+    return smoke(config)
+
+
 # -- the default job: one description of each network, for the configs that share it -------------
 
 
 def digits_data(config: ConfigDict) -> ConfigDict:
     config.data.name = "captioned_digits"
     config.data.dir = "runs/data"
-    config.data.eval_split = "test"
     config.data.compose_held_out = False  # whether held-out (digit, colour) pairs are drawn
     return config
 

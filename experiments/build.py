@@ -3,6 +3,7 @@
 Everything that a config can be wrong in raises ValueError here, before anything is written.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,10 @@ def sampler(config: ConfigDict, **changed: Any) -> Sampler:
     section = config.sample.to_dict()
     section.update({k: v for k, v in changed.items() if v is not None})
     make = choose(SAMPLERS, section["sampler"], "sample.sampler")
-    return make(schedule(config), steps=section["steps"], **section.get("options", {}))
+    chosen = section.get("options", {})
+    if section["sampler"] == "ddpm":
+        chosen = {"variance": config.process.variance, **chosen}
+    return make(schedule(config), steps=section["steps"], **chosen)
 
 
 def _network(cls: Any, config: ConfigDict, key: str, **more: Any) -> Any:
@@ -111,11 +115,12 @@ def ema(config: ConfigDict, networks: tuple[str, ...]) -> Ema:
 
 
 def image_shape(config: ConfigDict) -> tuple[int, ...]:
-    """(*space, channels) of what the data holds."""
-    side = config.data.image_size
-    if side < 1:
-        raise ValueError(f"data.image_size={side} must be at least 1 pixel")
-    return (side, side, config.data.channels)
+    """(*space, channels) of what the data holds; one number is the side of a square image."""
+    size = config.data.image_size
+    space = (size, size) if isinstance(size, int) else tuple(size)
+    if not space or min(space) < 1:
+        raise ValueError(f"data.image_size={size} must be at least 1 pixel a side")
+    return (*space, config.data.channels)
 
 
 def sample_shape(config: ConfigDict) -> tuple[int, ...]:
@@ -140,16 +145,26 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     if text is not None and not null_tokens:
         null_tokens = (0,) * config.model.text_encoder.max_length  # for shapes alone
     networks = ("unet",) if text is None else ("unet", "text_encoder")
-    noising = schedule(config)
+    noising, shape = schedule(config), sample_shape(config)
+    variance, resample = config.process.variance, config.process.times == "second_moment"
+    _check_output(config, shape[-1])
     objective = losses.objective(
-        noising, config.process.prediction, **options(config.process.objective)
+        noising,
+        config.process.prediction,
+        variance=variance,
+        **options(config.process.objective),
     )
-    times = config.process.times or None
+    draw = functools.partial(
+        losses.draw, schedule=noising, times=None if resample else config.process.times or None
+    )
+    one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    jax.eval_shape(lambda key, x0: draw(key[None], x0=x0), jax.random.key(0), one)  # checks names
     return Denoiser(
         unet=unet(config),
-        sample_shape=sample_shape(config),
+        sample_shape=shape,
         objective=objective,
-        draw=lambda keys, x0: losses.draw(keys, noising, x0, times),
+        draw=lambda keys, x0: draw(keys, x0=x0),
+        loss_history=losses.second_moment_history(noising) if resample else None,
         optimizer=optimizer(config, networks),
         ema=ema(config, networks),
         text_encoder=text,
@@ -160,6 +175,16 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         flip=config.data.flip,
         accumulate=config.train.accumulate,
     )
+
+
+def _check_output(config: ConfigDict, channels: int) -> None:
+    variance, found = config.process.variance, config.model.unet.out_channels
+    needed = channels * (2 if variance == "learned" else 1)
+    if found != needed:
+        raise ValueError(
+            f"model.unet.out_channels={found}, but data of {channels} channels with "
+            f"process.variance={variance!r} needs {needed}: set one or the other"
+        )
 
 
 def first_stage_task(config: ConfigDict) -> Autoencoder:

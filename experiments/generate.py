@@ -71,16 +71,20 @@ def load(directory: str | pathlib.Path, which: str = "ema", step: int | None = N
 
 
 def denoise_fn(model: Model, params: Any, condition: Any, empty: Any, scale: float) -> Any:
-    """denoise(x_t, t) -> x0 with classifier-free guidance, both halves in one network call."""
+    """denoise(x_t, t) -> x0 with classifier-free guidance, both halves in one network call.
+
+    With a learned variance, (x0, variance output).
+    """
     schedule = build.schedule(model.config)
     prediction = model.config.process.prediction
+    learned = model.config.process.variance == "learned"
     clip = guidance.clip_x0 if model.config.sample.clip else (lambda f: f)
 
     def denoiser(cond):
         def network(x_t, t):
             return model.task.unet.apply({"params": params["unet"]}, x_t, t, **cond)
 
-        return gaussian.make_denoise(network, schedule, prediction)
+        return gaussian.make_denoise(network, schedule, prediction, learned_variance=learned)
 
     if scale == 1.0 or not condition:
         return clip(denoiser(condition))
@@ -95,13 +99,13 @@ def denoise_fn(model: Model, params: Any, condition: Any, empty: Any, scale: flo
 
 
 def decode(model: Model, params: Any, x: jax.Array) -> jax.Array:
-    """What was diffused, (batch, *space, channels), to pixels uint8."""
+    """What was diffused, (batch, *space, channels), to pixels uint8; a series to float32."""
     if "latent_scale" in model.extra:
         x = x / jnp.asarray(model.extra["latent_scale"]).reshape(*[1] * (x.ndim - 1), -1)
         x = x + jnp.asarray(model.extra["latent_shift"]).reshape(*[1] * (x.ndim - 1), -1)
     if model.first_stage is not None:
         x = model.first_stage.apply({"params": params["autoencoder"]}, x, method="decode")
-    return to_uint8(x)
+    return x if x.ndim == 3 else to_uint8(x)  # a series is no picture: it stays as it is
 
 
 def to_uint8(x: jax.Array) -> jax.Array:

@@ -8,6 +8,28 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 
+def as_images(x: np.ndarray) -> np.ndarray:
+    """Samples of any rank as uint8 (n, height, width, channels), to look at.
+
+    Images as they are, the frames of a video side by side, a series (n, length, channels) in
+    [-1, 1] as a plot of its first channel.
+    """
+    if x.ndim == 5:
+        n, frames, height, width, channels = x.shape
+        return x.transpose(0, 2, 1, 3, 4).reshape(n, height, frames * width, channels)
+    return _plots(x[..., 0]) if x.ndim == 3 else x
+
+
+def _plots(values: np.ndarray, height: int = 96) -> np.ndarray:
+    """(n, length) in [-1, 1] to uint8 (n, height, length, 1): black lines on white."""
+    row = (1 - np.clip(values, -1, 1)) / 2 * (height - 1)
+    before = np.concatenate([row[:, :1], row[:, :-1]], 1)
+    top, bottom = np.minimum(row, before) - 0.5, np.maximum(row, before) + 0.5
+    place = np.arange(height)[None, :, None]
+    inside = (place >= top[:, None]) & (place <= bottom[:, None])
+    return np.where(inside, 0, 255).astype(np.uint8)[..., None]
+
+
 def save_png(path: pathlib.Path, pixels: np.ndarray, text: Mapping[str, str]) -> None:
     """One uint8 (height, width, channels) image with text metadata, "generated" among it."""
     info = PngImagePlugin.PngInfo()
@@ -46,7 +68,7 @@ def captioned(path: pathlib.Path, pixels: np.ndarray, captions: Sequence[str], c
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, pixels, captions):
         axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-        axis.set_title("\n".join(textwrap.wrap(caption, 22)), fontsize=6.5, y=-0.02, va="top")
+        axis.set_title("\n".join(textwrap.wrap(caption, 22)), fontsize=6.5, y=-0.07, va="top")
     figure.subplots_adjust(0.01, 0.06, 0.99, 0.99, wspace=0.08, hspace=0.42)
     figure.savefig(path, dpi=90)
     plt.close(figure)

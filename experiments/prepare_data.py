@@ -26,6 +26,10 @@ def main(values: flags.FlagValues) -> None:
     name, directory = config.data.name, config.data.dir
     if "latents" in config:
         name, directory = config.latents.data_name, config.latents.data_dir
+    if name == "signals":
+        print("signals are made as they are read: there is nothing to prepare", flush=True)
+        return
+    name = "captioned_digits" if name == "moving_digits" else name
     made = prepare.prepare(name, directory, values.source_dir, values.max_bad_images)
     print(f"{name} is ready in {made}", flush=True)
 

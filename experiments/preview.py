@@ -15,6 +15,7 @@ from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.state import TrainState
 from experiments import build, generate, runs
+from experiments import pictures as sheets
 
 
 def pictures(run: runs.Run, state: TrainState, directory: pathlib.Path) -> dict[str, np.ndarray]:
@@ -48,4 +49,4 @@ def _samples(run: runs.Run, state: TrainState, directory: pathlib.Path) -> dict[
         run.config, run.task, jax.device_get(params), dict(state.extra), first_stage, tokenizer
     )
     batches = generate.images(model, run.config.evaluation.preview, prompts)
-    return {"samples": np.concatenate(list(batches))}
+    return {"samples": sheets.as_images(np.concatenate(list(batches)))}

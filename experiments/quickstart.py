@@ -23,6 +23,7 @@ from diffusion.data.builders.captioned_digits import compose
 from diffusion.data.prepare import prepare
 from experiments import cli, evaluate, generate, pictures, workdir
 from experiments.encode_latents import encode
+from experiments.measures import Subject
 from experiments.train import INTERRUPTED, train
 
 GRID = 32  # captioned samples
@@ -92,14 +93,14 @@ def _train(config: ConfigDict, directory: pathlib.Path) -> float | None:
 
 def _evaluate(root: pathlib.Path, smoke: bool, seed: int) -> dict:
     directory = root / "ldm"
-    found = evaluate.evaluate(
+    subject = Subject(
         directory,
-        ["adherence", "frechet_distance", "psnr"],
         root / "classifier",
         num=16 if smoke else 1000,
         num_held_out=8 if smoke else 250,
         seed=seed,
     )
+    found = evaluate.evaluate(subject, ["adherence", "frechet_distance", "psnr"])
     workdir.write_whole(directory / "evaluation.json", json.dumps(found, indent=2) + "\n")
     kept = ("adherence", "adherence_held_out", "autoencoder", "frechet_distance", "versions")
     return {key: found[key] for key in (*kept, "device")}

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import weights
-from diffusion.data import latents, loader, sources, transforms
+from diffusion.data import latents, loader, sources, synthetic, transforms
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
 from diffusion.training.state import TrainState
@@ -29,12 +29,19 @@ from experiments import build
 def open_images(config: ConfigDict, split: str) -> tuple[sources.Source, list]:
     """A data set of images and the transforms that make batches of it."""
     data = config.data
-    if data.name == "captioned_digits":
-        source = sources.open_source(data.name, data.dir, split)
+    if data.name == "signals":
+        return synthetic.signals(data.examples, *data.image_size, config.seed, split), []
+    if data.name in ("captioned_digits", "moving_digits"):
+        source = sources.open_source("captioned_digits", data.dir, split)
+        if data.name == "moving_digits":
+            frames, side, _ = data.image_size
+            return source, [synthetic.MoveDigits.of(source, frames, side, config.seed)]
         compose = transforms.ComposeDigits.of(source, config.seed, data.compose_held_out)
         return source, [compose]
-    source = sources.open_source(data.name, data.dir, split, data.image_size)
-    return source, [transforms.Channels(data.channels)]
+    fit = build.choose({"crop": data.image_size, "pad": None}, data.fit, "data.fit")
+    source = sources.open_source(data.name, data.dir, split, fit)
+    pad = [transforms.PadImage(data.image_size)] if data.fit == "pad" else []
+    return source, [*pad, transforms.Channels(data.channels)]
 
 
 def batches(config: ConfigDict, source: Any, steps: list) -> loader.Loader:
@@ -103,7 +110,8 @@ def build_run(config: ConfigDict) -> Run:
 
     def eval_batches():
         held, held_steps = open_images(config, config.data.eval_split)
-        return loader.one_pass(held, config.evaluation.batch_size, [*held_steps, keep])
+        stop = min(config.evaluation.examples or len(held), len(held))
+        return loader.one_pass(held, config.evaluation.batch_size, [*held_steps, keep], stop=stop)
 
     return Run(
         config,
@@ -140,7 +148,7 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
         {},
         lambda: batches(config, source, [keep]),
         lambda: loader.one_pass(
-            source, config.evaluation.batch_size, [keep], stop=config.evaluation.examples
+            source, config.evaluation.batch_size, [keep], stop=config.evaluation.examples or None
         ),
         write_files,
     )

@@ -1,5 +1,7 @@
 """Samples from a trained run: PNGs with how they were made inside, a grid, or an .npz.
 
+A video's frames stand side by side, a series is plotted; the .npz has either as it is.
+
     python -m experiments.sample --workdir=DIR --num=64 --prompt="..." --seed=0 --out=DIR
 
 The same seed gives the same noise, and so the same images, for any batch size and device count.
@@ -70,11 +72,12 @@ def main(values: flags.FlagValues) -> None:
         "checkpoint": model.checkpoint_hash,
         "step": str(model.step),
     }
+    pixels = pictures.as_images(pixels)
     for i, image in enumerate(pixels):
         prompt = wanted[i % len(wanted)] if wanted else ""
         metadata = {"prompt": prompt, "index": str(i), **text}
         pictures.save_png(out / f"{i:05d}.png", image, metadata)
-    pictures.save_grid(out / "grid.png", pixels[:256], scale=max(1, 64 // pixels.shape[1]))
+    pictures.save_grid(out / "grid.png", pixels[:256], scale=max(1, 64 // min(pixels.shape[1:3])))
     print(f"{len(pixels)} images and grid.png in {out}")
 
 

@@ -10,6 +10,9 @@ arXiv:2112.10752; E is the identity for DDPM, arXiv:2006.11239 eq. 14):
 tau_theta is the text encoder: trained jointly when it is among the state's parameters, frozen when
 it is among the frozen ones. A fraction `drop_condition` of the captions is replaced by the empty
 one (classes by the null class), for classifier-free guidance (arXiv:2207.12598, algorithm 1).
+
+With a loss history, t is drawn more often where the loss is large and the loss divided by how much
+more often (Improved DDPM section 3.3, arXiv:2102.09672; the equations are in `process/losses.py`).
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from diffusion.process import losses
 from diffusion.training import state as ts
 from diffusion.training.state import Ema, Metrics, Optimizer, Params, TrainState
 
@@ -32,6 +36,7 @@ class Denoiser:
 
     sample_shape: (*space, channels) of what is diffused. objective and draw come from
     `process/losses.py`. null_tokens is the encoded empty caption; null_label the extra class.
+    loss_history is the empty history of second-moment resampling, None: t as `draw` has it.
     """
 
     unet: Any
@@ -49,6 +54,14 @@ class Denoiser:
     autoencoder: Any = None
     flip: bool = False
     accumulate: int = 1
+    loss_history: Any = None
+
+    def __post_init__(self):
+        if self.loss_history is not None and self.accumulate > 1:
+            raise ValueError(
+                f"train.accumulate={self.accumulate} with process.times='second_moment', which "
+                "keeps a history of single losses: set train.accumulate=1"
+            )
 
     # -- the task's interface ------------------------------------------------------------------
 
@@ -76,6 +89,8 @@ class Denoiser:
         extra = {}
         if latent_shift is not None and latent_scale is not None:
             extra = {"latent_shift": latent_shift, "latent_scale": latent_scale}
+        if self.loss_history is not None:
+            extra["loss_history"] = self.loss_history
         return ts.create_state(run_key, params, self.optimizer, self.ema, extra)
 
     def train_step(
@@ -85,12 +100,26 @@ class Denoiser:
 
         def loss_fn(params, batch):
             keys = ts.example_keys(state.rng, state.step, batch["position"])
-            return self.loss({**frozen, **params}, state.extra, batch, keys, train=True)[0].mean()
+            loss, aux = self.loss({**frozen, **params}, state.extra, batch, keys, train=True)
+            return loss.mean(), aux if self.loss_history is not None else {}
 
-        grad_fn = ts.accumulate(jax.value_and_grad(loss_fn), self.accumulate)
-        loss, grads = ts.mean_over_devices(grad_fn(state.params, batch), axis_name)
+        grad_fn = ts.accumulate(jax.value_and_grad(loss_fn, has_aux=True), self.accumulate)
+        (loss, aux), grads = grad_fn(state.params, batch)
+        loss, grads = ts.mean_over_devices((loss, grads), axis_name)
         state, metrics = ts.apply_gradients(state, grads, loss, self.optimizer, self.ema)
+        if self.loss_history is not None:
+            state = self._remember(state, aux, axis_name)
         return state, {"loss": loss, **metrics}
+
+    def _remember(self, state: TrainState, aux: Metrics, axis_name: str | None) -> TrainState:
+        """The losses of the whole batch into the history, unless one is not finite."""
+        t, seen = aux["t"], aux["unweighted"]
+        if axis_name is not None:
+            t, seen = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (t, seen))
+        history = state.extra["loss_history"]
+        new = losses.second_moment_update(history, t, seen)
+        history = jnp.where(jnp.isfinite(seen).all(), new, history)
+        return state.replace(extra={**state.extra, "loss_history": history})
 
     def eval_step(self, state: TrainState, batch: Batch, frozen: Params) -> dict[str, Array]:
         """Sums over a batch with the averaged weights: "loss" and "count" of valid examples.
@@ -121,7 +150,12 @@ class Denoiser:
             )
 
         t, noise = self.draw(ts.stream(keys, ts.TIMES), x0)
-        return self.objective(network, x0, t, noise)
+        if self.loss_history is None or not train:
+            return self.objective(network, x0, t, noise)
+        p = losses.second_moment_probabilities(extra["loss_history"])
+        t, weight = losses.resampled_times(ts.stream(keys, ts.TIMES), p)
+        loss, aux = self.objective(network, x0, t, noise)
+        return loss * weight, {**aux, "t": t, "unweighted": jax.lax.stop_gradient(loss)}
 
     def clean(
         self, params: Params, extra: dict[str, Array], batch: Batch, keys: Array, train: bool
@@ -132,7 +166,9 @@ class Denoiser:
             noise = _normal(ts.stream(keys, ts.POSTERIOR), mean.shape[1:])
             z = mean + std * noise if train else mean
         else:
-            z = batch["image"].astype(jnp.float32) / 127.5 - 1
+            z = batch["image"]
+            if z.dtype == jnp.uint8:
+                z = z.astype(jnp.float32) / 127.5 - 1
             if self.flip and train:
                 z = ts.random_flip(z, ts.stream(keys, ts.DATA))
             if self.autoencoder is not None:

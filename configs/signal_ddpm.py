@@ -1,0 +1,38 @@
+"""DDPM on one axis: series like electrocardiograms, 256 samples of one channel, made as read.
+
+    python -m experiments.train --config=configs/signal_ddpm.py --workdir=DIR
+
+The same U-Net, loss and trainer as for images (arXiv:2006.11239); the data is described in
+`diffusion/data/synthetic.py`. Minutes on a CPU; pictures and numbers: experiments/results/axes/.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    _, smoke = common.parse(arg)
+    config = common.denoiser()
+    config.data.name = "signals"
+    config.data.examples = 20_000
+    del config.data.image_size  # a number, of images
+    config.data.image_size = (256,)
+    config.data.channels = 1
+    config.model.dtype = "float32"
+    config.model.unet = {
+        "out_channels": 1,
+        "channels": 32,
+        "multipliers": (1, 2, 2, 2),
+        "blocks": 1,
+        "attention": (False, False, True, True),
+        "groups": 8,
+    }
+    config.process.schedule = {"name": "cosine", "num_steps": 1000}
+    config.train.steps = 1500
+    config.train.batch_size = 32
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 100
+    config.optim.clip_norm = 1.0
+    config.ema.decay = 0.995
+    config.sample.steps = 100
+    config.evaluation.preview = 4
+    return common.smoke_ddpm(config) if smoke else config

@@ -1,0 +1,41 @@
+"""DDPM on three axes: eight frames of a handwritten digit that moves along a line.
+
+    python -m experiments.prepare_data --config=configs/video_digits.py
+    python -m experiments.train --config=configs/video_digits.py --workdir=DIR
+
+The same U-Net, loss and trainer as for images (arXiv:2006.11239), its convolutions and attention
+over (frame, row, column); the data is described in `diffusion/data/synthetic.py`. Minutes on a CPU;
+pictures and the straightness of the motion: experiments/results/axes/.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    _, smoke = common.parse(arg)
+    config = common.denoiser()
+    config.data.name = "moving_digits"
+    config.data.dir = "runs/data"
+    del config.data.image_size  # a number, of images
+    config.data.image_size = (8, 16, 16)
+    config.data.channels = 1
+    config.model.dtype = "float32"
+    config.model.unet = {
+        "out_channels": 1,
+        "channels": 24,
+        "multipliers": (1, 2, 2),
+        "blocks": 1,
+        "attention": (False, False, True),
+        "groups": 8,
+    }
+    config.process.schedule = {"name": "cosine", "num_steps": 1000}
+    config.train.steps = 1500
+    config.train.batch_size = 16
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 100
+    config.optim.clip_norm = 1.0
+    config.ema.decay = 0.995
+    config.sample.steps = 50
+    config.sample.clip = True
+    config.evaluation.preview = 4
+    return common.smoke_ddpm(config) if smoke else config

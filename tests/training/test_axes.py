@@ -1,0 +1,71 @@
+"""The one denoiser task on one and on three spatial axes: exact gradients, and a falling loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.data import loader, synthetic
+from diffusion.models.unet import UNet
+from diffusion.process import losses, schedules
+from diffusion.training import optim
+from diffusion.training import state as ts
+from diffusion.training.denoiser import Denoiser
+from diffusion.training.state import Ema, Optimizer
+
+SHAPES = {"series": (32, 1), "video": (4, 8, 8, 1)}
+
+
+def make_task(shape) -> Denoiser:
+    schedule = schedules.cosine(100)
+    rate = optim.learning_rate(3e-3)
+    return Denoiser(
+        unet=UNet(1, 8, (1, 2), 1, (False, True), groups=4),
+        sample_shape=shape,
+        objective=losses.objective(schedule, "eps"),
+        draw=lambda keys, x0: losses.draw(keys, schedule, x0),
+        optimizer=Optimizer({"unet": optim.make_transform(rate, "adam")}, rate, clip_norm=1.0),
+        ema=Ema(0.9, networks=("unet",)),
+    )
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_gradients_agree_with_finite_differences(kind, x64):
+    shape = SHAPES[kind]
+    task = make_task(shape)
+    rng = np.random.default_rng(0)
+    batch = {"image": jnp.asarray(rng.uniform(-1, 1, (2, *shape))), "position": jnp.arange(2)}
+    shapes = jax.eval_shape(task.init, jax.random.key(0)).params
+    # Every parameter drawn, the zero-initialised ones too, so that all of them have a gradient.
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.1, s.shape)), shapes)
+    direction = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 1, s.shape)), shapes)
+    keys = ts.example_keys(
+        jax.random.key_data(jax.random.key(1)), jnp.zeros((), jnp.int32), batch["position"]
+    )
+
+    @jax.jit
+    def loss(params):
+        return task.loss(params, {}, batch, keys, train=True)[0].mean()
+
+    def along(step):
+        return loss(jax.tree.map(lambda p, d: p + step * d, params, direction))
+
+    h = 1e-5
+    numeric = float((along(h) - along(-h)) / (2 * h))
+    grads = jax.jit(jax.grad(loss))(params)
+    exact = float(sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (grads, direction)))))
+    assert abs(numeric - exact) < 1e-7 * max(1.0, abs(exact))
+    assert abs(exact) > 1e-3
+
+
+def test_the_loss_on_series_falls():
+    task = make_task(SHAPES["series"])
+    source = synthetic.signals(256, 32, seed=0)
+    batches = loader.Loader(source, 16, seed=0, workers=0)
+    state = task.init(jax.random.key(0))
+    step = jax.jit(lambda state, batch: task.train_step(state, batch, {}), donate_argnums=0)
+    found = []
+    for _ in range(120):
+        state, metrics = step(state, {k: jnp.asarray(v) for k, v in next(batches).items()})
+        found.append(float(metrics["loss"]))
+    assert np.mean(found[-20:]) < 0.6 * np.mean(found[:5])

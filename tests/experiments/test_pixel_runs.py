@@ -1,0 +1,90 @@
+"""Pixel-space runs through the commands: a learned variance, a series, a video."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cli, evaluate, sample, train
+
+
+def config_of(file, arg, root, **data):
+    config = importlib.import_module(f"configs.{file}").get_config(arg)
+    config.data.update({"dir": str(root / "data"), **data})
+    return config.lock()
+
+
+def measured(directory, metric, *flags):
+    argv = [f"--workdir={directory}", f"--metrics={metric}", *flags]
+    assert cli.run(evaluate.define, evaluate.main, argv) == 0
+    return json.loads((directory / "evaluation.json").read_text())
+
+
+def sampled(directory, *flags):
+    argv = [f"--workdir={directory}", "--num=3", f"--out={directory}/made", *flags]
+    return cli.run(sample.define, sample.main, argv)
+
+
+def picture_size(directory):
+    with Image.open(directory / "made" / "00000.png") as picture:
+        return picture.size
+
+
+@pytest.fixture(scope="module")
+def learned(job, tmp_path_factory):
+    """The bound with a learned variance and resampled times, on captioned digits."""
+    directory = tmp_path_factory.mktemp("vlb")
+    data = {"name": "captioned_digits", "compose_held_out": False}
+    train.train(config_of("iddpm_cifar10", "vlb,smoke", job, **data), directory)
+    return directory
+
+
+def test_a_learned_variance_samples_and_has_a_bound(learned):
+    rows = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+    assert sampled(learned) == 0
+    found = measured(learned, "bits_per_dim", "--num=3")["bits_per_dim"]
+    assert found["count"] == 3 and len(found["terms"]) == 100
+    np.testing.assert_allclose(sum(found["terms"]) + found["prior"], found["mean"], rtol=1e-3)
+    # An untrained network codes no better than the prior's noise.
+    assert found["mean"] > 1
+
+
+def test_a_learned_variance_serves_samplers_that_need_none(learned):
+    assert sampled(learned, "--sampler=ddim", "--steps=2") == 0
+
+
+def test_fixed_variance_with_the_channels_of_a_learned_one_is_refused(job, tmp_path):
+    data = {"name": "captioned_digits", "compose_held_out": False}
+    config = config_of("iddpm_cifar10", "hybrid,smoke", job, **data).copy_and_resolve_references()
+    config.process.variance = "fixed_large"
+    with pytest.raises(ValueError, match="model.unet.out_channels=6"):
+        train.train(config.lock(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_series_trains_samples_and_is_measured(job, tmp_path):
+    config = config_of("signal_ddpm", "smoke", job, examples=64)
+    train.train(config, tmp_path)
+    assert sampled(tmp_path, "--npz") == 0
+    made = np.load(tmp_path / "made" / "samples.npz")["images"]
+    assert made.shape == (3, 256, 1) and made.dtype == np.float32
+    assert sampled(tmp_path) == 0
+    assert picture_size(tmp_path) == (256, 96)
+    assert measured(tmp_path, "spectrum", "--num=8")["spectrum"]["relative_error"] > 0
+
+
+def test_a_video_trains_samples_and_is_measured(job, tmp_path):
+    train.train(config_of("video_digits", "smoke", job), tmp_path)
+    assert sampled(tmp_path) == 0
+    assert picture_size(tmp_path) == (8 * 16, 16)
+    found = measured(tmp_path, "motion", "--num=8")["motion"]
+    assert found["data"]["straightness"] > 0.99 > 0.5 > found["data_shuffled"]["straightness"]
+
+
+def test_metrics_of_another_rank_are_refused(learned, capsys):
+    argv = [f"--workdir={learned}", "--metrics=motion", "--num=2"]
+    assert cli.run(evaluate.define, evaluate.main, argv) == 2
+    assert "is of videos" in capsys.readouterr().err

@@ -75,5 +75,5 @@ def test_a_loss_that_is_not_finite_is_not_remembered():
 
 
 def test_accumulation_is_refused():
-    with pytest.raises(ValueError, match="train.accumulate=2"):
+    with pytest.raises(ValueError, match=r"train\.accumulate=2"):
         dataclasses.replace(make_task(), accumulate=2)

@@ -29,7 +29,7 @@ def get_config(arg=None):
         "groups": 8,
     }
     config.process.schedule = {"name": "cosine", "num_steps": 1000}
-    config.train.steps = 1500
+    config.train.steps = 800
     config.train.batch_size = 16
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 100

@@ -57,6 +57,12 @@ def base(task: str) -> ConfigDict:
     config.parallel.fsdp = 1  # devices that share one copy of the state
     config.parallel.remat = "none"  # recompute activations: "none", "full" or a policy
 
+    config.parallel.agree_every_steps = 10  # processes tell each other of signals; a delay of 2 N
+
+    config.watchdog = ConfigDict()  # what takes longer ends the run with status 76; 0: no limit
+    config.watchdog.start_secs = 3600.0  # restoring, compiling and the first step
+    config.watchdog.step_secs = 1800.0  # a step with its data, an evaluation or a save
+
     config.evaluation = ConfigDict()
     config.evaluation.every_steps = 0  # loss on held-out data; 0: never
     config.evaluation.examples = 0  # the first N of the split; 0: all

@@ -36,3 +36,9 @@ def get_config(arg=None):
         config.sample.update({"steps": 2, "batch_size": 8})
         common.smoke(config)
     return config
+
+
+def sweep(add):
+    # Is the learning rate right for a quarter of the width, by more than seeds differ?
+    rates = add.values("optim.learning_rate", 2e-4, 5e-4, 1e-3)
+    add(add.product(rates, add.values("seed", 0, 1)))

@@ -22,7 +22,7 @@ from diffusion import weights
 from diffusion.checkpoint import restore_params
 from diffusion.data import latents, loader, tokenizers, transforms
 from diffusion.training.parallel import BATCH, make_mesh
-from experiments import build, cli, runs, workdir
+from experiments import build, cli, cluster, runs, workdir
 
 
 def encode(config: ConfigDict) -> dict:
@@ -56,12 +56,18 @@ def encode(config: ConfigDict) -> dict:
             "seed": config.seed,
         },
     )
-    plan.begin()
-    if not (out / "first_stage" / weights.WEIGHTS).exists():
-        weights.save_weights(out / "first_stage", params, config.model.autoencoder.to_dict())
-        tokenizer.save(out / "tokenizer.json")
 
-    mesh = make_mesh()
+    def begin() -> None:
+        if not cluster.is_first():
+            return
+        plan.begin()
+        if not (out / "first_stage" / weights.WEIGHTS).exists():
+            weights.save_weights(out / "first_stage", params, config.model.autoencoder.to_dict())
+            tokenizer.save(out / "tokenizer.json")
+
+    cluster.together(begin)
+    # Each process encodes shards of its own, on its own devices.
+    mesh = make_mesh(devices=[d for d in jax.devices() if d.process_index == jax.process_index()])
     size = math.ceil(section.batch_size / mesh.size) * mesh.size
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     pipeline = [*steps, transforms.Tokenize(tokenizer, length)]
@@ -86,6 +92,8 @@ def encode(config: ConfigDict) -> dict:
         latents.write_shard(plan, shard, {k: np.concatenate(v) for k, v in rows.items()})
         print(f"latents {shard.stop}/{count}", flush=True)
     scaling = latents.Scaling(section.scaling, section.scale, section.scaling_examples)
+    cluster.together(lambda: None)  # every shard is there
+    cluster.together(lambda: cluster.is_first() and latents.finish(plan, scaling))
     return latents.finish(plan, scaling)
 
 
@@ -134,11 +142,15 @@ def _tokenizer(source, steps, kind: str) -> tokenizers.Tokenizer:
 
 def define(add: cli.Flags) -> None:
     add.config("A config of latent diffusion.")
+    cluster.define(add)
 
 
+@cluster.joined
 def main(values: flags.FlagValues) -> None:
     config = cli.require(values, "config")
     made = encode(config)
+    if not cluster.is_first():
+        return
     std = ", ".join(f"{value:.3f}" for value in made["statistics"]["std"])
     print(f"{made['count']} latents in {config.data.dir}, per-channel std {std}")
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import cli, workdir
+from experiments import cli, cluster, workdir
 from experiments.measures import METRICS, Subject
 
 
@@ -47,6 +47,7 @@ def evaluate(subject: Subject, metrics: list[str]) -> dict[str, Any]:
 
 
 def define(add: cli.Flags) -> None:
+    cluster.define(add)
     add.add("string", "workdir", None, "A run.")
     add.add("list", "metrics", None, f"{', '.join(METRICS)}: comma-separated.")
     add.add("string", "classifier", None, "The run of a classifier on the same data.")
@@ -60,6 +61,7 @@ def define(add: cli.Flags) -> None:
     add.add("string", "out", None, "Default: DIR/evaluation.json.")
 
 
+@cluster.joined
 def main(values: flags.FlagValues) -> None:
     directory = pathlib.Path(cli.require(values, "workdir"))
     subject = Subject(
@@ -74,6 +76,8 @@ def main(values: flags.FlagValues) -> None:
         guidance_scale=values.guidance_scale,
     )
     results = evaluate(subject, values.metrics or [])
+    if not cluster.is_first():
+        return
     out = pathlib.Path(values.out or directory / "evaluation.json")
     workdir.write_whole(out, json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))

@@ -22,7 +22,7 @@ from diffusion.checkpoint import restore_params
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.process import gaussian, guidance, samplers
 from diffusion.training.denoiser import Denoiser
-from diffusion.training.parallel import BATCH, make_mesh
+from diffusion.training.parallel import BATCH, make_mesh, to_host
 from experiments import build, runs, workdir
 
 
@@ -180,7 +180,7 @@ def images(
         indices = np.minimum(np.arange(first, first + size), num - 1)
         batch = {} if tokens is None else {"tokens": tokens[indices % len(tokens)]}
         placed = jax.device_put((indices.astype(np.int32), batch), split)
-        yield np.asarray(run(params, *placed, seed))[: min(size, num - first)]
+        yield to_host(run(params, *placed, seed))[: min(size, num - first)]
 
 
 def encode(model: Model, prompts: Sequence[str] | None) -> np.ndarray | None:

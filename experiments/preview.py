@@ -4,7 +4,6 @@ stage. Keyed by name; uint8 (images, height, width, channels)."""
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,6 +12,7 @@ from diffusion import weights
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.denoiser import Denoiser
+from diffusion.training.parallel import to_host
 from diffusion.training.state import TrainState
 from experiments import build, generate, runs
 from experiments import pictures as sheets
@@ -33,7 +33,7 @@ def _reconstructions(run: runs.Run, state: TrainState) -> dict[str, np.ndarray]:
     x = jnp.asarray(image, jnp.float32) / 127.5 - 1
     z = run.task.network.apply(params, x, method="encode").mean
     decoded = generate.to_uint8(run.task.network.apply(params, z, method="decode"))
-    return {"images": image, "reconstructions": np.asarray(decoded)}
+    return {"images": image, "reconstructions": to_host(decoded)}
 
 
 def _samples(run: runs.Run, state: TrainState, directory: pathlib.Path) -> dict[str, np.ndarray]:
@@ -46,7 +46,7 @@ def _samples(run: runs.Run, state: TrainState, directory: pathlib.Path) -> dict[
         tokenizer = Tokenizer.load(directory / "tokenizer.json")
         prompts = tokenizer.decode(next(run.eval_batches())["tokens"])
     model = generate.Model(
-        run.config, run.task, jax.device_get(params), dict(state.extra), first_stage, tokenizer
+        run.config, run.task, to_host(params), to_host(dict(state.extra)), first_stage, tokenizer
     )
     batches = generate.images(model, run.config.evaluation.preview, prompts)
     return {"samples": sheets.as_images(np.concatenate(list(batches)))}

@@ -69,14 +69,14 @@ class Run:
     init: Callable[[jax.Array], TrainState]
     frozen: dict[str, Any]
     train_batches: Callable[[], loader.Loader]
-    eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    eval_batches: Callable[..., Iterator[dict[str, np.ndarray]]]
     write_files: Callable[[pathlib.Path], None]
 
     def evaluate(self, state: TrainState, frozen: dict[str, Any]) -> dict[str, float]:
-        """Means over the evaluation split, named eval_*."""
+        """Means over the evaluation split, named eval_*; each process reads its rows."""
         totals: dict[str, float] = {}
-        for batch in self.eval_batches():
-            sums = _eval_step(self.task)(state, batch, frozen)
+        for batch in self.eval_batches(jax.process_index(), jax.process_count()):
+            sums = _eval_step(self.task)(state, self.parallel.rows(batch), frozen)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         count = totals.pop("count")
@@ -89,6 +89,11 @@ _EVAL_STEPS: dict[int, Callable] = {}
 def _eval_step(of: Any) -> Callable:
     # One compilation a task object, however often it is evaluated.
     return _EVAL_STEPS.setdefault(id(of), jax.jit(of.eval_step))
+
+
+def _eval_size(config: ConfigDict, placed: Parallel) -> int:
+    """evaluation.batch_size, rounded up to what the devices divide."""
+    return -(-config.evaluation.batch_size // placed.devices) * placed.devices
 
 
 def parallel(config: ConfigDict) -> Parallel:
@@ -108,10 +113,11 @@ def build_run(config: ConfigDict) -> Run:
     keep = transforms.Keep(("image", "label"))
     _check_image(source, [*steps, keep], made.sample_shape)
 
-    def eval_batches():
+    def eval_batches(process_index=0, process_count=1):
         held, held_steps = open_images(config, config.data.eval_split)
         stop = min(config.evaluation.examples or len(held), len(held))
-        return loader.one_pass(held, config.evaluation.batch_size, [*held_steps, keep], stop=stop)
+        size, where = _eval_size(config, placed), (process_index, process_count)
+        return loader.one_pass(held, size, [*held_steps, keep], *where, stop=stop)
 
     return Run(
         config,
@@ -147,8 +153,12 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
         init,
         {},
         lambda: batches(config, source, [keep]),
-        lambda: loader.one_pass(
-            source, config.evaluation.batch_size, [keep], stop=config.evaluation.examples or None
+        lambda *where: loader.one_pass(
+            source,
+            _eval_size(config, placed),
+            [keep],
+            *where,
+            stop=config.evaluation.examples or None,
         ),
         write_files,
     )

@@ -10,13 +10,15 @@ The same seed gives the same noise, and so the same images, for any batch size a
 import pathlib
 import sys
 
+import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, generate, pictures
+from experiments import cli, cluster, generate, pictures
 
 
 def define(add: cli.Flags) -> None:
+    cluster.define(add)
     add.add("string", "workdir", None, "A run with task='denoiser'.")
     add.add("string", "out", None, "Folder for the images (default: DIR/samples).")
     add.add("integer", "num", 16, "How many images.")
@@ -47,6 +49,7 @@ def prompts(values: flags.FlagValues) -> list[str] | None:
     return values.prompt
 
 
+@cluster.joined
 def main(values: flags.FlagValues) -> None:
     directory = pathlib.Path(cli.require(values, "workdir"))
     wanted = prompts(values)
@@ -61,8 +64,9 @@ def main(values: flags.FlagValues) -> None:
     out = pathlib.Path(values.out or directory / "samples")
     out.mkdir(parents=True, exist_ok=True)
     if values.npz:
-        np.savez(out / "samples.npz", images=pixels)
-        print(f"{len(pixels)} images in {out / 'samples.npz'}")
+        if cluster.is_first():
+            np.savez(out / "samples.npz", images=pixels)
+            print(f"{len(pixels)} images in {out / 'samples.npz'}")
         return
     used = {k: v if v is not None else model.config.sample[k] for k, v in options.items()}
     text = {
@@ -73,10 +77,12 @@ def main(values: flags.FlagValues) -> None:
         "step": str(model.step),
     }
     pixels = pictures.as_images(pixels)
-    for i, image in enumerate(pixels):
+    for i in range(jax.process_index(), len(pixels), jax.process_count()):
         prompt = wanted[i % len(wanted)] if wanted else ""
         metadata = {"prompt": prompt, "index": str(i), **text}
-        pictures.save_png(out / f"{i:05d}.png", image, metadata)
+        pictures.save_png(out / f"{i:05d}.png", pixels[i], metadata)
+    if not cluster.is_first():
+        return
     pictures.save_grid(out / "grid.png", pixels[:256], scale=max(1, 64 // min(pixels.shape[1:3])))
     print(f"{len(pixels)} images and grid.png in {out}")
 

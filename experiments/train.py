@@ -2,14 +2,16 @@
 
     python -m experiments.train --config=configs/X.py --workdir=DIR [--config.a.b=v]
 
-The same command run again resumes. SIGTERM or SIGINT saves and ends with status 75: run it again.
+The same command run again resumes. SIGTERM, SIGINT or SIGUSR1 saves and ends with status 75: run it
+again; what else ends it, and with which status, says `experiments/guards.py`. Several processes run
+it together: `experiments/cluster.py`.
+
 A task has `init(key, ...)`, `train_step(state, batch, frozen, axis_name)` and
 `eval_step(state, batch, frozen)`; nothing here knows which one it runs.
 """
 
 import dataclasses
 import pathlib
-import signal
 import sys
 import time
 from typing import Any
@@ -20,9 +22,8 @@ from ml_collections import ConfigDict
 
 from diffusion.checkpoint import Checkpoints
 from diffusion.writers import make_writer
-from experiments import cli, preview, runs, workdir
-
-INTERRUPTED = 75  # exit status: saved after a signal; the same command goes on
+from experiments import cli, cluster, preview, runs, workdir
+from experiments.guards import INTERRUPTED, StopOnSignal, Watchdog
 
 
 def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float] | None:
@@ -34,27 +35,41 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
     directory = pathlib.Path(directory)
 
     # ---------------------------------------------------------------- check, build, place
-    workdir.check(directory, config)
-    run = runs.build_run(config)
+    def check_and_build() -> runs.Run:
+        workdir.check(directory, config)
+        return runs.build_run(config)
+
+    run = cluster.together(check_and_build)
     parallel = run.parallel
-    print(
-        f"{jax.process_count()} processes, {parallel.devices} devices "
-        f"({jax.devices()[0].device_kind}), {parallel.mode}, mesh {dict(parallel.mesh.shape)}",
-        flush=True,
-    )
+    if cluster.is_first():
+        print(
+            f"{jax.process_count()} processes, {parallel.devices} devices "
+            f"({jax.devices()[0].device_kind}), {parallel.mode}, mesh {dict(parallel.mesh.shape)}",
+            flush=True,
+        )
     key = jax.random.key(config.seed)
     abstract = parallel.abstract(run.init, key)
 
     # ---------------------------------------------------------------- claim, restore or init
-    if jax.process_index() == 0:
-        workdir.claim(directory, config)
-        run.write_files(directory)
+    def claim() -> None:
+        if cluster.is_first():
+            workdir.claim(directory, config)
+            run.write_files(directory)
+
+    cluster.together(claim)
     keep = config.train.keep_checkpoints
-    with Checkpoints(directory / "checkpoints", keep_last=keep) as checkpoints:
-        return _loop(config, directory, run, key, abstract, checkpoints)
+    limits = config.watchdog
+    with (
+        StopOnSignal() as stop,
+        Checkpoints(directory / "checkpoints", keep_last=keep) as checkpoints,
+        Watchdog(limits.start_secs, limits.step_secs) as watchdog,
+    ):
+        return _loop(config, directory, run, key, abstract, checkpoints, stop, watchdog)
 
 
-def _loop(config, directory, run, key, abstract, checkpoints) -> dict[str, float] | None:
+def _loop(
+    config, directory, run, key, abstract, checkpoints, stop, watchdog
+) -> dict[str, float] | None:
     parallel = run.parallel
     restored = checkpoints.restore(abstract)
     batches = run.train_batches()
@@ -71,39 +86,47 @@ def _loop(config, directory, run, key, abstract, checkpoints) -> dict[str, float
         total_steps=config.train.steps,
         config_dict=config.to_dict(),
         resume_step=start,
-        is_main=jax.process_index() == 0,
+        is_main=cluster.is_first(),
         tensorboard=config.train.tensorboard,
     )
     frozen = parallel.replicate(run.frozen)
     train_step = parallel.step(run.task.train_step)
+    log = _Log(writer, config, parallel, start)
+    peers = cluster.Peers(config.parallel.agree_every_steps)
 
     # ---------------------------------------------------------------- the loop
-    log = _Log(writer, config, parallel, start)
-    stop = _StopOnSignal()
     try:
         for step in range(start, config.train.steps):
-            # 1. data   2. step   3. log (one step late)   4. evaluate   5. save   6. stop
+            # 1. data  2. step  3. log (one step late)  4. evaluate  5. agree  6. save  7. stop
             waited = time.perf_counter()
             batch = parallel.batch(next(batches))
             log.waited_secs += time.perf_counter() - waited
             state, metrics = train_step(state, batch, frozen)
             done, last = step + 1, step + 1 == config.train.steps
             log.step(done, metrics, last)
+            watchdog.doing(f"step {done + 1} or its data")
             every = config.evaluation.every_steps
             if every and (done % every == 0 or last):
+                watchdog.doing(f"the evaluation at step {done}")
                 whole = parallel.whole(state)
                 log.evaluation(done, run.evaluate(whole, parallel.whole(frozen)))
                 if config.evaluation.preview:
                     writer.images(done, preview.pictures(run, whole, directory))
+            report = peers.exchange(done, stop.requested, log.waited_secs_per_step(done))
+            stopping = report is not None and report.stop
+            log.report(report)
             # The data state is that after this step's batch: what a resumed run reads next.
-            if stop.requested or last or done % config.train.save_every_steps == 0:
+            if stopping or last or done % config.train.save_every_steps == 0:
+                watchdog.doing(f"the save at step {done}")
                 log.flush()  # a step that is saved is never logged again
                 checkpoints.save(done, parallel.gather(state), batches.get_state(), {})
-            if stop.requested:
+                watchdog.doing(f"step {done + 1} or its data")
+            if stopping:
                 checkpoints.wait()
                 return None
+        watchdog.doing("the last save")
+        checkpoints.wait()
     finally:
-        stop.restore()
         batches.close()
         writer.close()
     return log.latest
@@ -121,6 +144,16 @@ class _Log:
     latest: dict[str, float] = dataclasses.field(default_factory=dict)
     pending: tuple[int, dict] | None = None
     since: float = dataclasses.field(default_factory=time.perf_counter)
+    processes: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def waited_secs_per_step(self, done: int) -> float:
+        """This process's wait for data, a step, since the last log."""
+        return self.waited_secs / max(done - self.logged_step, 1)
+
+    def report(self, report: cluster.Report | None) -> None:
+        """What the processes say of themselves; it goes out with the next line."""
+        if report is not None:
+            self.processes = report.numbers()
 
     def step(self, done: int, metrics: dict, last: bool) -> None:
         self.flush()
@@ -138,6 +171,7 @@ class _Log:
         steps = done - self.logged_step
         values["examples_per_sec"] = steps * self.config.train.batch_size / (now - self.since)
         values["data_wait_secs"] = self.waited_secs / steps
+        values |= self.processes
         self.since, self.logged_step, self.waited_secs, self.pending = now, done, 0.0, None
         self.latest.update(values)
         self.writer.scalars(done, values)
@@ -154,28 +188,13 @@ class _Log:
         self.writer.scalars(done, metrics)
 
 
-class _StopOnSignal:
-    """SIGTERM and SIGINT ask the loop to save and end; a second one ends at once."""
-
-    def __init__(self):
-        self.requested = False
-        self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _ask(self, signum, frame):
-        del signum, frame
-        self.requested = True
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
 def define(add: cli.Flags) -> None:
     add.config()
+    cluster.define(add)
     add.add("string", "workdir", None, "The run's folder.")
 
 
+@cluster.joined
 def main(values: flags.FlagValues) -> int:
     finished = train(cli.require(values, "config"), cli.require(values, "workdir"))
     return INTERRUPTED if finished is None else 0

@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "data.dir",
     "parallel.",
     "wandb.",
+    "watchdog.",
     "evaluation.",
     "sample.",
 )

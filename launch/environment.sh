@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: makes .venv and installs a requirements file into it, once.
+# Sourced by the scripts beside it: makes .venv and installs a requirements file into it, once.
 # PYTHON=python3.13 picks the interpreter; a changed requirements file installs again.
 
 make_environment() {
@@ -30,4 +30,24 @@ make_environment() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
     cat requirements*.txt | cksum >"$stamp"
   fi
+}
+
+# One sentence on stderr, status 2.
+refuse() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+whole_number() {
+  [[ $2 =~ ^[1-9][0-9]*$ ]] || refuse "--$1=$2 is not a whole number above 0"
+}
+
+# Words as a shell would read them back, on one line.
+quoted() {
+  local line="" word
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./=:,@%+-]+$ ]] || word=${word@Q}
+    line+="$word "
+  done
+  echo "${line% }"
 }

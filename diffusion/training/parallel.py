@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
@@ -80,6 +81,17 @@ def check_batch(batch_size: int, accumulate: int, devices: int) -> None:
         )
 
 
+def to_host(tree: Any) -> Any:
+    """Arrays over all devices as NumPy, whole on every process; all of them must call it."""
+
+    def get(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(get, tree)
+
+
 @dataclasses.dataclass(frozen=True)
 class Parallel:
     """Places arrays and runs steps in one of the two modes. `mesh` covers all devices."""
@@ -134,12 +146,20 @@ class Parallel:
         if self.mode == "jit":
             return state
         # Indexing a sharded array would gather it from every device; one shard holds all.
-        return jax.tree.map(lambda x: x.addressable_shards[0].data[0], state)
+        if jax.process_count() == 1:
+            return jax.tree.map(lambda x: x.addressable_shards[0].data[0], state)
+        whole = NamedSharding(self.mesh, PartitionSpec())  # for others to see it as one array
+
+        def join(x):
+            mine = [shard.data[0] for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape[1:], whole, mine)
+
+        return jax.tree.map(join, state)
 
     def whole(self, state: Any) -> Any:
         """The state as global arrays that any jitted function takes, in either mode."""
-        if self.mode == "jit":
-            return state
+        if self.mode == "jit" or jax.process_count() > 1:
+            return self.gather(state)
         return jax.device_put(self.gather(state), NamedSharding(self.mesh, PartitionSpec()))
 
     def batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -152,6 +172,11 @@ class Parallel:
             return jax.make_array_from_process_local_data(sharding, x)
 
         return jax.tree.map(place, batch)
+
+    def rows(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """As `batch`, for a jitted function in either mode."""
+        sharding = NamedSharding(self.mesh, BATCH)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
     def replicate(self, tree: Any) -> Any:
         """Frozen weights, the same on every device."""

@@ -237,14 +237,14 @@ class Denoiser:
 
     def condition(
         self, params: Params, batch: Batch, keys: Array | None, train: bool
-    ) -> dict[str, Array]:
+    ) -> dict[str, Any]:
         """What the U-Net is given besides x_t and t, some of it dropped when training."""
         rate = self.drop_condition if train else 0.0
         drop = None
         if rate and keys is not None:
             uniform = jax.vmap(jax.random.uniform)(ts.stream(keys, ts.CAPTION))
             drop = uniform < rate
-        condition = {}
+        condition: dict[str, Any] = {}
         if self.text_encoder is not None:
             tokens = batch["tokens"]
             if drop is not None:

@@ -50,6 +50,7 @@ def base(task: str) -> ConfigDict:
     config.ema = ConfigDict()
     config.ema.decay = 0.0  # 0: no average is kept
     config.ema.ramp = False  # LDM's min(decay, (1 + n) / (10 + n))
+    config.ema.networks = ()  # which networks are averaged, by name; (): all that are trained
 
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # "jit" (mesh of data x fsdp) or "pmap" (replicated)
@@ -92,6 +93,9 @@ def denoiser() -> ConfigDict:
     config.conditioning = ConfigDict()
     config.conditioning.drop = 0.0  # fraction of conditions replaced by the null one
     config.conditioning.mask_padding = False  # hide padding tokens from cross-attention
+    config.conditioning.train_text_encoder = True  # False: frozen, as `init_from` holds it
+    config.conditioning.control = ""  # what a ControlNet reads: "edges" of the image; "": nothing
+    config.init_from = ""  # workdir whose networks the run starts from or keeps frozen; "": none
     config.sample = ConfigDict()
     config.sample.sampler = "ddim"
     config.sample.steps = 50  # network evaluations
@@ -99,6 +103,129 @@ def denoiser() -> ConfigDict:
     config.sample.clip = False  # predicted x0 to [-1, 1] (pixel space)
     config.sample.batch_size = 64
     return config
+
+
+# LDM's first stages (https://arxiv.org/abs/2112.10752, table 8), as their own configs have them.
+FIRST_STAGES = {
+    "kl_f8": {"name": "kl", "multipliers": (1, 2, 4, 4), "z_channels": 4},
+    "vq_f4": {"name": "vq", "multipliers": (1, 2, 4), "z_channels": 3, "num_codes": 8192},
+    "vq_f8": {
+        "name": "vq",
+        "multipliers": (1, 2, 2, 4),
+        "attention": (False, False, False, True),
+        "z_channels": 4,
+        "num_codes": 16384,
+    },
+}
+
+
+def latent_diffusion(stage: str, data_name: str) -> ConfigDict:
+    """LDM on stored latents of `data_name` at 256 pixels, through the first stage `stage`.
+
+    CompVis's habits: AdamW with PyTorch's defaults, no clipping, an average of the U-Net alone,
+    latents of a VQ stage as they are.
+    """
+    config = denoiser()
+    config.data.name = "latents"
+    config.data.dir = f"runs/latents/{data_name}_{stage}"
+    config.data.image_size = 256
+    config.latents = {
+        "first_stage": f"runs/{stage}",  # the workdir of its run, or of a converted one
+        "data_name": data_name,
+        "data_dir": "runs/data",
+        "epochs": 1,  # variants stored of each image
+        "tokenizer": "",  # "word", "bpe": trained on the captions; or a folder of its files
+        "scaling": "fixed",
+        "scale": 1.0,
+        "scaling_examples": 0,
+        "shard_size": 10_000,
+        "batch_size": 32,
+    }
+    config.model.dtype = "float32"
+    config.model.autoencoder = {"channels": 128, "blocks": 2, **FIRST_STAGES[stage]}
+    config.model.unet = {
+        "out_channels": config.model.autoencoder.z_channels,
+        "blocks": 2,
+        "heads": None,
+        "head_dim": None,
+        "transformer_depth": 0,
+        "epsilon": 1e-5,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    }
+    config.process.schedule = {
+        "name": "scaled_linear",
+        "num_steps": 1000,
+        "beta_start": 0.0015,
+        "beta_end": 0.0195,
+    }
+    config.optim.name = "adamw"
+    config.optim.weight_decay = 1e-2
+    config.ema.decay = 0.9999
+    config.ema.ramp = True
+    config.ema.networks = ("unet",)
+    config.train.save_every_steps = 5000
+    config.train.log_every_steps = 100
+    config.sample.sampler = "ddim"
+    config.sample.steps = 200
+    config.sample.options = {"eta": 0.0, "spacing": "leading", "steps_offset": 1, "final": "first"}
+    config.sample.batch_size = 16
+    config.evaluation.examples = 2000
+    return config
+
+
+def online_latents(stage: str, scale: float) -> ConfigDict:
+    """As `latent_diffusion`, but on a folder of images that the frozen first stage encodes while
+    training: no latents are stored. Text encoder and tokenizer come from `init_from`, if it has
+    any."""
+    config = latent_diffusion(stage, "folder")
+    del config.latents
+    config.data.name = "folder"
+    config.data.dir = ""
+    config.data.eval_split = "train"
+    config.data.max_bad_images = 0  # files that are no image to skip before it is an error
+    config.online = {
+        "scale": scale,  # of the latents, where `init_from` does not say
+        "tokenizer": "bpe",  # trained on the captions ("word", "bpe"), or a folder of its files
+    }
+    config.conditioning.drop = 0.1
+    return config
+
+
+def lora(config: ConfigDict, rank: int) -> ConfigDict:
+    """Train low-rank updates of the frozen U-Net's attention (https://arxiv.org/abs/2106.09685)."""
+    config.model.lora = {
+        "rank": rank,
+        "alpha": float(rank),  # the update is alpha / rank times the product
+        "targets": ("to_q", "to_k", "to_v", "to_out"),  # dense layers of attention
+    }
+    config.optim.learning_rate = 1e-4
+    config.ema.update({"decay": 0.0, "networks": ()})
+    return config
+
+
+def controlnet(config: ConfigDict, hint_widths: tuple[int, ...]) -> ConfigDict:
+    """Train a ControlNet (https://arxiv.org/abs/2302.05543) beside the frozen U-Net."""
+    config.model.controlnet = {
+        "hint_widths": hint_widths,  # of the convolutions on the condition; all but one halve it
+    }
+    config.conditioning.control = "edges"
+    config.ema.update({"decay": 0.0, "networks": ()})
+    return config
+
+
+def latent_smoke(config: ConfigDict) -> ConfigDict:
+    """`smoke` of a latent diffusion: the same shape of network, some hundred times narrower."""
+    config.data.image_size = 128
+    if "latents" in config:
+        config.latents.update({"shard_size": 500, "batch_size": 8})
+    config.model.autoencoder.update({"channels": 8, "groups": 4, "blocks": 1})
+    config.model.unet.update({"channels": 16, "groups": 8, "blocks": 1})
+    if config.model.unet.head_dim is not None:
+        config.model.unet.head_dim = 8
+    config.sample.update({"steps": 2, "batch_size": 8})
+    return smoke(config)
 
 
 def parse(arg: str | None, choices: tuple[str, ...] = ()) -> tuple[str, bool]:
@@ -115,6 +242,22 @@ def parse(arg: str | None, choices: tuple[str, ...] = ()) -> tuple[str, bool]:
             "or two of them joined by a comma"
         )
     return (chosen or list(choices) or [""])[0], "smoke" in words
+
+
+def parse_switches(
+    arg: str | None, choices: tuple[str, ...], switches: tuple[str, ...]
+) -> tuple[str, set[str], bool]:
+    """As `parse`, with words beside the choice that are on or off: ("v1", {"lora"}, False)."""
+    words = [word for word in (arg or "").split(",") if word]
+    on = {word for word in words if word in switches}
+    rest = ",".join(word for word in words if word not in switches)
+    try:
+        choice, small = parse(rest, choices)
+    except ValueError as error:
+        raise ValueError(f"{error}; with it may go {', '.join(switches)}") from error
+    if len(on) > 1:
+        raise ValueError(f"config argument {arg!r}: give one of {', '.join(sorted(on))}")
+    return choice, on, small
 
 
 def smoke(config: ConfigDict, steps: int = 4) -> ConfigDict:

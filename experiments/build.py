@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffusion.models.autoencoder import AutoencoderKL, VQModel
+from diffusion.models.controlnet import ControlNet
 from diffusion.models.image_encoder import DigitClassifier
+from diffusion.models.layers import ClassEmbedder
+from diffusion.models.lora import Lora
 from diffusion.models.text_encoder import TextTransformer
 from diffusion.models.unet import UNet
 from diffusion.process import losses, schedules
@@ -62,7 +65,9 @@ def sampler(config: ConfigDict, **changed: Any) -> Sampler:
     section = config.sample.to_dict()
     section.update({k: v for k, v in changed.items() if v is not None})
     make = choose(SAMPLERS, section["sampler"], "sample.sampler")
-    chosen = section.get("options", {})
+    # Options are those of the config's own sampler.
+    same = section["sampler"] == config.sample.sampler and "options" in section
+    chosen = section["options"] if same else {}
     if section["sampler"] == "ddpm":
         chosen = {"variance": config.process.variance, **chosen}
     return make(schedule(config), steps=section["steps"], **chosen)
@@ -97,6 +102,53 @@ def text_encoder(config: ConfigDict) -> TextTransformer | None:
     )
 
 
+def class_embedder(config: ConfigDict) -> ClassEmbedder | None:
+    if "class_embedder" not in config.model:
+        return None
+    section = config.model.class_embedder
+    return _network(ClassEmbedder, section, "model.class_embedder", **_compute(config))
+
+
+def lora(config: ConfigDict) -> Lora | None:
+    return _network(Lora, config.model.lora, "model.lora") if "lora" in config.model else None
+
+
+def controlnets(config: ConfigDict) -> tuple[ControlNet, ...]:
+    if "controlnet" not in config.model:
+        return ()
+    fields = {**options(config.model.unet), **options(config.model.controlnet)}
+    return (_network(ControlNet, ConfigDict(fields), "model.controlnet", **_compute(config)),)
+
+
+def online_autoencoder(config: ConfigDict) -> Any:
+    """The frozen first stage of a task that is given images; None where it is given latents."""
+    if "autoencoder" not in config.model or config.data.name == "latents":
+        return None
+    return autoencoder(config.model.autoencoder, choose(DTYPES, config.model.dtype, "model.dtype"))
+
+
+def trained(config: ConfigDict) -> tuple[str, ...]:
+    """Names of the networks that a denoiser's config trains; the others are frozen."""
+    adapters = tuple(name for name in ("lora", "controlnet") if name in config.model)
+    if len(adapters) > 1:
+        raise ValueError("model.lora and model.controlnet are both there: train one at a time")
+    if adapters:
+        if not config.init_from:
+            raise ValueError(f"init_from is empty, but model.{adapters[0]} adapts a trained run")
+        return adapters
+    names = ("unet",)
+    if "text_encoder" in config.model and config.conditioning.train_text_encoder:
+        names += ("text_encoder",)
+    return names + ("class_embedder",) * ("class_embedder" in config.model)
+
+
+def null_label(config: ConfigDict) -> int | None:
+    """The null class: the last of the classes that the condition knows; None: no classes."""
+    embedder = class_embedder(config)
+    classes = unet(config).num_classes if embedder is None else embedder.num_classes
+    return None if classes is None else classes - 1
+
+
 def optimizer(config: ConfigDict, networks: tuple[str, ...]) -> Optimizer:
     section = config.optim
     rate = optim.learning_rate(
@@ -111,7 +163,13 @@ def optimizer(config: ConfigDict, networks: tuple[str, ...]) -> Optimizer:
 def ema(config: ConfigDict, networks: tuple[str, ...]) -> Ema:
     if not 0 <= config.ema.decay < 1:
         raise ValueError(f"ema.decay={config.ema.decay} is outside [0, 1): 0 keeps no average")
-    return Ema(config.ema.decay, config.ema.ramp, networks if config.ema.decay else ())
+    unknown = sorted(set(config.ema.networks) - set(networks))
+    if unknown:
+        raise ValueError(
+            f"ema.networks names {unknown[0]!r}, but {', '.join(networks)} are trained"
+        )
+    averaged = tuple(config.ema.networks) or networks
+    return Ema(config.ema.decay, config.ema.ramp, averaged if config.ema.decay else ())
 
 
 def image_shape(config: ConfigDict) -> tuple[int, ...]:
@@ -144,7 +202,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     text = text_encoder(config)
     if text is not None and not null_tokens:
         null_tokens = (0,) * config.model.text_encoder.max_length  # for shapes alone
-    networks = ("unet",) if text is None else ("unet", "text_encoder")
+    networks = trained(config)
     noising, shape = schedule(config), sample_shape(config)
     variance, resample = config.process.variance, config.process.times == "second_moment"
     _check_output(config, shape[-1])
@@ -168,9 +226,13 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         optimizer=optimizer(config, networks),
         ema=ema(config, networks),
         text_encoder=text,
-        train_text_encoder=text is not None,
         null_tokens=null_tokens,
         mask_padding=config.conditioning.mask_padding,
+        null_label=null_label(config),
+        class_embedder=class_embedder(config),
+        lora=lora(config),
+        controlnets=controlnets(config),
+        autoencoder=online_autoencoder(config),
         drop_condition=config.conditioning.drop,
         flip=config.data.flip,
         accumulate=config.train.accumulate,

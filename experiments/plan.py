@@ -84,10 +84,9 @@ def plan(config: ConfigDict, devices: int = 1) -> dict[str, Any]:
     parallel.check_batch(config.train.batch_size, config.train.accumulate, devices)
     task = build.task(config)
     state = jax.eval_shape(task.init, jax.random.key(0))
-    networks = dict(state.params)
-    if "autoencoder" in config.model and "autoencoder" not in networks:
-        networks["autoencoder"] = _frozen_autoencoder(config)
-    per_example = forward_flops(config, task, state)
+    frozen = frozen_shapes(config, task, state)
+    networks = {**state.params, **frozen}
+    per_example = forward_flops(config, task, state, frozen)
     return {
         "task": config.task,
         "networks": {name: {"parameters": count(tree)} for name, tree in networks.items()},
@@ -104,14 +103,20 @@ def plan(config: ConfigDict, devices: int = 1) -> dict[str, Any]:
     }
 
 
-def _frozen_autoencoder(config: ConfigDict) -> Any:
-    network = build.autoencoder(config.model.autoencoder)
-    image = jax.ShapeDtypeStruct((1, *build.image_shape(config)), jnp.float32)
-    return jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+def frozen_shapes(config: ConfigDict, task: Any, state: Any) -> dict[str, Any]:
+    """Parameter shapes of the networks that the config has but does not train."""
+    if config.task != "denoiser":
+        return {}
+    frozen = dict(jax.eval_shape(task.networks_init, jax.random.key(0)))
+    if "autoencoder" in config.model:
+        network = build.autoencoder(config.model.autoencoder)
+        image = jax.ShapeDtypeStruct((1, *build.image_shape(config)), jnp.float32)
+        frozen["autoencoder"] = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+    return {name: tree for name, tree in frozen.items() if name not in state.params}
 
 
-def forward_flops(config: ConfigDict, task: Any, state: Any) -> int:
-    """Of the trained networks on one example, by `task.loss_of_one`'s traced program."""
+def forward_flops(config: ConfigDict, task: Any, state: Any, frozen: dict[str, Any]) -> int:
+    """Of all that one example goes through while training, by the traced program."""
     batch = {
         "position": jax.ShapeDtypeStruct((1,), jnp.int32),
         "index": jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -122,11 +127,14 @@ def forward_flops(config: ConfigDict, task: Any, state: Any) -> int:
     if config.data.name == "latents":
         batch |= {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k in ("mean", "logvar")}
     else:
-        batch["image"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        image = (1, *build.image_shape(config))
+        batch["image"] = jax.ShapeDtypeStruct(image, jnp.uint8)
+    if "controlnet" in config.model:
+        batch["hint"] = jax.ShapeDtypeStruct((1, *build.image_shape(config)[:-1], 3), jnp.uint8)
     if "text_encoder" in config.model:
         length = config.model.text_encoder.max_length
         batch["tokens"] = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    traced = jax.make_jaxpr(task.eval_step)(state, batch, {})
+    traced = jax.make_jaxpr(task.eval_step)(state, batch, frozen)
     return flops(traced.jaxpr)
 
 

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from ml_collections import config_flags  # noqa: F401  (the flag type that commands read)
 
-from experiments import plan
+from experiments import build, plan
 
 NAMES = sorted(
     path.stem
@@ -19,6 +19,8 @@ ARGUMENTS = {
     "ddpm_lsun256": ("bedroom", "cat"),
     "iddpm_cifar10": ("simple", "vlb"),
 }
+VQ_F4, KL_F8, CLIP_L = 55_322_782, 83_653_863, 123_060_480
+# The published counts, where there are any; a config's argument stands after a colon.
 PARAMETERS = {
     "ddpm_cifar10": {"unet": 35_746_307},
     "ddpm_celebahq256": {"unet": 113_673_219},
@@ -28,6 +30,17 @@ PARAMETERS = {
     "digits_autoencoder": {"autoencoder": 926_356},
     "digits_classifier": {"classifier": 131_114},
     "digits_pixel": {"unet": 1_525_411},
+    "ldm_celebahq256": {"unet": 274_056_163, "autoencoder": VQ_F4},
+    "ldm_ffhq256": {"unet": 274_056_163, "autoencoder": VQ_F4},
+    "ldm_lsun256": {"unet": 274_056_163, "autoencoder": VQ_F4},
+    "ldm_lsun256:churches": {"unet": 294_966_916, "autoencoder": KL_F8},
+    "ldm_imagenet256": {"unet": 400_920_579, "class_embedder": 1001 * 512},
+    "ldm_imagenet256:f8": {"unet": 394_984_196, "autoencoder": 67_717_295},
+    "ldm_text": {"unet": 872_300_484, "text_encoder": 581_994_042, "autoencoder": KL_F8},
+    "stable_diffusion": {"unet": 859_520_964, "autoencoder": KL_F8, "text_encoder": CLIP_L},
+    "stable_diffusion:v2": {"unet": 865_910_724, "autoencoder": KL_F8},
+    "stable_diffusion:lora": {"unet": 859_520_964, "lora": 797_184},
+    "stable_diffusion:v1,controlnet": {"controlnet": 361_279_120},
 }
 
 
@@ -35,9 +48,12 @@ def load(name, arg=None):
     return importlib.import_module(f"configs.{name}").get_config(arg).lock()
 
 
-@pytest.mark.parametrize(
-    "name", [*NAMES, *(f"{name}:{arg}" for name, args in ARGUMENTS.items() for arg in args)]
+CONFIGS = sorted(
+    {*NAMES, *PARAMETERS, *(f"{name}:{arg}" for name, args in ARGUMENTS.items() for arg in args)}
 )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_config_builds_and_counts(name):
     found = plan.plan(load(*name.split(":")))
     counts = {key: network["parameters"] for key, network in found["networks"].items()}
@@ -50,6 +66,8 @@ def test_config_builds_and_counts(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_has_a_smoke_run_and_says_how_to_run(name):
     smoke = load(name, "smoke")
+    networks = plan.plan(smoke)["networks"]
+    assert sum(network["parameters"] for network in networks.values()) < 4e6
     assert smoke.train.steps <= 10
     assert smoke.wandb.mode == "disabled"
     text = importlib.import_module(f"configs.{name}").__doc__
@@ -65,3 +83,30 @@ def test_a_typo_in_a_key_is_an_error(name):
         config.train.stepz = 3
     with pytest.raises(ValueError, match="nonsense"):
         load(name, "nonsense")
+
+
+def test_words_of_an_argument_combine_and_contradictions_are_refused():
+    config = load("stable_diffusion", "v2,lora,smoke")
+    assert config.model.unet.linear_projection and "lora" in config.model
+    assert "controlnet" in load("stable_diffusion", "controlnet,smoke").model
+    for wrong in ("lora,controlnet", "v1,v2", "lora,v3"):
+        with pytest.raises(ValueError, match=wrong.split(",")[1]):
+            load("stable_diffusion", wrong)
+
+
+def test_two_adapters_or_none_to_start_from_are_refused():
+    config = load("stable_diffusion", "lora,smoke").copy_and_resolve_references().unlock()
+    config.init_from = ""
+    with pytest.raises(ValueError, match="init_from"):
+        plan.plan(config)
+    config.init_from = "somewhere"
+    config.model.controlnet = {"hint_widths": (8, 8, 8, 8)}
+    with pytest.raises(ValueError, match="one at a time"):
+        plan.plan(config)
+
+
+def test_the_text_encoder_is_trained_where_the_config_says_so():
+    assert build.trained(load("ldm_text")) == ("unet", "text_encoder")
+    assert build.trained(load("stable_diffusion")) == ("unet",)
+    assert build.trained(load("ldm_imagenet256")) == ("unet", "class_embedder")
+    assert build.null_label(load("ldm_imagenet256")) == 1000

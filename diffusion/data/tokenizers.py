@@ -54,6 +54,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(serialised)
         except Exception as error:  # the package raises plain Exception
             raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
+        if backend.padding is not None:
+            return cls(serialised, backend.padding["pad_id"])
         pad = backend.token_to_id(PAD)
         return cls(serialised, 0 if pad is None else pad)
 

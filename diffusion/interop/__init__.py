@@ -1,14 +1,20 @@
 """Weights in other projects' formats, in and out: Diffusers' and Transformers' directories."""
 
 from diffusion.interop.autoencoder import load_autoencoder, save_autoencoder
+from diffusion.interop.controlnet import load_controlnet, save_controlnet
+from diffusion.interop.lora import load_lora, save_lora
 from diffusion.interop.text_encoder import load_text_encoder, save_text_encoder
 from diffusion.interop.unet import load_unet, save_unet
 
 __all__ = [
     "load_autoencoder",
+    "load_controlnet",
+    "load_lora",
     "load_text_encoder",
     "load_unet",
     "save_autoencoder",
+    "save_controlnet",
+    "save_lora",
     "save_text_encoder",
     "save_unet",
 ]

@@ -200,6 +200,12 @@ class FirstStage(nn.Module):
         h = self.quant_conv(h) if self.use_quant_conv else h
         return h.astype(jnp.promote_types(x.dtype, jnp.float32))
 
+    def moments_of(
+        self, x: Float[Array, "batch *space channels"]
+    ) -> Float[Array, "batch *out_space moments"]:
+        """What `encode` makes its result of: [mean, logvar before the clamp], or the code."""
+        return self._encode(x)
+
     def _decode(self, z: Array) -> Array:
         if z.shape[-1] != self.latent_channels:
             raise ValueError(
@@ -298,6 +304,12 @@ class VQModel(FirstStage):
     ) -> Float[Array, "batch *out_space channels"]:
         """x_hat from codes that are first quantised."""
         return self._decode(self.quantize(z).codes)
+
+    def decode_codes(
+        self, codes: Float[Array, "batch *space latent_channels"]
+    ) -> Float[Array, "batch *out_space channels"]:
+        """x_hat from entries of the codebook, as `quantize` gives them."""
+        return self._decode(codes)
 
     def reconstruct(
         self, x: Float[Array, "batch *space channels"], keys: Key[Array, "batch"] | None = None

@@ -120,9 +120,12 @@ class UNet(nn.Module):
         h = Conv(self.out_channels, kernel_init=zero_init, dtype=self.dtype, name="conv_out")(h)
         return h.astype(jnp.promote_types(x.dtype, jnp.float32))
 
-    def _down(self, x: Array, temb: Array, context, mask, keys) -> tuple[Array, list[Array]]:
-        """Eqs. 1-2."""
+    def _down(
+        self, x: Array, temb: Array, context, mask, keys, added: Array | None = None
+    ) -> tuple[Array, list[Array]]:
+        """Eqs. 1-2; `added` (of a ControlNet) to what leaves conv_in."""
         h = Conv(self.channels, dtype=self.dtype, name="conv_in")(x)
+        h = h if added is None else h + added
         skips = [h]
         for i in range(self.levels):
             for j in range(self.per_level(self.blocks)[i]):

@@ -8,8 +8,9 @@ arXiv:2112.10752; E is the identity for DDPM, arXiv:2006.11239 eq. 14):
     (3) L   = mean || eps - eps_theta(z_t, t, tau_theta(caption)) ||^2
 
 tau_theta is the text encoder: trained jointly when it is among the state's parameters, frozen when
-it is among the frozen ones. A fraction `drop_condition` of the captions is replaced by the empty
-one (classes by the null class), for classifier-free guidance (arXiv:2207.12598, algorithm 1).
+it is among the frozen ones; so is the U-Net, under low-rank updates (`models/lora.py`) or beside a
+ControlNet (`models/controlnet.py`). A fraction `drop_condition` of the captions is replaced by the
+empty one (classes by the null class), for classifier-free guidance (arXiv:2207.12598, algorithm 1).
 
 With a loss history, t is drawn more often where the loss is large and the loss divided by how much
 more often (Improved DDPM section 3.3, arXiv:2102.09672; the equations are in `process/losses.py`).
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from diffusion.models.lora import Lora
 from diffusion.process import losses
 from diffusion.training import state as ts
 from diffusion.training.state import Ema, Metrics, Optimizer, Params, TrainState
@@ -35,8 +37,12 @@ class Denoiser:
     """Flax modules and functions of the task; holds no arrays. See `experiments/build.py`.
 
     sample_shape: (*space, channels) of what is diffused. objective and draw come from
-    `process/losses.py`. null_tokens is the encoded empty caption; null_label the extra class.
+    `process/losses.py`. Networks with a transform in `optimizer` are trained, the others frozen.
+    null_tokens is the encoded empty caption; null_label the extra class.
     loss_history is the empty history of second-moment resampling, None: t as `draw` has it.
+    class_embedder: makes a context of the label (LDM on ImageNet); without it the U-Net is given
+    the label itself. lora: low-rank updates of the U-Net. controlnets: each reads one of the
+    condition's hints; the first is "controlnet" among the parameters, the next "controlnet_1".
     """
 
     unet: Any
@@ -46,10 +52,12 @@ class Denoiser:
     optimizer: Optimizer
     ema: Ema
     text_encoder: Any = None
-    train_text_encoder: bool = False
     null_tokens: tuple[int, ...] = ()
     mask_padding: bool = False
     null_label: int | None = None
+    class_embedder: Any = None
+    lora: Lora | None = None
+    controlnets: tuple[Any, ...] = ()
     drop_condition: float = 0.0
     autoencoder: Any = None
     flip: bool = False
@@ -73,25 +81,44 @@ class Denoiser:
     ) -> TrainState:
         """The state at step 0. Shift and scale of the latents: equation 1 (None: 0 and 1)."""
         init_key, run_key = jax.random.split(key)
-        unet_key, text_key = jax.random.split(init_key)
-        params: Params = {}
-        x = jnp.zeros((1, *self.sample_shape))
-        condition: dict[str, Any] = {}
-        if self.text_encoder is not None:
-            tokens = jnp.zeros((1, len(self.null_tokens)), jnp.int32)
-            context, variables = self.text_encoder.init_with_output(text_key, tokens)
-            condition = {"context": context}
-            if self.train_text_encoder:
-                params["text_encoder"] = variables["params"]
-        if self.null_label is not None:
-            condition["labels"] = jnp.zeros((1,), jnp.int32)
-        params["unet"] = self.unet.init(unet_key, x, jnp.zeros((1,)), **condition)["params"]
+        networks = self.networks_init(init_key)
+        params = {name: networks[name] for name in self.optimizer.transforms}
         extra = {}
         if latent_shift is not None and latent_scale is not None:
             extra = {"latent_shift": latent_shift, "latent_scale": latent_scale}
         if self.loss_history is not None:
             extra["loss_history"] = self.loss_history
         return ts.create_state(run_key, params, self.optimizer, self.ema, extra)
+
+    def networks_init(self, key: Key[Array, ""]) -> Params:
+        """Fresh parameters of every network of the task, trained or not."""
+        unet_key, text_key = jax.random.split(key)
+        params: Params = {}
+        x, t = jnp.zeros((1, *self.sample_shape)), jnp.zeros((1,))
+        condition: dict[str, Any] = {}
+        if self.text_encoder is not None:
+            tokens = jnp.zeros((1, len(self.null_tokens)), jnp.int32)
+            context, variables = self.text_encoder.init_with_output(text_key, tokens)
+            condition, params["text_encoder"] = {"context": context}, variables["params"]
+        if self.class_embedder is not None:
+            label = jnp.zeros((1,), jnp.int32)
+            class_key = jax.random.fold_in(text_key, 1)
+            context, variables = self.class_embedder.init_with_output(class_key, label)
+            condition, params["class_embedder"] = {"context": context}, variables["params"]
+        elif self.null_label is not None:
+            condition["labels"] = jnp.zeros((1,), jnp.int32)
+        params["unet"] = self.unet.init(unet_key, x, t, **condition)["params"]
+        if self.lora is not None:
+            params["lora"] = self.lora.init(jax.random.fold_in(key, 2), params["unet"])
+        for i, network in enumerate(self.controlnets):
+            hint = jnp.zeros(self._hint_shape(network))
+            control_key = jax.random.fold_in(key, 3 + i)
+            params[_control_name(i)] = network.init(control_key, x, t, hint, **condition)["params"]
+        return params
+
+    def _hint_shape(self, network: Any) -> tuple[int, ...]:
+        factor = 2 ** (len(network.hint_widths) - 1)
+        return (1, *(side * factor for side in self.sample_shape[:-1]), 3)
 
     def train_step(
         self, state: TrainState, batch: Batch, frozen: Params, axis_name: str | None = None
@@ -140,14 +167,13 @@ class Denoiser:
         self, params: Params, extra: dict[str, Array], batch: Batch, keys: Array, train: bool
     ) -> tuple[Float[Array, " batch"], dict[str, Array]]:
         """Equation 3 for each example, given one key an example."""
+        params = self.merged(params)
         x0 = self.clean(params, extra, batch, keys, train)
         condition = self.condition(params, batch, keys, train)
         dropout_keys = ts.stream(keys, ts.DROPOUT) if train else None
 
         def network(x_t, t):
-            return self.unet.apply(
-                {"params": params["unet"]}, x_t, t, keys=dropout_keys, **condition
-            )
+            return self.predict(params, x_t, t, condition, dropout_keys)
 
         t, noise = self.draw(ts.stream(keys, ts.TIMES), x0)
         if self.loss_history is None or not train:
@@ -157,14 +183,43 @@ class Denoiser:
         loss, aux = self.objective(network, x0, t, noise)
         return loss * weight, {**aux, "t": t, "unweighted": jax.lax.stop_gradient(loss)}
 
+    def merged(self, params: Params) -> Params:
+        """The parameters with the low-rank updates in the U-Net's."""
+        if self.lora is None:
+            return params
+        return {**params, "unet": self.lora.merge(params["unet"], params["lora"])}
+
+    def predict(
+        self, params: Params, x_t: Array, t: Array, condition: dict[str, Any], keys: Any = None
+    ) -> Array:
+        """The U-Net's output, given `merged` parameters.
+
+        Of `condition`, "concat" joins x_t's channels (super-resolution, inpainting), "hints" (one a
+        ControlNet, in [0, 1]) and "hint_scales" steer, and the rest is the U-Net's own.
+        """
+        given = dict(condition)
+        concat, hints = given.pop("concat", None), given.pop("hints", ())
+        scales = given.pop("hint_scales", (1.0,) * len(hints))
+        x = x_t if concat is None else jnp.concatenate([x_t, concat.astype(x_t.dtype)], axis=-1)
+        total: Any = None
+        for i, (network, hint, scale) in enumerate(zip(self.controlnets, hints, scales)):
+            variables = {"params": params[_control_name(i)]}
+            found = network.apply(variables, x, t, hint, keys=keys, **given)
+            found = [scale * r for r in found]
+            total = found if total is None else [a + b for a, b in zip(total, found)]
+        return self.unet.apply(
+            {"params": params["unet"]}, x, t, residuals=total, keys=keys, **given
+        )
+
     def clean(
         self, params: Params, extra: dict[str, Array], batch: Batch, keys: Array, train: bool
     ) -> Float[Array, "batch *space channels"]:
         """z0 of equation 1 from stored moments or from pixels; uint8 becomes [-1, 1] here."""
         if "mean" in batch:
-            mean, std = batch["mean"], jnp.exp(0.5 * batch["logvar"])
-            noise = _normal(ts.stream(keys, ts.POSTERIOR), mean.shape[1:])
-            z = mean + std * noise if train else mean
+            z = batch["mean"]  # a VQ stage's codes have no variance
+            if train and "logvar" in batch:
+                noise = _normal(ts.stream(keys, ts.POSTERIOR), z.shape[1:])
+                z = z + jnp.exp(0.5 * batch["logvar"]) * noise
         else:
             z = batch["image"]
             if z.dtype == jnp.uint8:
@@ -182,14 +237,14 @@ class Denoiser:
 
     def condition(
         self, params: Params, batch: Batch, keys: Array | None, train: bool
-    ) -> dict[str, Array]:
+    ) -> dict[str, Any]:
         """What the U-Net is given besides x_t and t, some of it dropped when training."""
         rate = self.drop_condition if train else 0.0
         drop = None
         if rate and keys is not None:
             uniform = jax.vmap(jax.random.uniform)(ts.stream(keys, ts.CAPTION))
             drop = uniform < rate
-        condition = {}
+        condition: dict[str, Any] = {}
         if self.text_encoder is not None:
             tokens = batch["tokens"]
             if drop is not None:
@@ -199,10 +254,18 @@ class Denoiser:
             condition = self.encode_text(params, tokens, text_keys)
         if self.null_label is not None:
             labels = batch["label"]
-            condition["labels"] = (
-                labels if drop is None else jnp.where(drop, self.null_label, labels)
-            )
+            labels = labels if drop is None else jnp.where(drop, self.null_label, labels)
+            condition |= self.encode_labels(params, labels)
+        if "hint" in batch:
+            condition["hints"] = (batch["hint"].astype(jnp.float32) / 255,)
         return condition
+
+    def encode_labels(self, params: Params, labels: Int[Array, " batch"]) -> dict[str, Array]:
+        """What the U-Net is given of a label."""
+        if self.class_embedder is None:
+            return {"labels": labels}
+        embedded = self.class_embedder.apply({"params": params["class_embedder"]}, labels)
+        return {"context": embedded}
 
     def encode_text(
         self, params: Params, tokens: Int[Array, "batch length"], keys: Array | None = None
@@ -216,6 +279,10 @@ class Denoiser:
         if mask is None:
             return {"context": context}
         return {"context": context, "context_mask": mask}
+
+
+def _control_name(i: int) -> str:
+    return f"controlnet_{i}" if i else "controlnet"
 
 
 def _normal(keys: Key[Array, " batch"], shape: tuple[int, ...]) -> Float[Array, "batch ..."]:

@@ -1,0 +1,65 @@
+"""Fine-tuning Stable Diffusion (https://arxiv.org/abs/2112.10752) on a folder of captioned images.
+
+    python -m experiments.convert --from=diffusers --source=PIPELINE --workdir=runs/sd_v1
+    python -m experiments.train --config=configs/stable_diffusion.py:v1 --workdir=DIR \
+        --config.data.dir=IMAGES
+
+`v1` (default): U-Net of 859,520,964, CLIP ViT-L/14's text encoder. `v2`: 865,910,724, OpenCLIP
+ViT-H/14's, velocity as `v` (768-v-ema; `--config.process.prediction=eps` for 2-base). `lora`: the
+U-Net is frozen, and low-rank updates of its attention are trained. `controlnet`: it is frozen, and
+a ControlNet on edges of the images is trained. IMAGES holds a metadata.jsonl of `file_name` and
+`text`, or a .txt beside each image. The text encoder and the first stage stay frozen; both are
+applied while training. A tenth of the captions is dropped, as v1-3 and v1-4 were trained
+(CompVis/stable-diffusion, Stable_Diffusion_v1_Model_Card.md); 1e-4 with 10,000 steps of warm-up is
+that card's rate for a batch of 2048, 1e-5 for a small one the usual one. No number to reproduce;
+not trained here: time not measured.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    which, switches, smoke = common.parse_switches(arg, ("v1", "v2"), ("lora", "controlnet"))
+    config = common.online_latents("kl_f8", 0.18215)
+    config.init_from = f"runs/sd_{which}"
+    config.data.image_size = 512 if which == "v1" else 768
+    config.model.unet.update(
+        {
+            "channels": 320,
+            "multipliers": (1, 2, 4, 4),
+            "attention": (True, True, True, False),
+            "transformer_depth": 1,
+        }
+    )
+    config.model.text_encoder = {"vocab_size": 49408, "max_length": 77, "causal": True}
+    if which == "v1":
+        config.model.unet.heads = 8
+        config.model.text_encoder.update(
+            {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu"}
+        )
+    else:
+        config.model.unet.update({"head_dim": 64, "linear_projection": True})
+        # The 23 layers of 24 whose output is used.
+        config.model.text_encoder.update(
+            {"width": 1024, "layers": 23, "heads": 16, "activation": "gelu"}
+        )
+        config.process.prediction = "v"
+    config.conditioning.train_text_encoder = False
+    config.process.schedule.update({"beta_start": 0.00085, "beta_end": 0.012})
+    config.train.steps = 20_000
+    config.train.batch_size = 8
+    config.optim.learning_rate = 1e-5
+    config.optim.warmup_steps = 500
+    config.sample.steps = 50
+    config.sample.guidance_scale = 7.5
+    if "lora" in switches:
+        common.lora(config, rank=4)
+    if "controlnet" in switches:
+        common.controlnet(config, (16, 32, 96, 256))
+    if smoke:
+        common.latent_smoke(config)
+        config.model.unet.update({"heads": 2, "head_dim": None})
+        config.model.text_encoder.update({"vocab_size": 1024, "width": 32, "layers": 2, "heads": 2})
+        if "controlnet" in switches:
+            config.model.controlnet.hint_widths = (8, 8, 8, 8)
+    return config

@@ -1,0 +1,261 @@
+"""Tensors out of PyTorch's `.pth`, `.pt`, `.bin` and `.ckpt` files, without running what they hold.
+
+`torch.save` writes a pickle of the object, in which every storage (a flat array that tensors are
+views of) stands as a persistent id, and the storages' bytes beside it
+(pytorch/pytorch: `torch/serialization.py`):
+
+    zip (PyTorch >= 1.6)    NAME/data.pkl, NAME/data/KEY for each storage, NAME/byteorder
+    legacy                  pickles of a magic number, the version, the system and the object, one
+                            of the list of keys, then for each key its length (int64) and its bytes
+
+A pickle is a program: it names functions and has them called, and so `pickle.load` of a stranger's
+file runs the stranger's code. Here a name is never imported. The few that tensors are made of stand
+for functions of this module that only note what is asked for; those that Lightning and NumPy leave
+beside the weights stand for an object that does nothing; any other name refuses the file. A tensor
+is then cut from its storage by
+
+    (1)  t[i, j, ...] = storage[offset + i stride_0 + j stride_1 + ...]
+
+once all of those places are known to lie within the storage.
+"""
+
+import collections
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+DTYPES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+# What stands beside the weights in published checkpoints (callbacks, counters) and is passed over.
+INERT_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")
+INERT = {
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "_codecs.encode",
+    "typing.Any",
+    *(f"{b}.{t}" for b in ("builtins", "__builtin__") for t in ("dict", "list", "set", "int")),
+    *(f"{b}.{t}" for b in ("builtins", "__builtin__") for t in ("float", "str", "tuple")),
+}
+
+Storages = Callable[["_Storage"], bytes]  # a storage's bytes
+
+
+class _Refused(Exception):
+    """A pickle names what it has no business with."""
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A persistent id: a flat array of `numel` elements, to be found under `key`."""
+
+    dtype: np.dtype
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A view of a storage, equation 1; cut when it is asked for."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Inert:
+    """Takes whatever a pickle does to an object, and does nothing."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+    def __setitem__(self, _, __):
+        pass
+
+    def append(self, _):
+        pass
+
+    def extend(self, _):
+        pass
+
+
+def _rebuild_tensor(storage, offset, size, stride, *_):
+    if not isinstance(storage, _Storage):
+        raise TypeError("a tensor without a storage")
+    return _Tensor(storage, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
+
+
+def _rebuild_parameter(tensor, *_):
+    return tensor
+
+
+KNOWN: dict[str, Any] = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "collections.defaultdict": lambda *_: {},
+    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    **{f"torch.{name}": dtype for name, dtype in DTYPES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Imports nothing: a name is looked up in `KNOWN`, is inert, or refuses the file.
+
+    `storages`: all that the pickle speaks of, by key.
+    """
+
+    def __init__(self, file: Any):
+        super().__init__(file, encoding="utf-8")
+        self.storages: dict[str, _Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in KNOWN:
+            return KNOWN[full]
+        if full in INERT or module.split(".")[0] in INERT_PACKAGES:
+            return _Inert
+        raise _Refused(full)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _location, numel, *view = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype) or (view and view[0] is not None):
+            raise TypeError(f"a persistent id of another kind ({kind!r:.40})")
+        return self.storages.setdefault(str(key), _Storage(dtype, str(key), int(numel)))
+
+
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Every tensor of the file by its name; no code of the file is run.
+
+    Where the file holds a dict with an entry "state_dict", that entry is taken. Entries that are no
+    tensors (step counters, nested dicts) are left out; names are as they stand. Arrays have the
+    dtype that is stored, bfloat16 included, and may share memory and be read-only.
+
+    Raises:
+      ValueError: naming the file: it is missing, truncated or corrupt, is no file of PyTorch, holds
+      no tensors, or names anything that tensors are not made of.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give the file of weights, or fetch it again")
+    try:
+        with path.open("rb") as file:
+            archive = zipfile.is_zipfile(file)
+            file.seek(0)
+            return _read_zip(file) if archive else _read_legacy(file)
+    except _Refused as error:
+        raise ValueError(
+            f"{path} asks for {error}, which no tensor is made of, and is not read, since that "
+            "could run code: fetch the weights again from their publisher, or as safetensors"
+        ) from error
+    except Exception as error:  # whatever a broken pickle or archive makes Python raise
+        why = str(error) or type(error).__name__
+        raise ValueError(
+            f"{path} is truncated, corrupt or no weights of PyTorch ({why:.120}): fetch it again"
+        ) from error
+
+
+def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
+        pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+        if len(pickles) != 1:
+            raise ValueError("it holds no data.pkl, as TorchScript and other archives do not")
+        root = pickles[0].removesuffix("data.pkl")
+        order = f"{root}byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise ValueError("its byte order is not little-endian")
+        with archive.open(pickles[0]) as pickled:
+            tree = _Unpickler(pickled).load()
+
+        def storage(wanted: _Storage) -> bytes:
+            info = archive.getinfo(f"{root}data/{wanted.key}")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("a storage is compressed, which PyTorch never does")
+            return archive.read(info)  # checks the CRC
+
+        return _tensors(tree, storage)
+
+
+def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
+    if _Unpickler(file).load() != LEGACY_MAGIC:
+        raise ValueError("it is neither a zip archive nor a legacy file of torch.save")
+    _version, system = (_Unpickler(file).load() for _ in range(2))
+    if not system.get("little_endian", True):
+        raise ValueError("its byte order is not little-endian")
+    unpickler = _Unpickler(file)
+    tree, keys, stored = unpickler.load(), _Unpickler(file).load(), {}
+    for key in keys:
+        (length,) = struct.unpack("<q", file.read(8))
+        stored[key] = file.read(length * unpickler.storages[key].dtype.itemsize)
+    return _tensors(tree, lambda wanted: stored[wanted.key])
+
+
+def _tensors(tree: Any, storages: Storages) -> dict[str, np.ndarray]:
+    if isinstance(tree, Mapping) and isinstance(tree.get("state_dict"), Mapping):
+        tree = tree["state_dict"]
+    found = tree.items() if isinstance(tree, Mapping) else ()
+    wanted = {name: t for name, t in found if isinstance(name, str) and isinstance(t, _Tensor)}
+    if not wanted:
+        raise ValueError("it holds no dict of tensors")
+    flat: dict[_Storage, np.ndarray] = {}
+    arrays = {}
+    for name, tensor in wanted.items():
+        if tensor.storage not in flat:
+            flat[tensor.storage] = _flat(tensor.storage, storages)
+        arrays[name] = _cut(flat[tensor.storage], tensor)
+    return arrays
+
+
+def _flat(storage: _Storage, storages: Storages) -> np.ndarray:
+    data = storages(storage)
+    if len(data) != storage.numel * storage.dtype.itemsize:
+        raise ValueError(f"storage {storage.key} has {len(data)} bytes, not what it says")
+    return np.frombuffer(data, storage.dtype)
+
+
+def _cut(flat: np.ndarray, tensor: _Tensor) -> np.ndarray:
+    """Equation 1."""
+    size, stride = tensor.size, tensor.stride
+    count = math.prod(size)
+    last = tensor.offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if min((tensor.offset, *size, *stride)) < 0 or count > flat.size:
+        raise ValueError("a tensor is larger than its storage")
+    if count == 0:
+        return np.zeros(size, flat.dtype)
+    if last >= flat.size:
+        raise ValueError("a tensor reaches beyond its storage")
+    view = np.lib.stride_tricks.as_strided(
+        flat[tensor.offset :], size, [s * flat.itemsize for s in stride], writeable=False
+    )
+    return np.ascontiguousarray(view).reshape(size)

@@ -47,16 +47,26 @@ def choose(table: dict[str, Any], name: str, key: str) -> Any:
     return table[name]
 
 
-def options(config: ConfigDict, without: tuple[str, ...] = ("name",)) -> dict[str, Any]:
-    """A section's keys as keyword arguments, lists made tuples."""
-    items = {k: v for k, v in config.items() if k not in without}
+def options(section: ConfigDict | dict[str, Any]) -> dict[str, Any]:
+    """A section's keys but its name as keyword arguments, lists made tuples."""
+    items = {k: v for k, v in section.items() if k != "name"}
     return {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in items.items()}
+
+
+def construct(make: Callable[..., Any], section: ConfigDict | dict, key: str, **more: Any) -> Any:
+    """`make` of a section's keys; a key that it lacks is refused by name."""
+    try:
+        return make(**options(section), **more)
+    except TypeError as error:
+        name = getattr(make, "__name__", key)
+        raise ValueError(f"{key} has a key that {name} lacks ({error})") from error
 
 
 def schedule(config: ConfigDict) -> schedules.Schedule:
     section = config.process.schedule
     make = choose(SCHEDULES, section.name, "process.schedule.name")
-    made = make(**options(section, without=("name", "zero_terminal_snr")))
+    rest = {k: v for k, v in section.items() if k != "zero_terminal_snr"}
+    made = construct(make, rest, "process.schedule")
     return schedules.zero_terminal_snr(made) if section.get("zero_terminal_snr") else made
 
 
@@ -70,14 +80,8 @@ def sampler(config: ConfigDict, **changed: Any) -> Sampler:
     chosen = section["options"] if same else {}
     if section["sampler"] == "ddpm":
         chosen = {"variance": config.process.variance, **chosen}
-    return make(schedule(config), steps=section["steps"], **chosen)
-
-
-def _network(cls: Any, config: ConfigDict, key: str, **more: Any) -> Any:
-    try:
-        return cls(**options(config), **more)
-    except TypeError as error:
-        raise ValueError(f"{key} has a key that {cls.__name__} lacks ({error})") from error
+    given = {"schedule": schedule(config), "steps": section["steps"]}
+    return construct(make, chosen, "sample.options", **given)
 
 
 def _compute(config: ConfigDict) -> dict[str, Any]:
@@ -86,18 +90,18 @@ def _compute(config: ConfigDict) -> dict[str, Any]:
 
 def unet(config: ConfigDict) -> UNet:
     remat = None if config.parallel.remat == "none" else config.parallel.remat
-    return _network(UNet, config.model.unet, "model.unet", remat=remat, **_compute(config))
+    return construct(UNet, config.model.unet, "model.unet", remat=remat, **_compute(config))
 
 
 def autoencoder(section: ConfigDict, dtype: Any = None, remat: bool = False) -> Any:
     cls = choose(AUTOENCODERS, section.name, "model.autoencoder.name")
-    return _network(cls, section, "model.autoencoder", dtype=dtype, remat=remat)
+    return construct(cls, section, "model.autoencoder", dtype=dtype, remat=remat)
 
 
 def text_encoder(config: ConfigDict) -> TextTransformer | None:
     if "text_encoder" not in config.model:
         return None
-    return _network(
+    return construct(
         TextTransformer, config.model.text_encoder, "model.text_encoder", **_compute(config)
     )
 
@@ -106,18 +110,18 @@ def class_embedder(config: ConfigDict) -> ClassEmbedder | None:
     if "class_embedder" not in config.model:
         return None
     section = config.model.class_embedder
-    return _network(ClassEmbedder, section, "model.class_embedder", **_compute(config))
+    return construct(ClassEmbedder, section, "model.class_embedder", **_compute(config))
 
 
 def lora(config: ConfigDict) -> Lora | None:
-    return _network(Lora, config.model.lora, "model.lora") if "lora" in config.model else None
+    return construct(Lora, config.model.lora, "model.lora") if "lora" in config.model else None
 
 
 def controlnets(config: ConfigDict) -> tuple[ControlNet, ...]:
     if "controlnet" not in config.model:
         return ()
     fields = {**options(config.model.unet), **options(config.model.controlnet)}
-    return (_network(ControlNet, ConfigDict(fields), "model.controlnet", **_compute(config)),)
+    return (construct(ControlNet, ConfigDict(fields), "model.controlnet", **_compute(config)),)
 
 
 def online_autoencoder(config: ConfigDict) -> Any:
@@ -206,17 +210,20 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     noising, shape = schedule(config), sample_shape(config)
     variance, resample = config.process.variance, config.process.times == "second_moment"
     _check_output(config, shape[-1])
-    objective = losses.objective(
-        noising,
-        config.process.prediction,
+    objective = construct(
+        losses.objective,
+        config.process.objective,
+        "process.objective",
+        schedule=noising,
+        prediction=config.process.prediction,
         variance=variance,
-        **options(config.process.objective),
     )
     draw = functools.partial(
         losses.draw, schedule=noising, times=None if resample else config.process.times or None
     )
     one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     jax.eval_shape(lambda key, x0: draw(key[None], x0=x0), jax.random.key(0), one)  # checks names
+    sampler(config)  # one that the schedule cannot serve is refused now, not after training
     return Denoiser(
         unet=unet(config),
         sample_shape=shape,
@@ -268,7 +275,7 @@ def first_stage_task(config: ConfigDict) -> Autoencoder:
 
 def classifier(config: ConfigDict) -> Classifier:
     return Classifier(
-        network=_network(DigitClassifier, config.model.classifier, "model.classifier"),
+        network=construct(DigitClassifier, config.model.classifier, "model.classifier"),
         sample_shape=image_shape(config),
         optimizer=optimizer(config, ("classifier",)),
         ema=ema(config, ("classifier",)),

@@ -107,13 +107,47 @@ def denoiser() -> ConfigDict:
 
 # LDM's first stages (https://arxiv.org/abs/2112.10752, table 8), as their own configs have them.
 FIRST_STAGES = {
+    "kl_f4": {"name": "kl", "multipliers": (1, 2, 4), "z_channels": 3},
     "kl_f8": {"name": "kl", "multipliers": (1, 2, 4, 4), "z_channels": 4},
+    "kl_f16": {
+        "name": "kl",
+        "multipliers": (1, 1, 2, 2, 4),
+        "attention": (False, False, False, False, True),
+        "z_channels": 16,
+    },
+    "kl_f32": {
+        "name": "kl",
+        "multipliers": (1, 1, 2, 2, 4, 4),
+        "attention": (False, False, False, False, True, True),
+        "z_channels": 64,
+    },
     "vq_f4": {"name": "vq", "multipliers": (1, 2, 4), "z_channels": 3, "num_codes": 8192},
+    "vq_f4_noattn": {
+        "name": "vq",
+        "multipliers": (1, 2, 4),
+        "mid_attention": False,
+        "z_channels": 3,
+        "num_codes": 8192,
+    },
     "vq_f8": {
         "name": "vq",
         "multipliers": (1, 2, 2, 4),
         "attention": (False, False, False, True),
         "z_channels": 4,
+        "num_codes": 16384,
+    },
+    "vq_f8_n256": {
+        "name": "vq",
+        "multipliers": (1, 2, 2, 4),
+        "attention": (False, False, False, True),
+        "z_channels": 4,
+        "num_codes": 256,
+    },
+    "vq_f16": {
+        "name": "vq",
+        "multipliers": (1, 1, 2, 2, 4),
+        "attention": (False, False, False, False, True),
+        "z_channels": 8,
         "num_codes": 16384,
     },
 }
@@ -225,6 +259,75 @@ def latent_smoke(config: ConfigDict) -> ConfigDict:
     if config.model.unet.head_dim is not None:
         config.model.unet.head_dim = 8
     config.sample.update({"steps": 2, "batch_size": 8})
+    return smoke(config)
+
+
+def first_stage(kind: str) -> ConfigDict:
+    """Keys that a first stage adds: `kind` "kl" or "vq". No discriminator unless the config says.
+
+    Sums and means are those of diffusion/training/autoencoder.py, equations 1 to 3.
+    """
+    config = base("autoencoder")
+    config.loss = ConfigDict()
+    config.loss.reconstruction = "l1"  # "l1" or "l2"
+    if kind == "kl":
+        config.loss.reduction = "sum"  # over pixels and channels, or their "mean"
+        config.loss.kl_weight = 1e-6  # of the KL summed over the latent
+    else:
+        config.loss.reduction = "mean"
+        config.loss.codebook_weight = 1.0  # of commitment and codebook terms together
+    # LPIPS on VGG-16, once a value of the image; needs `perceptual`'s files unless 0
+    config.loss.perceptual_weight = 0.0
+    config.loss.reseed_every_steps = 0  # codes unused for so long move to latents; 0: never
+    config.loss.adversarial = ""  # "hinge" or "vanilla"; "": no discriminator
+    config.loss.adversarial_weight = 0.5  # times the adaptive weight
+    config.loss.adversarial_start_steps = 0  # steps of the autoencoder before it trains
+    config.loss.adversarial_warmup_steps = 0  # steps it trains before the autoencoder sees it
+    config.perceptual = ConfigDict()
+    config.perceptual.vgg = ""  # torchvision's vgg16-397923af.pth, or the same as .safetensors
+    config.perceptual.vgg_sha256 = ""  # what it must hash to; "": not checked, only logged
+    config.perceptual.heads = ""  # lpips' weights/v0.1/vgg.pth, or the same as .safetensors
+    config.perceptual.heads_sha256 = ""
+    config.model.discriminator = ConfigDict()
+    config.model.discriminator.channels = 64
+    config.model.discriminator.layers = 3
+    config.model.discriminator.norm = "group"  # or LDM's "batch", whose statistics depend on how
+    config.model.discriminator.groups = 32  # the batch is split over devices and parts
+    return config
+
+
+def ldm_first_stage(stage: str) -> ConfigDict:
+    """One of `FIRST_STAGES` as LDM trains it, at 256 pixels, on any folder of images."""
+    config = first_stage(FIRST_STAGES[stage]["name"])
+    config.data.name = "images"
+    config.data.dir = "runs/data"
+    config.data.eval_split = "validation"
+    config.data.image_size = 256
+    config.model.dtype = "float32"
+    config.model.autoencoder = {"channels": 128, "blocks": 2, **FIRST_STAGES[stage]}
+    config.model.discriminator.norm = "batch"
+    config.loss.perceptual_weight = 1.0
+    config.loss.adversarial = "hinge"
+    config.optim.b1 = 0.5
+    config.optim.b2 = 0.9
+    config.train.log_every_steps = 100
+    config.train.save_every_steps = 5000
+    config.evaluation.every_steps = 10_000
+    config.evaluation.examples = 1000
+    config.evaluation.batch_size = 10
+    config.evaluation.preview = 8
+    return config
+
+
+def smoke_first_stage(config: ConfigDict) -> ConfigDict:
+    """A run of seconds: the same kind of network, tiny, with both networks training; no LPIPS."""
+    config.data.image_size = 64
+    config.model.autoencoder.update({"channels": 8, "blocks": 1, "groups": 4})
+    if config.model.autoencoder.name == "vq":
+        config.model.autoencoder.num_codes = 32
+    config.model.discriminator.update({"channels": 8, "groups": 4})
+    config.loss.update({"perceptual_weight": 0.0, "adversarial_start_steps": 1})
+    config.evaluation.update({"every_steps": 0, "examples": 16})
     return smoke(config)
 
 

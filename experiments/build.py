@@ -9,18 +9,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from diffusion.models.autoencoder import AutoencoderKL, VQModel
 from diffusion.models.controlnet import ControlNet
+from diffusion.models.discriminator import PatchDiscriminator
 from diffusion.models.image_encoder import DigitClassifier
 from diffusion.models.layers import ClassEmbedder
 from diffusion.models.lora import Lora
+from diffusion.models.perceptual import LPIPS
 from diffusion.models.text_encoder import TextTransformer
 from diffusion.models.unet import UNet
 from diffusion.process import losses, schedules
 from diffusion.process.samplers import SAMPLERS, Sampler
 from diffusion.training import optim
+from diffusion.training.adversarial import Adversary
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.classifier import Classifier
 from diffusion.training.denoiser import Denoiser
@@ -153,7 +157,8 @@ def null_label(config: ConfigDict) -> int | None:
     return None if classes is None else classes - 1
 
 
-def optimizer(config: ConfigDict, networks: tuple[str, ...]) -> Optimizer:
+def optimizer(config: ConfigDict, networks: tuple[str, ...], clip_apart: bool = False) -> Optimizer:
+    """One transformation a network; `clip_apart` bounds each one's gradient by itself."""
     section = config.optim
     rate = optim.learning_rate(
         section.learning_rate, section.warmup_steps, section.decay_steps, section.decay
@@ -161,7 +166,10 @@ def optimizer(config: ConfigDict, networks: tuple[str, ...]) -> Optimizer:
     make = optim.make_transform(
         rate, section.name, section.b1, section.b2, section.eps, section.weight_decay
     )
-    return Optimizer({name: make for name in networks}, rate, section.clip_norm)
+    if clip_apart and section.clip_norm:
+        make = optax.chain(optax.clip_by_global_norm(section.clip_norm), make)
+    clip_norm = 0.0 if clip_apart else section.clip_norm
+    return Optimizer({name: make for name in networks}, rate, clip_norm)
 
 
 def ema(config: ConfigDict, networks: tuple[str, ...]) -> Ema:
@@ -257,19 +265,49 @@ def _check_output(config: ConfigDict, channels: int) -> None:
 
 
 def first_stage_task(config: ConfigDict) -> Autoencoder:
+    loss, dtype = config.loss, choose(DTYPES, config.model.dtype, "model.dtype")
+    network = autoencoder(config.model.autoencoder, dtype, config.parallel.remat != "none")
+    opponent = adversary(config, dtype)
+    networks = ("autoencoder",) if opponent is None else ("autoencoder", "discriminator")
+    quantised = config.model.autoencoder.name == "vq"
+    for key in ("kl_weight", "codebook_weight", "perceptual_weight"):
+        if key in loss and not 0 <= loss[key] < float("inf"):
+            raise ValueError(f"loss.{key}={loss[key]} must be finite and 0 or more")
+    if loss.reseed_every_steps < 0 or (loss.reseed_every_steps and not quantised):
+        raise ValueError(
+            f"loss.reseed_every_steps={loss.reseed_every_steps} must be 0 (never), or above 0 with "
+            "model.autoencoder.name='vq'"
+        )
     return Autoencoder(
-        network=autoencoder(
-            config.model.autoencoder,
-            choose(DTYPES, config.model.dtype, "model.dtype"),
-            config.parallel.remat != "none",
-        ),
+        network=network,
         sample_shape=image_shape(config),
-        optimizer=optimizer(config, ("autoencoder",)),
+        optimizer=optimizer(config, networks, clip_apart=opponent is not None),
         ema=ema(config, ("autoencoder",)),
-        reconstruction=config.loss.reconstruction,
-        kl_weight=config.loss.kl_weight,
+        reconstruction=loss.reconstruction,
+        reduction=loss.reduction,
+        regularizer_weight=loss.codebook_weight if quantised else loss.kl_weight,
+        perceptual=LPIPS(dtype=dtype) if loss.perceptual_weight else None,
+        perceptual_weight=loss.perceptual_weight,
+        adversary=opponent,
+        reseed_every_steps=loss.reseed_every_steps,
+        batch_size=config.train.batch_size,
         flip=config.data.flip,
         accumulate=config.train.accumulate,
+    )
+
+
+def adversary(config: ConfigDict, dtype: Any) -> Adversary | None:
+    """The discriminator and its loss; None where `loss.adversarial` is ""."""
+    loss = config.loss
+    if not loss.adversarial:
+        return None
+    section = config.model.discriminator
+    return Adversary(
+        _network(PatchDiscriminator, section, "model.discriminator", dtype=dtype),
+        loss.adversarial,
+        loss.adversarial_weight,
+        loss.adversarial_start_steps,
+        loss.adversarial_warmup_steps,
     )
 
 

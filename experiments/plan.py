@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from diffusion.interop import perceptual as lpips
 from diffusion.training import parallel
 from experiments import build, cli
 
@@ -134,6 +135,7 @@ def forward_flops(config: ConfigDict, task: Any, state: Any, frozen: dict[str, A
     if "text_encoder" in config.model:
         length = config.model.text_encoder.max_length
         batch["tokens"] = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    frozen = {"perceptual": lpips.shapes()} if getattr(task, "perceptual", None) else {}
     traced = jax.make_jaxpr(task.eval_step)(state, batch, frozen)
     return flops(traced.jaxpr)
 

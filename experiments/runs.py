@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from diffusion import weights
 from diffusion.data import latents, loader, sources, synthetic, transforms
 from diffusion.data.tokenizers import Tokenizer
+from diffusion.interop.perceptual import SOURCES, load_lpips
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
 from diffusion.training.state import TrainState
 from experiments import build
@@ -80,7 +81,10 @@ class Run:
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         count = totals.pop("count")
-        return {f"eval_{name}": value / count for name, value in totals.items()}
+        means = {name: value / count for name, value in totals.items()}
+        if hasattr(self.task, "summarise"):
+            means = self.task.summarise(means)
+        return {f"eval_{name}": value for name, value in means.items()}
 
 
 _EVAL_STEPS: dict[int, Callable] = {}
@@ -109,6 +113,7 @@ def build_run(config: ConfigDict) -> Run:
     if config.data.name == "latents":
         return _latent_run(config, placed)
     made = build.task(config)
+    frozen = perceptual_weights(config)
     source, steps = open_images(config, "train")
     keep = transforms.Keep(("image", "label"))
     _check_image(source, [*steps, keep], made.sample_shape)
@@ -124,11 +129,28 @@ def build_run(config: ConfigDict) -> Run:
         made,
         placed,
         made.init,
-        {},
+        frozen,
         lambda: batches(config, source, [*steps, keep]),
         eval_batches,
         lambda directory: None,
     )
+
+
+def perceptual_weights(config: ConfigDict) -> dict[str, Any]:
+    """The frozen networks of a first stage's loss: LPIPS, where it counts."""
+    if config.task != "autoencoder" or not config.loss.perceptual_weight:
+        return {}
+    section = config.perceptual
+    for key in ("vgg", "heads"):
+        if not section[key]:
+            raise ValueError(
+                f"perceptual.{key} is empty, but loss.perceptual_weight="
+                f"{config.loss.perceptual_weight}: fetch {SOURCES} and give --config.perceptual.vgg"
+                " and --config.perceptual.heads, or --config.loss.perceptual_weight=0 to go without"
+            )
+    params, hashes = load_lpips(**section)
+    print(f"LPIPS: vgg {hashes['vgg']}, heads {hashes['heads']}", flush=True)
+    return {"perceptual": params}
 
 
 def _latent_run(config: ConfigDict, placed: Parallel) -> Run:

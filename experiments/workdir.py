@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "wandb.",
     "watchdog.",
     "evaluation.",
+    "perceptual.",
     "sample.",
 )
 

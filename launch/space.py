@@ -93,7 +93,7 @@ def names(trials: Sequence[Trial]) -> list[str]:
         if len(name) > LONGEST_NAME:
             name = name[:LONGEST_NAME] + "-" + _digest(trial)
         if name in found and _digest(found[name]) == _digest(trial):
-            raise ValueError(f"sweep: two trials are the same, {name}: leave one out")
+            raise ValueError(f"sweep: two trials are the same, {trial}: leave one out")
         if name in found:  # values that differ in characters that a file's name cannot have
             name = f"{name}-{_digest(trial)}"
         found[name] = trial

@@ -207,7 +207,7 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(subject.seed), index)
 
         def network(x_t, t):
-            return model.task.unet.apply({"params": params["unet"]}, x_t, t)
+            return model.task.predict(params, x_t, t, {})
 
         denoise = gaussian.make_denoise(
             network,

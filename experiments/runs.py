@@ -30,6 +30,7 @@ from experiments import build
 def open_images(config: ConfigDict, split: str) -> tuple[sources.Source, list]:
     """A data set of images and the transforms that make batches of it."""
     data = config.data
+    fit = build.choose({"crop": data.image_size, "pad": None}, data.fit, "data.fit")
     if data.name == "signals":
         return synthetic.signals(data.examples, *data.image_size, config.seed, split), []
     if data.name in ("captioned_digits", "moving_digits"):
@@ -39,7 +40,6 @@ def open_images(config: ConfigDict, split: str) -> tuple[sources.Source, list]:
             return source, [synthetic.MoveDigits.of(source, frames, side, config.seed)]
         compose = transforms.ComposeDigits.of(source, config.seed, data.compose_held_out)
         return source, [compose]
-    fit = build.choose({"crop": data.image_size, "pad": None}, data.fit, "data.fit")
     source = sources.open_source(data.name, data.dir, split, fit)
     pad = [transforms.PadImage(data.image_size)] if data.fit == "pad" else []
     return source, [*pad, transforms.Channels(data.channels)]

@@ -35,7 +35,9 @@ def get_config(arg=None):
     config.optim.warmup_steps = 100
     config.optim.clip_norm = 1.0
     config.ema.decay = 0.995
-    config.sample.steps = 50
+    config.process.variance = "fixed_small"
+    config.sample.sampler = "ddpm"
+    config.sample.steps = 100
     config.sample.clip = True
     config.evaluation.preview = 4
     return common.smoke_ddpm(config) if smoke else config

@@ -14,9 +14,9 @@ out. Of what it finds
 
 The step time is a bound and no forecast: the longest of three times, nothing else taking any.
 
-    compute = FLOPs / (devices x peak),                        every FLOP at the bfloat16 peak     (1)
-    memory  = 2 x state bytes / memory bandwidth,              state read and written once         (2)
-    network = wire bytes / link bandwidth,                     a ring, at full speed               (3)
+    compute = FLOPs / (devices x peak),             every FLOP at the bfloat16 peak     (1)
+    memory  = 2 x state bytes / memory bandwidth,   state read and written once         (2)
+    network = wire bytes / link bandwidth,          a ring, at full speed               (3)
 
 with wire bytes 2 (n - 1)/n B for an all-reduce of B bytes over n devices and (n - 1)/n B for the
 others. The link is the one within a node or slice while the mesh fits there, else the network's.
@@ -37,7 +37,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion.training.parallel import AXES, BATCH, Parallel, make_mesh, unsharded
+from diffusion.training.parallel import (
+    AXES,
+    BATCH,
+    Parallel,
+    check_batch,
+    make_mesh,
+    unsharded,
+)
 from experiments import build, plan
 
 
@@ -143,14 +150,14 @@ def abstract_step(config: ConfigDict, placed: Parallel) -> tuple[Any, ...]:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
-    frozen = place(plan.frozen_shapes(config, task, state), whole)
+    frozen = place(plan.frozen_shapes(config, task, state) | plan.judges(task), whole)
     examples = plan.abstract_batch(config, task, config.train.batch_size)
     return task, state, place(examples, NamedSharding(placed.mesh, BATCH)), frozen
 
 
 def compile_plan(config: ConfigDict, data: int, fsdp: int) -> dict[str, Any]:
     """What `experiments.plan --mesh` prints, but the hardware; needs data x fsdp devices."""
-    placed = Parallel("jit", make_mesh(data, fsdp))
+    placed = Parallel("jit", make_mesh(data, fsdp, jax.devices()[: data * fsdp]))
     task, state, batch, frozen = abstract_step(config, placed)
     started = time.perf_counter()
     step = placed.jitted(task.train_step, jax.tree.map(lambda x: x.sharding, state))
@@ -213,10 +220,25 @@ def parse_mesh(text: str, devices: int) -> tuple[int, int]:
         raise ValueError(f"--mesh={text} must give {' and '.join(AXES)} sizes of 1 or more")
     if sizes["data"] * sizes["fsdp"] != devices:
         raise ValueError(
-            f"--mesh={text} makes {sizes['data'] * sizes['fsdp']} devices, not --devices={devices}: "
-            "their product must be that"
+            f"--mesh={text} makes {sizes['data'] * sizes['fsdp']} devices, but --devices={devices}:"
+            " their product must be that"
         )
     return sizes["data"], sizes["fsdp"]
+
+
+def planned(
+    config: ConfigDict, devices: int, mesh: str | None, hardware: str | None
+) -> dict[str, Any]:
+    """The plan of a mesh, with its bounds where hardware is named; in a process of its own."""
+    if not mesh:
+        raise ValueError(f"--hardware={hardware} needs --mesh=data=D,fsdp=F")
+    if hardware is not None and hardware not in HARDWARE:
+        raise ValueError(f"--hardware={hardware} is unknown: use one of {', '.join(HARDWARE)}")
+    data, fsdp = parse_mesh(mesh, devices)
+    check_batch(config.train.batch_size, config.train.accumulate, devices)
+    build.task(config)  # whatever the config is wrong in, before a process is started
+    found = in_a_process(config, data, fsdp)
+    return found | ({"roofline": roofline(found, hardware)} if hardware else {})
 
 
 def in_a_process(config: ConfigDict, data: int, fsdp: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ MODULE = """HloModule step
 ENTRY %main (p: f32[4,8]) -> f32[4,8] {
   %ar = (f32[4,8]{1,0}, f32[2]{0}) all-reduce(f32[4,8] %p, f32[2] %q), to_apply=%add
   %one = f32[] all-reduce-start(f32[] %r), to_apply=%add
-  %w = (s32[], f32[4,8]) while((s32[], f32[4,8]) %t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %w = (s32[]) while((s32[]) %t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %f = f32[4]{0} fusion(f32[4]{0} %z), kind=kLoop, calls=%fused
 }
 """

@@ -109,7 +109,10 @@ def slurm(tmp_path_factory):
             wait_until(idle, 60, lambda: (root / "daemons.log").read_text())
             yield root
         finally:
-            say("scancel", f"--user={getpass.getuser()}")
+            say("scancel", "--signal=KILL", "--full", f"--user={getpass.getuser()}")
+            deadline = time.time() + 60
+            while say("squeue", "-h") and time.time() < deadline:  # else its steps outlive it
+                time.sleep(0.5)
             for process in reversed(started):
                 process.terminate()
             for process in reversed(started):

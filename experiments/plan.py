@@ -1,11 +1,13 @@
 """What a run costs, without running it: no array is made, so it answers for any size in seconds.
 
     python -m experiments.plan --config=configs/X.py [--devices=N] [--json]
+        [--mesh=data=32,fsdp=8 [--hardware=h100|h200|v5p|v6e]]
 
 Parameters per network, FLOPs of one example forward and in a training step (three forwards),
 bytes of parameters, averages and optimiser state on each of N devices (parallel.fsdp shards them).
 FLOPs are counted from the traced program: 2 m n k for each matrix product, and the like for
-convolutions; loops count once for each pass. What is not a product is not counted.
+convolutions; loops count once for each pass. What is not a product is not counted. --mesh compiles
+the real train step for that many fake devices, which takes minutes (`experiments/plan_mesh.py`).
 """
 
 import json
@@ -116,26 +118,37 @@ def frozen_shapes(config: ConfigDict, task: Any, state: Any) -> dict[str, Any]:
     return {name: tree for name, tree in frozen.items() if name not in state.params}
 
 
-def forward_flops(config: ConfigDict, task: Any, state: Any, frozen: dict[str, Any]) -> int:
-    """Of all that one example goes through while training, by the traced program."""
+def abstract_batch(config: ConfigDict, task: Any, size: int) -> dict[str, Any]:
+    """Shapes of a batch of `size` examples."""
     batch = {
-        "position": jax.ShapeDtypeStruct((1,), jnp.int32),
-        "index": jax.ShapeDtypeStruct((1,), jnp.int32),
-        "valid": jax.ShapeDtypeStruct((1,), jnp.bool_),
-        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
+        "position": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "valid": jax.ShapeDtypeStruct((size,), jnp.bool_),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
-    shape = (1, *task.sample_shape)
+    shape = (size, *task.sample_shape)
     if config.data.name == "latents":
         batch |= {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k in ("mean", "logvar")}
     else:
-        image = (1, *build.image_shape(config))
+        image = (size, *build.image_shape(config))
         batch["image"] = jax.ShapeDtypeStruct(image, jnp.uint8)
     if "controlnet" in config.model:
-        batch["hint"] = jax.ShapeDtypeStruct((1, *build.image_shape(config)[:-1], 3), jnp.uint8)
+        hint = (size, *build.image_shape(config)[:-1], 3)
+        batch["hint"] = jax.ShapeDtypeStruct(hint, jnp.uint8)
     if "text_encoder" in config.model:
         length = config.model.text_encoder.max_length
-        batch["tokens"] = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    frozen = {"perceptual": lpips.shapes()} if getattr(task, "perceptual", None) else {}
+        batch["tokens"] = jax.ShapeDtypeStruct((size, length), jnp.int32)
+    return batch
+
+
+def judges(task: Any) -> dict[str, Any]:
+    """Shapes of what a first stage's loss looks through."""
+    return {"perceptual": lpips.shapes()} if getattr(task, "perceptual", None) else {}
+
+
+def forward_flops(config: ConfigDict, task: Any, state: Any, frozen: dict[str, Any]) -> int:
+    """Of all that one example goes through while training, by the traced program."""
+    batch, frozen = abstract_batch(config, task, 1), frozen | judges(task)
     traced = jax.make_jaxpr(task.eval_step)(state, batch, frozen)
     return flops(traced.jaxpr)
 
@@ -143,11 +156,20 @@ def forward_flops(config: ConfigDict, task: Any, state: Any, frozen: dict[str, A
 def define(add: cli.Flags) -> None:
     add.config()
     add.add("integer", "devices", 1, "How many devices to divide the state over.")
+    add.add("string", "mesh", None, "data=32,fsdp=8: compile the step for such a mesh.")
+    add.add("string", "hardware", None, "With --mesh: h100, h200, v5p or v6e.")
     add.add("bool", "json", False, "Print one JSON object.")
 
 
 def main(values: flags.FlagValues) -> None:
-    found = plan(cli.require(values, "config"), values.devices)
+    config = cli.require(values, "config")
+    if values.mesh or values.hardware:
+        from experiments import plan_mesh  # which stands on this module
+
+        found = plan_mesh.planned(config, values.devices, values.mesh, values.hardware)
+        print(json.dumps(found, indent=2) if values.json else plan_mesh.show(found))
+        return
+    found = plan(config, values.devices)
     if values.json:
         print(json.dumps(found, indent=2))
         return

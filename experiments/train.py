@@ -49,6 +49,11 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
         )
     key = jax.random.key(config.seed)
     abstract = parallel.abstract(run.init, key)
+    left = parallel.check_split(abstract)
+    if left and cluster.is_first():
+        print(
+            f"whole on each device (parallel.fsdp divides none of their sizes): {', '.join(left)}"
+        )
 
     # ---------------------------------------------------------------- claim, restore or init
     def claim() -> None:

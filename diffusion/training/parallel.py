@@ -183,7 +183,28 @@ class Parallel:
         tree = jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
         return self.spread(tree)
 
+    def check_split(self, abstract: Any) -> list[str]:
+        """Paths of the large leaves that `fsdp` could not split: they lie whole on each device.
+
+        Raises ValueError when it splits none at all.
+        """
+        fsdp = self.mesh.shape["fsdp"]
+        left = unsharded(self.mesh, abstract)
+        if fsdp > 1 and all(
+            s.is_fully_replicated for s in jax.tree.leaves(self.shardings(abstract))
+        ):
+            raise ValueError(
+                f"parallel.fsdp={fsdp} splits no parameter: none has {MIN_SHARDED_SIZE} elements "
+                f"and a dimension that {fsdp} divides; use parallel.fsdp=1 or another divisor"
+            )
+        return left
+
     # -- running -------------------------------------------------------------------------------
+
+    def jitted(self, train_step: Callable, shardings: Any) -> Any:
+        """A step under `jit`, its state donated and laid out as it came."""
+        scalar = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, scalar))
 
     def step(self, train_step: Callable) -> Callable:
         """`train_step(state, batch, frozen, axis_name=...) -> (state, metrics)`, compiled.
@@ -191,17 +212,13 @@ class Parallel:
         The state's buffers are donated: the one handed in is gone afterwards.
         """
         if self.mode == "jit":
-            state_in = None
+            jitted = None
 
             def run(state, batch, frozen):
-                nonlocal state_in
-                if state_in is None:
-                    shardings = jax.tree.map(lambda x: x.sharding, state)
-                    scalar = NamedSharding(self.mesh, PartitionSpec())
-                    state_in = jax.jit(
-                        train_step, donate_argnums=0, out_shardings=(shardings, scalar)
-                    )
-                return state_in(state, batch, frozen)
+                nonlocal jitted
+                if jitted is None:
+                    jitted = self.jitted(train_step, jax.tree.map(lambda x: x.sharding, state))
+                return jitted(state, batch, frozen)
 
             return run
         return jax.pmap(

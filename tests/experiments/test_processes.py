@@ -32,7 +32,7 @@ def spy(self):
     batch = read(self)
     with open(os.environ["SPY"], "a") as file:
         file.write(json.dumps(batch["index"].tolist()) + "\\n")
-    time.sleep(float(os.environ["PAUSE"]))
+    time.sleep(600 if self.step == int(os.environ["HANG"]) else float(os.environ["PAUSE"]))
     return batch
 loader.Loader.__next__ = spy
 from experiments import cli, train
@@ -61,14 +61,11 @@ def arguments(data, workdir, *more):
 
 def environment(**more):
     """One fake device a process, unless more are asked for."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
-    base = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PAUSE": "0", "SPY": os.devnull}
-    return {
-        **os.environ,
-        **base,
-        **cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    } | more
+    base = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PAUSE": "0", "HANG": "-1"}
+    base["SPY"] = os.devnull
+    base["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
+    base["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    return {**os.environ, **base, **more}
 
 
 def start(count, data, workdir, *more, spies=None, **env):
@@ -175,12 +172,11 @@ def test_a_signal_a_lost_process_and_another_number_of_processes(data, tmp_path,
     same(losses(workdir), losses(unbroken))
 
 
-def test_a_checkpoint_of_eight_devices_goes_on_elsewhere(data, tmp_path, unbroken):
-    """From 8 devices in one process to two processes; 4, 2 and 1: tests/training."""
+def test_a_checkpoint_of_one_process_goes_on_in_two(data, tmp_path, unbroken):
+    """From four devices of one process to two processes of one; from eight: tests/training."""
     workdir = tmp_path / "run"
-    first = ("--config.train.batch_size=900", "--config.parallel.fsdp=4", "--config.train.steps=4")
-    eight = {"JAX_NUM_CPU_DEVICES": "4"}
-    assert run(1, data, workdir, *first, **eight) == [0], logs(workdir)
+    first = ("--config.parallel.fsdp=4", "--config.train.steps=4")
+    assert run(1, data, workdir, *first, JAX_NUM_CPU_DEVICES="4") == [0], logs(workdir)
     shutil.rmtree(workdir / "checkpoints" / "3")
     assert run(2, data, workdir, "--config.parallel.fsdp=2") == [0, 0], logs(workdir)
     same(losses(workdir), losses(unbroken))
@@ -192,3 +188,13 @@ def test_a_refusal_ends_all_with_one_sentence_each(data, tmp_path):
     assert logs(workdir).count("error: train.batch_size=901") == 1
     assert logs(workdir).count("error: process 0 could not go on") == 1
     assert not workdir.exists()
+
+
+def test_a_data_fetch_that_hangs_ends_the_run_and_it_goes_on(data, tmp_path, unbroken):
+    workdir = tmp_path / "run"
+    limit = "--config.watchdog.step_secs=10"
+    assert run(1, data, workdir, limit, HANG="6") == [guards.HUNG], logs(workdir)
+    assert "error: step 6 or its data has taken more than 10 s" in logs(workdir)
+    assert "in spy" in logs(workdir)  # the stack of the thread that hung
+    assert run(1, data, workdir) == [0], logs(workdir)
+    same(losses(workdir), losses(unbroken))

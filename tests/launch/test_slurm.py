@@ -109,7 +109,10 @@ def slurm(tmp_path_factory):
             wait_until(idle, 60, lambda: (root / "daemons.log").read_text())
             yield root
         finally:
-            say("scancel", f"--user={getpass.getuser()}")
+            say("scancel", "--signal=KILL", "--full", f"--user={getpass.getuser()}")
+            deadline = time.time() + 60
+            while say("squeue", "-h") and time.time() < deadline:  # else its steps outlive it
+                time.sleep(0.5)
             for process in reversed(started):
                 process.terminate()
             for process in reversed(started):
@@ -162,16 +165,16 @@ def output(workdir):
 def test_a_requeued_job_resumes_and_equals_one_that_ran_through(slurm, data, tmp_path):
     unbroken, requeued = tmp_path / "unbroken", tmp_path / "requeued"
     number = submit(data, unbroken)
-    wait_until(lambda: job(number, "JobState") == "COMPLETED", 300, lambda: output(unbroken))
+    wait_until(lambda: job(number, "JobState") == "COMPLETED", 900, lambda: output(unbroken))
 
     number = submit(data, requeued)
-    wait_until(lambda: len(losses(requeued)) > 100, 300, lambda: output(requeued))
+    wait_until(lambda: len(losses(requeued)) > 100, 900, lambda: output(requeued))
     say("scontrol", "requeue", number)
-    wait_until(lambda: job(number, "JobState") == "PENDING", 90, lambda: output(requeued))
+    wait_until(lambda: job(number, "JobState") == "PENDING", 200, lambda: output(requeued))
     (stopped,) = [int(p.name) for p in (requeued / "checkpoints").iterdir()]
     assert 100 < stopped < 300
     say("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm would wait two minutes
-    wait_until(lambda: job(number, "JobState") == "COMPLETED", 300, lambda: output(requeued))
+    wait_until(lambda: job(number, "JobState") == "COMPLETED", 900, lambda: output(requeued))
 
     assert job(number, "Restarts") == "1"
     assert output(requeued).count("2 processes, 2 devices") == 2
@@ -205,10 +208,10 @@ def test_a_sweep_is_an_array_and_one_failure_stops_nobody(slurm, data, tmp_path,
     assert "nothing to submit" in capfd.readouterr().out
     expanded = sweep.expand(str(config), folder, [])
     done = lambda: not say("squeue", "-h")  # noqa: E731
-    wait_until(done, 300, lambda: trials.table(expanded))
+    wait_until(done, 900, lambda: trials.table(expanded))
     words = [expanded.word(trial) for trial in expanded.trials]
     assert words == ["finished"] * 3 + ["failed, status 2"], words
     assert "lion" in (folder / "logs" / "name=lion.log").read_text()
     assert sweep.main(argv) == 0
     assert "1 trials" in capfd.readouterr().out  # only what is unfinished
-    wait_until(done, 120, lambda: trials.table(expanded))
+    wait_until(done, 600, lambda: trials.table(expanded))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.checkpoint import Checkpoints
 from diffusion.models.unet import UNet
 from diffusion.process import losses, schedules
 from diffusion.training import optim
@@ -129,11 +130,53 @@ def test_state_is_donated_and_its_shardings_do_not_drift():
     state = parallel.init(task.init, jax.random.key(0))
     before = jax.tree.map(lambda x: x.sharding, state)
     step = parallel.step(task.train_step)
-    (batch, *_) = batches()
-    after, _ = step(state, parallel.batch(batch), {})
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
-    same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), after, before)
-    assert all(jax.tree.leaves(same))
+    for batch in batches():
+        after, _ = step(state, parallel.batch(batch), {})
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+        same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), after, before)
+        assert all(jax.tree.leaves(same))
+        state = after
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """A checkpoint of step 2 on eight devices, and the state and loss of the third step there."""
+    folder = tmp_path_factory.mktemp("eight")
+    parallel, task = Parallel("jit", make_mesh(1, 8)), make_task(optimizer="adam")
+    state = parallel.init(task.init, jax.random.key(0))
+    step = parallel.step(task.train_step)
+    for done, batch in enumerate(batches()):
+        if done == 2:
+            with Checkpoints(folder) as checkpoints:
+                checkpoints.save(done, state, {}, {})
+        state, metrics = step(state, parallel.batch(batch), {})
+    return folder, jax.device_get(state), float(metrics["loss"])
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 2), (1, 2), (1, 1)])
+def test_a_checkpoint_of_eight_devices_goes_on_on_fewer(data, fsdp, eight):
+    folder, wanted, loss = eight
+    task = make_task(optimizer="adam")
+    parallel = Parallel("jit", make_mesh(data, fsdp, jax.devices()[: data * fsdp]))
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore(parallel.abstract(task.init, jax.random.key(0)))
+    assert restored is not None and restored.step == 2
+    *_, batch = batches()
+    step = parallel.step(task.train_step)
+    state, metrics = step(restored.state, parallel.batch(batch), {})
+    np.testing.assert_allclose(float(metrics["loss"]), loss, rtol=1e-6)
+    for part in ("params", "ema", "opt_state"):
+        assert distance(*(getattr(jax.device_get(s), part) for s in (state, wanted))) < 1e-6
+
+
+def test_what_fsdp_cannot_split_is_listed_and_none_at_all_is_refused():
+    shape = jax.ShapeDtypeStruct
+    fits = {"a": shape((64, 64), jnp.float32), "b": shape((4097, 3), jnp.float32)}
+    parallel = Parallel("jit", make_mesh(1, 8))
+    assert parallel.check_split(fits) == ["['b']"]
+    assert Parallel("jit", make_mesh(8, 1)).check_split(fits) == []
+    with pytest.raises(ValueError, match=r"parallel\.fsdp=8 splits no parameter.*fsdp=1"):
+        parallel.check_split({"b": fits["b"]})
 
 
 def test_fsdp_holds_an_eighth_of_what_is_large():

@@ -1,0 +1,82 @@
+"""Sampling, evaluation and latent encoding by two processes give what one gives."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import evaluate, sample
+from experiments.cli import run as run_here
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def two():
+    """Runs a command by two processes."""
+
+    def run(command, *argv):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
+        base = [sys.executable, "-m", f"experiments.{command}", *argv]
+        base += [f"--coordinator={address}", "--num_processes=2"]
+        processes = [
+            subprocess.Popen(
+                [*base, f"--process_id={i}"],
+                env=environment,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        said = [process.communicate(timeout=900)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+        return said
+
+    return run
+
+
+def test_samples(job, tmp_path, two):
+    argv = [f"--workdir={job}/ldm", "--num=5", "--prompt=a red seven", "--batch_size=4"]
+    first, second = two("sample", *argv, f"--out={tmp_path}/two")
+    assert "5 images" in first and "images" not in second  # one of them speaks
+    assert run_here(sample.define, sample.main, [*argv, f"--out={tmp_path}/one"]) == 0
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    for name in names:
+        a, b = (np.asarray(Image.open(tmp_path / w / name), np.int16) for w in ("one", "two"))
+        assert np.abs(a - b).max() <= 1 and a.std() > 0  # rounding to 8 bits
+
+
+def test_latents(job, tmp_path, two):
+    out = tmp_path / "latents"
+    config = ["--config=configs/digits_ldm.py:smoke", f"--config.data.dir={out}"]
+    config += [f"--config.latents.data_dir={job}/data"]
+    config += [f"--config.latents.first_stage={job}/autoencoder"]
+    two("encode_latents", *config)
+    made, wanted = (
+        json.loads((folder / "provenance.json").read_text()) for folder in (out, job / "latents")
+    )
+    assert made["files"].keys() == wanted["files"].keys() and made["count"] == wanted["count"]
+    for key in ("mean", "std"):
+        np.testing.assert_allclose(
+            made["statistics"][key], wanted["statistics"][key], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_evaluation(job, tmp_path, two):
+    argv = [f"--workdir={job}/ldm", "--metrics=psnr"]
+    two("evaluate", *argv, f"--out={tmp_path}/two.json")
+    assert run_here(evaluate.define, evaluate.main, [*argv, f"--out={tmp_path}/one.json"]) == 0
+    one, both = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
+    np.testing.assert_allclose(one["autoencoder"]["psnr"], both["autoencoder"]["psnr"], rtol=1e-5)

@@ -22,14 +22,14 @@ def get_config(arg=None):
     config.model.dtype = "float32"
     config.model.unet = {
         "out_channels": 1,
-        "channels": 24,
+        "channels": 16,
         "multipliers": (1, 2, 2),
         "blocks": 1,
         "attention": (False, False, True),
         "groups": 8,
     }
     config.process.schedule = {"name": "cosine", "num_steps": 1000}
-    config.train.steps = 800
+    config.train.steps = 600
     config.train.batch_size = 16
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 100

@@ -31,6 +31,7 @@ def encode(config: ConfigDict) -> dict:
         raise ValueError("the config has no `latents` section: use one of a latent diffusion model")
     out = pathlib.Path(config.data.dir)
     section = config.latents
+    scaling = latents.Scaling(section.scaling, section.scale, section.scaling_examples)
     params, checkpoint_hash = first_stage(config)
     network = build.autoencoder(config.model.autoencoder)
     source, steps = runs.open_images(_image_config(config), "train")
@@ -91,7 +92,6 @@ def encode(config: ConfigDict) -> dict:
                 rows[name].append(np.asarray(column)[valid])
         latents.write_shard(plan, shard, {k: np.concatenate(v) for k, v in rows.items()})
         print(f"latents {shard.stop}/{count}", flush=True)
-    scaling = latents.Scaling(section.scaling, section.scale, section.scaling_examples)
     cluster.together(lambda: None)  # every shard is there
     cluster.together(lambda: cluster.is_first() and latents.finish(plan, scaling))
     return latents.finish(plan, scaling)

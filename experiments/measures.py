@@ -9,6 +9,8 @@ bits_per_dim       the variational bound on the evaluation split, as DDPM comput
 motion             median straightness and speed of what moves in sampled videos, beside those of
                    the data and of the data with its frames shuffled (diffusion/metrics/motion.py)
 spectrum           relative error of the mean power spectrum of sampled series
+reconstruction     all that `experiments/first_stage.py` says of a first stage; with --classifier
+                   the Frechet distance of reconstructions and images as well
 psnr               of the first stage's reconstructions of test images, from the posterior's mean
 """
 
@@ -30,7 +32,7 @@ from diffusion.metrics import adherence as adherence_metric
 from diffusion.metrics import frechet, reconstruction
 from diffusion.metrics import motion as motion_metric
 from diffusion.process import gaussian, guidance, likelihood
-from experiments import build, generate, runs, workdir
+from experiments import build, first_stage, generate, runs, workdir
 
 UNSEEN_EPOCH = 10**6  # compositions that no training run reads
 
@@ -311,11 +313,21 @@ def psnr(subject: Subject) -> dict[str, Any]:
     return {"autoencoder": {"psnr": mean, "count": len(source)}}
 
 
+def reconstruction_quality(subject: Subject) -> dict[str, Any]:
+    stage = first_stage.load(subject.directory)
+    judge = subject.judge if subject.classifier is not None else None
+    features = None if judge is None else lambda images: judge(images)[1]
+    batches = first_stage.test_images(stage, subject.num)
+    found = first_stage.measure(stage, batches, features)
+    return {"reconstruction": found, "first_stage": stage.hash, "first_stage_step": stage.step}
+
+
 METRICS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "adherence": adherence,
     "frechet_distance": frechet_distance,
     "bits_per_dim": bits_per_dim,
     "motion": motion,
     "spectrum": spectrum,
+    "reconstruction": reconstruction_quality,
     "psnr": psnr,
 }

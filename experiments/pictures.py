@@ -89,6 +89,33 @@ def curves(path: pathlib.Path, runs: Mapping[str, pathlib.Path], key: str = "los
     plt.close(figure)
 
 
+def panels(
+    path: pathlib.Path,
+    rows: Sequence[Mapping[str, float]],
+    shown: Mapping[str, Sequence[str]],
+    mark: int | None = None,
+) -> None:
+    """Keys of `rows` against their "step", one panel a title; `mark`: a step to draw a line at."""
+    plt = _pyplot()
+    columns = 3
+    figure, axes = plt.subplots(
+        -(-len(shown) // columns), columns, figsize=(4.2 * columns, 2.7 * -(-len(shown) // columns))
+    )
+    for axis, (title, keys) in zip(axes.flat, shown.items()):
+        for key in keys:
+            have = [row for row in rows if row.get(key) is not None]
+            axis.plot([r["step"] for r in have], [r[key] for r in have], linewidth=1, label=key)
+        if mark is not None:
+            axis.axvline(mark, color="grey", linewidth=1, linestyle=":")
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if len(keys) > 1:
+            axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def _pyplot():
     import matplotlib
 

@@ -28,6 +28,10 @@ make_environment() {
   if [ "$(cat "$stamp" 2>/dev/null)" != "$(cat requirements*.txt | cksum)" ]; then
     echo "installing $requirements (about two minutes)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    if [ "$requirements" = requirements-test.txt ]; then
+      .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+        --upgrade --target .venv/alone -r requirements-alone.txt
+    fi
     cat requirements*.txt | cksum >"$stamp"
   fi
 }

@@ -280,23 +280,25 @@ class Autoencoder:
         return found
 
     def _beside(self, old: TrainState, new: TrainState, found: dict[str, Any]) -> TrainState:
-        """`new` with what a step changes besides parameters; nothing where it was skipped."""
+        """`new` with what a step changes besides gradients' work; nothing where it was skipped."""
+        skipped = new.extra["skipped_in_a_row"] > 0
         extra, params = dict(new.extra), dict(new.params)
+
+        def unless_skipped(value, was):
+            return jax.tree.map(lambda n, o: jnp.where(skipped, o, n), value, was)
+
         if STATISTICS in found:
-            extra[STATISTICS] = found[STATISTICS]
+            extra[STATISTICS] = unless_skipped(found[STATISTICS], old.extra[STATISTICS])
         if self.reseed_every_steps:
             counts = old.extra[codebook.COUNTS] + found[codebook.COUNTS]
             due = new.step % self.reseed_every_steps == 0
             book = params["autoencoder"]["codebook"]["embedding"]
             fresh = codebook.reseed(book, counts, found["candidates"])
-            book = jnp.where(due, fresh, book)
-            params["autoencoder"] = params["autoencoder"] | {"codebook": {"embedding": book}}
-            extra[codebook.COUNTS] = jnp.where(due, 0.0, counts)
-        changed = (params, {k: extra[k] for k in extra if k in old.extra and "skipped" not in k})
-        kept = (new.params, {k: old.extra[k] for k in changed[1]})
-        skipped = new.extra["skipped_in_a_row"] > 0
-        params, beside = jax.tree.map(lambda n, o: jnp.where(skipped, o, n), changed, kept)
-        return new.replace(params=params, extra=extra | beside)
+            fresh = unless_skipped(jnp.where(due, fresh, book), book)
+            params["autoencoder"] = params["autoencoder"] | {"codebook": {"embedding": fresh}}
+            counts = jnp.where(due, 0.0, counts)
+            extra[codebook.COUNTS] = unless_skipped(counts, old.extra[codebook.COUNTS])
+        return new.replace(params=params, extra=extra)
 
 
 def _latent_moments(z: Float[Array, "batch *space channels"]) -> dict[str, Float[Array, " batch"]]:

@@ -1,7 +1,9 @@
 """LPIPS against the `lpips` package, every weight random; its files read, and refused."""
 
 import hashlib
-import warnings
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,51 +15,22 @@ from safetensors.torch import save_file
 from diffusion.interop.perceptual import load_lpips
 from diffusion.models.perceptual import LPIPS
 
-# torchvision's compiled operators do not load beside a CPU torch; it wants their names alone.
-OPERATORS = (
-    *("nms", "qnms", "roi_align", "_roi_align_backward", "ps_roi_align", "_ps_roi_align_backward"),
-    *("roi_pool", "_roi_pool_backward", "ps_roi_pool", "_ps_roi_pool_backward", "qroi_align"),
-    *("deform_conv2d", "_deform_conv2d_backward"),
-)
+PACKAGES = pathlib.Path(sys.prefix) / "alone"  # launch/environment.sh: requirements-alone.txt
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    """The package's LPIPS on VGG-16, its 14.7 million weights redrawn."""
-    library = torch.library.Library("torchvision", "DEF")
-    for name in OPERATORS:
-        library.define(f"{name}(Tensor x) -> Tensor")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's, of its own arguments and extension
-        import lpips
-
-        model = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan_in = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 10
-            drawn = torch.randn(parameter.shape, generator=generator)
-            # The heads' weights are none of them negative.
-            lifted = drawn.abs() if parameter.shape[0] == 1 else drawn
-            parameter.copy_(lifted * (2 / fan_in) ** 0.5)
-    yield model
-    del library
+def reference(tmp_path_factory):
+    """A folder with weights as torchvision and lpips publish them, and distances by them."""
+    assert PACKAGES.is_dir(), f"{PACKAGES} is missing: ./launch/test.sh makes it"
+    root = tmp_path_factory.mktemp("lpips")
+    script = pathlib.Path(__file__).with_name("lpips_reference.py")
+    subprocess.run([sys.executable, script, PACKAGES, root], check=True)
+    return root
 
 
 @pytest.fixture(scope="module")
-def files(theirs, tmp_path_factory):
-    """(vgg, heads) as torchvision and lpips publish them: with a classifier beside the features."""
-    root, tensors = tmp_path_factory.mktemp("lpips"), theirs.state_dict()
-    places = [n for n in tensors if n.startswith("net.slice") and n.endswith(".weight")]
-    vgg = {"classifier.0.weight": torch.zeros(3, 2), "classifier.0.bias": torch.zeros(3)}
-    for name in places:  # net.slice3.14.weight is torchvision's features.14.weight
-        number = name.split(".")[2]
-        for leaf in ("weight", "bias"):
-            vgg[f"features.{number}.{leaf}"] = tensors[name.replace("weight", leaf)]
-    heads = {f"lin{i}.model.1.weight": tensors[f"lin{i}.model.1.weight"] for i in range(5)}
-    torch.save(vgg, root / "vgg16.pth", _use_new_zipfile_serialization=False)
-    torch.save(heads, root / "heads.pth")
-    return root / "vgg16.pth", root / "heads.pth"
+def files(reference):
+    return reference / "vgg16.pth", reference / "heads.pth"
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +48,11 @@ distance = jax.jit(lambda params, x, y: LPIPS().apply({"params": params}, x, y))
 
 
 @pytest.mark.parametrize("channels", [3, 1])
-def test_matches_the_lpips_package(theirs, params, channels):
-    x, y = images(channels)
-    first, second = (
-        torch.from_numpy(np.moveaxis(np.broadcast_to(a, (*a.shape[:3], 3)), -1, 1).copy())
-        for a in (x, y)
-    )
-    with torch.no_grad():
-        wanted = theirs(first, second).numpy().ravel()
+def test_matches_the_lpips_package(reference, params, channels):
+    known = np.load(reference / "reference.npz")
+    x, y, wanted = (known[f"{name}{channels}"] for name in "xyd")
     with jax.default_matmul_precision("highest"):
-        found = distance(params, x, y)
+        found = distance(params, jnp.asarray(x), jnp.asarray(y))
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-5
     assert wanted[0] != pytest.approx(wanted[1], rel=1e-3)
 

@@ -95,6 +95,9 @@ def denoiser() -> ConfigDict:
     config.conditioning.mask_padding = False  # hide padding tokens from cross-attention
     config.conditioning.train_text_encoder = True  # False: frozen, as `init_from` holds it
     config.conditioning.control = ""  # what a ControlNet reads: "edges" of the image; "": nothing
+    # What joins x_t's channels: "inpaint" (mask and masked image), "low_resolution"; "": nothing
+    config.conditioning.concat = ""
+    config.init_networks = ()  # which of its networks to take; (): all that it has
     config.init_from = ""  # workdir whose networks the run starts from or keeps frozen; "": none
     config.sample = ConfigDict()
     config.sample.sampler = "ddim"
@@ -464,3 +467,65 @@ def digits_first_stage() -> ConfigDict:
             "groups": 24,
         }
     )
+
+
+def digits_networks(config: ConfigDict) -> ConfigDict:
+    """The default job's text encoder and U-Net, and how they are trained."""
+    config.model.dtype = "float32"
+    config.model.autoencoder = digits_first_stage()
+    config.model.unet = {
+        "out_channels": 4,
+        "channels": 32,
+        "multipliers": (1, 3),
+        "blocks": 1,
+        "attention": (False, False),  # in the middle alone: 4x4 places
+        "heads": None,
+        "head_dim": 32,
+        "transformer_depth": 1,
+        "pool_context": True,
+        "groups": 16,
+        "epsilon": 1e-5,
+        "scale_shift": True,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0.0,
+        "downsample_padding": 1,
+    }
+    config.model.text_encoder = {
+        "vocab_size": 64,
+        "max_length": 16,
+        "width": 96,
+        "layers": 1,
+        "heads": 3,
+        "activation": "gelu",
+        "causal": False,
+    }
+    config.conditioning.drop = 0.1
+    config.conditioning.mask_padding = True
+    config.process.schedule = {"name": "scaled_linear", "num_steps": 1000}
+    config.process.objective.weighting = "min_snr"
+    config.process.objective.gamma = 0.5
+    return config
+
+
+def digits_adapter() -> ConfigDict:
+    """What is trained on top of the default job's run, which stays frozen at `init_from`."""
+    config = digits_networks(digits_data(denoiser()))
+    config.init_from = "runs/quickstart/ldm"
+    config.conditioning.train_text_encoder = False
+    config.online = {
+        "scale": 1.0,
+        "tokenizer": "word",
+    }  # as `latent_diffusion`'s; the run's own count
+    config.train.batch_size = 16
+    config.train.log_every_steps = 50
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 50
+    config.optim.decay = "cosine"
+    config.optim.b2 = 0.99
+    config.optim.clip_norm = 1.0
+    config.sample.sampler = "dpmpp_2m"
+    config.sample.steps = 25
+    config.sample.guidance_scale = 5.0
+    config.sample.batch_size = 250
+    return config

@@ -28,39 +28,7 @@ def get_config(arg=None):
         "shard_size": 4500,
         "batch_size": 250,
     }
-    config.model.dtype = "float32"
-    config.model.autoencoder = common.digits_first_stage()
-    config.model.unet = {
-        "out_channels": 4,
-        "channels": 32,
-        "multipliers": (1, 3),
-        "blocks": 1,
-        "attention": (False, False),  # in the middle alone: 4x4 places
-        "heads": None,
-        "head_dim": 32,
-        "transformer_depth": 1,
-        "pool_context": True,
-        "groups": 16,
-        "epsilon": 1e-5,
-        "scale_shift": True,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0.0,
-        "downsample_padding": 1,
-    }
-    config.model.text_encoder = {
-        "vocab_size": 64,
-        "max_length": 16,
-        "width": 96,
-        "layers": 1,
-        "heads": 3,
-        "activation": "gelu",
-        "causal": False,
-    }
-    config.conditioning.drop = 0.1
-    config.conditioning.mask_padding = True
-    config.process.schedule = {"name": "scaled_linear", "num_steps": 1000}
-    config.process.objective.weighting = "min_snr"
-    config.process.objective.gamma = 0.5
+    common.digits_networks(config)
     config.train.steps = 12000
     config.train.batch_size = 16
     config.train.log_every_steps = 250

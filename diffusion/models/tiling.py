@@ -52,7 +52,7 @@ def tiled_decode(
     z: Float[Array, "batch height width channels"],
     tile_size: int,
     overlap: float = 0.25,
-) -> Float[Array, "batch out_height out_width channels"]:
+) -> Float[Array, "batch out_height out_width image_channels"]:
     """`decode` of `z` in tiles of `tile_size` pixels of the image. Errors as `tiled_encode`."""
     f = module.downsampling
     _check(module, tile_size, tuple(side * f for side in z.shape[1:3]), overlap)

@@ -43,6 +43,7 @@ class Denoiser:
     class_embedder: makes a context of the label (LDM on ImageNet); without it the U-Net is given
     the label itself. lora: low-rank updates of the U-Net. controlnets: each reads one of the
     condition's hints; the first is "controlnet" among the parameters, the next "controlnet_1".
+    concat_channels: how many of the condition's join x_t's.
     """
 
     unet: Any
@@ -58,6 +59,7 @@ class Denoiser:
     class_embedder: Any = None
     lora: Lora | None = None
     controlnets: tuple[Any, ...] = ()
+    concat_channels: int = 0
     drop_condition: float = 0.0
     autoencoder: Any = None
     flip: bool = False
@@ -94,7 +96,8 @@ class Denoiser:
         """Fresh parameters of every network of the task, trained or not."""
         unet_key, text_key = jax.random.split(key)
         params: Params = {}
-        x, t = jnp.zeros((1, *self.sample_shape)), jnp.zeros((1,))
+        *space, channels = self.sample_shape
+        x, t = jnp.zeros((1, *space, channels + self.concat_channels)), jnp.zeros((1,))
         condition: dict[str, Any] = {}
         if self.text_encoder is not None:
             tokens = jnp.zeros((1, len(self.null_tokens)), jnp.int32)
@@ -185,7 +188,7 @@ class Denoiser:
 
     def merged(self, params: Params) -> Params:
         """The parameters with the low-rank updates in the U-Net's."""
-        if self.lora is None:
+        if self.lora is None or "lora" not in params:
             return params
         return {**params, "unet": self.lora.merge(params["unet"], params["lora"])}
 
@@ -195,17 +198,18 @@ class Denoiser:
         """The U-Net's output, given `merged` parameters.
 
         Of `condition`, "concat" joins x_t's channels (super-resolution, inpainting), "hints" (one a
-        ControlNet, in [0, 1]) and "hint_scales" steer, and the rest is the U-Net's own.
+        ControlNet, in [0, 1]) and "hint_scales" (batch,) steer, and the rest is the U-Net's own.
         """
         given = dict(condition)
         concat, hints = given.pop("concat", None), given.pop("hints", ())
-        scales = given.pop("hint_scales", (1.0,) * len(hints))
+        ones = jnp.ones(x_t.shape[:1], x_t.dtype)
+        scales = given.pop("hint_scales", (ones,) * len(hints))
         x = x_t if concat is None else jnp.concatenate([x_t, concat.astype(x_t.dtype)], axis=-1)
         total: Any = None
         for i, (network, hint, scale) in enumerate(zip(self.controlnets, hints, scales)):
             variables = {"params": params[_control_name(i)]}
             found = network.apply(variables, x, t, hint, keys=keys, **given)
-            found = [scale * r for r in found]
+            found = [scale.reshape(-1, *[1] * (r.ndim - 1)) * r for r in found]
             total = found if total is None else [a + b for a, b in zip(total, found)]
         return self.unet.apply(
             {"params": params["unet"]}, x, t, residuals=total, keys=keys, **given

@@ -114,10 +114,19 @@ class Parallel:
 
     # -- placing -------------------------------------------------------------------------------
 
-    def init(self, init_fn: Callable[[jax.Array], Any], key: jax.Array) -> Any:
-        """The state of `init_fn(key)`, born where it will live."""
+    def init(self, init_fn: Callable[[jax.Array], Any], key: jax.Array, start: Any = None) -> Any:
+        """The state of `init_fn(key)`, born where it will live.
+
+        `start`: parameters by network that replace the fresh ones (and their averages), each tree
+        whole or in part.
+        """
         shardings = self.shardings(jax.eval_shape(init_fn, key))
-        return self.spread(jax.jit(init_fn, out_shardings=shardings)(key))
+        state = jax.jit(init_fn, out_shardings=shardings)(key)
+        if start:
+            params = _replaced(state.params, start)
+            ema = _replaced(state.ema, {k: v for k, v in start.items() if k in state.ema})
+            state = state.replace(params=params, ema=ema)
+        return self.spread(state)
 
     def shardings(self, abstract: Any) -> Any:
         """Shardings of a state as checkpoints hold it (without pmap's leading axis)."""
@@ -231,3 +240,12 @@ class Parallel:
     def scalars(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Metrics on the host; waits for the step that made them."""
         return {k: float(v) for k, v in self.gather(metrics).items()}
+
+
+def _replaced(tree: Any, start: Any) -> Any:
+    """`tree` with the leaves of `start` in the places of its own. ValueError for another shape."""
+    if not isinstance(tree, dict):
+        if tree.shape != start.shape:
+            raise ValueError(f"init_from: a parameter has shape {start.shape}, not {tree.shape}")
+        return jax.device_put(jnp.array(start, tree.dtype), tree.sharding)
+    return {name: _replaced(v, start[name]) if name in start else v for name, v in tree.items()}

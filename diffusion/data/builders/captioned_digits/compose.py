@@ -35,6 +35,8 @@ COLOURS = {
     "magenta": (205, 45, 200),
     "cyan": (10, 185, 205),
 }
+# Outside the palette, for teaching a trained model something new.
+NEW_COLOURS = {"yellow": (250, 225, 20)}
 BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255)}
 SIZES = {"small": 14, "large": 20}  # longer side of the digit's bounding box, pixels
 # (row, column) of the box: 0 is the top or left edge, 1 the middle, 2 the bottom or right edge.
@@ -219,13 +221,30 @@ def _fit(crop: Image.Image, box: int) -> np.ndarray:
 
 def render(glyphs: Glyphs, rows: np.ndarray, attributes: Mapping[str, np.ndarray]) -> np.ndarray:
     """Pictures of the digits `rows` with `attributes` (eq. 1): uint8 (batch, 32, 32, 3)."""
+    covered = coverage(glyphs, rows, attributes)
+    return blend(covered, attributes["colour"], attributes["background"])
+
+
+def recolour(
+    glyphs: Glyphs, rows: np.ndarray, attributes: Mapping[str, np.ndarray], colour: str
+) -> np.ndarray:
+    """As `render`, in a colour of NEW_COLOURS. ValueError for another."""
+    if colour not in NEW_COLOURS:
+        raise ValueError(f"data.colour={colour!r} is unknown: use one of {', '.join(NEW_COLOURS)}")
+    alpha = coverage(glyphs, rows, attributes)[..., None] / 255
+    back = np.array(list(BACKGROUNDS.values()))[attributes["background"]][:, None, None]
+    return np.rint(alpha * NEW_COLOURS[colour] + (1 - alpha) * back).astype(np.uint8)
+
+
+def coverage(glyphs: Glyphs, rows: np.ndarray, attributes: Mapping[str, np.ndarray]) -> np.ndarray:
+    """a of eq. 1: uint8 (batch, 32, 32)."""
     coverage = np.zeros((len(rows), CANVAS, CANVAS), np.uint8)
     for s, box in enumerate(SIZES.values()):
         for p in range(len(PLACES)):
             (chosen,) = np.nonzero((attributes["size"] == s) & (attributes["place"] == p))
             top, left = _OFFSET[s, p]
             coverage[chosen, top : top + box, left : left + box] = glyphs.coverage[s][rows[chosen]]
-    return blend(coverage, attributes["colour"], attributes["background"])
+    return coverage
 
 
 def blend(coverage: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.ndarray:

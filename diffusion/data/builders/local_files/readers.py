@@ -218,6 +218,23 @@ def read_folder(source_dir: pathlib.Path, max_bad_images: int = 0) -> Files:
     Args:
       max_bad_images: files that are no image to skip, each named in the log, before it is an error.
     """
+    listed = list_folder(source_dir)
+    classes = sorted({row["label"] for rows in listed.values() for row in rows if "label" in row})
+    bad: list[pathlib.Path] = []
+    splits = {
+        split: lambda rows=rows: _folder_examples(rows, classes, bad, max_bad_images)
+        for split, rows in listed.items()
+    }
+    keys = sorted(set(next(iter(listed.values()))[0]) - {"path"})
+    return Files(splits, ("image", *keys), (None, None, 3), len(classes))
+
+
+def list_folder(source_dir: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+    """By split, what there is to read: "path", and "caption" or "label" where there are any.
+
+    Raises:
+      ValueError: no images, a broken line of metadata, captions for some images only; names it.
+    """
     folders = {SPLITS[p.name]: p for p in source_dir.iterdir() if p.is_dir() and p.name in SPLITS}
     listed = {name: _list(path) for name, path in (folders or {"train": source_dir}).items()}
     keys = {tuple(sorted(set(row) - {"path"})) for rows in listed.values() for row in rows}
@@ -226,13 +243,7 @@ def read_folder(source_dir: pathlib.Path, max_bad_images: int = 0) -> Files:
             f"{source_dir}: some images have captions or labels and some have none: "
             "give all or none"
         )
-    classes = sorted({row["label"] for rows in listed.values() for row in rows if "label" in row})
-    bad: list[pathlib.Path] = []
-    splits = {
-        split: lambda rows=rows: _folder_examples(rows, classes, bad, max_bad_images)
-        for split, rows in listed.items()
-    }
-    return Files(splits, ("image", *keys.pop()), (None, None, 3), len(classes))
+    return listed
 
 
 def _list(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ A task has `init(key, ...)`, `train_step(state, batch, frozen, axis_name)` and
 `eval_step(state, batch, frozen)`; nothing here knows which one it runs.
 """
 
+import collections
 import dataclasses
 import pathlib
 import sys
@@ -24,6 +25,10 @@ from diffusion.checkpoint import Checkpoints
 from diffusion.writers import make_writer
 from experiments import cli, cluster, preview, runs, workdir
 from experiments.guards import INTERRUPTED, StopOnSignal, Watchdog
+
+# Steps handed to the device before the host waits: enough to keep it busy, and so few that a signal
+# is answered, or a hang seen, within a few steps.
+RUN_AHEAD_STEPS = 2
 
 
 def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float] | None:
@@ -98,6 +103,7 @@ def _loop(
     train_step = parallel.step(run.task.train_step)
     log = _Log(writer, config, parallel, start)
     peers = cluster.Peers(config.parallel.agree_every_steps)
+    in_flight: collections.deque[jax.Array] = collections.deque()
 
     # ---------------------------------------------------------------- the loop
     try:
@@ -107,6 +113,9 @@ def _loop(
             batch = parallel.batch(next(batches))
             log.waited_secs += time.perf_counter() - waited
             state, metrics = train_step(state, batch, frozen)
+            in_flight.append(metrics["loss"])
+            if len(in_flight) > RUN_AHEAD_STEPS:
+                jax.block_until_ready(in_flight.popleft())
             done, last = step + 1, step + 1 == config.train.steps
             log.step(done, metrics, last)
             watchdog.doing(f"step {done + 1} or its data")

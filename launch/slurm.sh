@@ -7,7 +7,8 @@
 #
 # --signal_secs before the time limit every process is told to save, and ends with status 75. With
 # --requeue the job then goes back into the queue, as it does when Slurm takes its nodes away, when
-# a step hung (76) or a process was lost (77, 134): the same command goes on from the checkpoint.
+# a step hung (76), a process was lost (77, 134) or the signal came before it was heard (138, 143):
+# the same command goes on from the checkpoint.
 # An array: --array=FILE --indices=0,2,3 [--max_parallel=N] runs line i + 1 of FILE, words quoted for
 # a shell, as task i of one job (launch/sweep.py writes such files).
 # The folder of the repository and the workdir must be seen by all nodes. --dry_run prints the job.
@@ -100,7 +101,7 @@ JOB
   if [ -n "$requeue" ]; then
     cat <<'JOB'
 case $status in
-  75 | 76 | 77 | 134)
+  75 | 76 | 77 | 134 | 138 | 143)
     echo "status $status: back into the queue, to go on from the last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
     ;;

@@ -62,7 +62,8 @@ def test_the_slurm_job():
 
 
 @pytest.mark.parametrize(
-    ("status", "requeued"), [(0, 0), (2, 0), (75, 1), (76, 1), (77, 1), (134, 1)]
+    ("status", "requeued"),
+    [(0, 0), (2, 0), (75, 1), (76, 1), (77, 1), (134, 1), (138, 1), (137, 0)],
 )
 def test_the_slurm_job_goes_back_into_the_queue_when_it_may_go_on(status, requeued, tmp_path):
     text = dry("slurm.sh", "--nodes=2", "--requeue")

@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -121,6 +122,112 @@ def slurm(tmp_path_factory):
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
+
+
+# A training of 60 steps that saves where a signal finds it, as experiments.train does, without JAX.
+STAND_IN = """
+import os, pathlib, signal, sys, time
+options = dict(word.split("=", 1) for word in sys.argv[1:])
+if options.get("--config.optim.name") == "lion": sys.exit(2)
+stop = []
+for number in (signal.SIGTERM, signal.SIGUSR1): signal.signal(number, lambda *_: stop.append(1))
+workdir, rank = pathlib.Path(options["--workdir"]), os.environ["SLURM_PROCID"]
+workdir.mkdir(parents=True, exist_ok=True)
+saved = workdir / f"saved-{rank}"
+start = int(saved.read_text()) if saved.exists() else 0
+print(f"task {rank} of {os.environ['SLURM_STEP_NUM_TASKS']} starts at {start}", flush=True)
+for step in range(start, int(options.get("--config.train.steps", 60))):
+    with (workdir / f"steps-{rank}").open("a") as file: file.write(f"{step}\\n")
+    time.sleep(0.25)
+    if stop:
+        saved.write_text(str(step + 1))
+        sys.exit(75)
+"""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The launchers in a folder whose training is the stand-in."""
+    folder = tmp_path / "repository"
+    for name in ("launch", "configs"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "experiments").mkdir()
+    (folder / "experiments" / "train.py").write_text(STAND_IN)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    with (folder / "launch" / "environment.sh").open("a") as file:
+        file.write("make_environment() { :; }\n")
+    return folder
+
+
+def steps(workdir, rank):
+    path = workdir / f"steps-{rank}"
+    return list(map(int, path.read_text().split())) if path.exists() else []
+
+
+def start(copy, workdir, count, *options):
+    argv = [copy / "launch" / "slurm.sh", "--nodes=2", "--requeue", *options, "--", "--config=c"]
+    argv += [f"--workdir={workdir}", f"--config.train.steps={count}"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-1]
+
+
+def finish(number, workdir, count):
+    """Waits until the job runs again, if it must, and is over."""
+
+    def over():
+        if job(number, "JobState") == "PENDING":  # after a requeue Slurm would wait two minutes
+            say("scontrol", "update", f"JobId={number}", "StartTime=now")
+        return job(number, "JobState") == "COMPLETED"
+
+    wait_until(over, 240, lambda: output(workdir))
+    assert int(job(number, "Restarts")) >= 1
+    for rank in (0, 1):
+        assert steps(workdir, rank) == list(range(count))  # none twice, none left out
+
+
+def test_a_job_that_is_requeued_goes_on(slurm, copy, tmp_path):
+    number = start(copy, workdir := tmp_path / "run", 60)
+    wait_until(lambda: len(steps(workdir, 1)) > 5, 120, lambda: output(workdir))
+    say("scontrol", "requeue", number)
+    finish(number, workdir, 60)
+    assert job(number, "Restarts") == "1"
+
+
+def test_before_the_time_limit_a_job_saves_and_requeues_itself(slurm, copy, tmp_path):
+    """Slurm looks every half a minute, and signals early what ends before it looks again."""
+    number = start(copy, workdir := tmp_path / "run", 160, "--time=2", "--signal_secs=100")
+    finish(number, workdir, 160)
+    assert "status 75: back into the queue" in output(workdir)
+
+
+STAND_IN_SWEEP = """
+from configs import digits_classifier
+get_config = digits_classifier.get_config
+def sweep(add):
+    add(add.product(add.values("train.steps", 1), add.values("seed", 0, 1, 2)))
+    add({"optim.name": "lion"})
+"""
+
+
+def test_an_array_of_trials_marks_each(slurm, copy, tmp_path):
+    (copy / "configs" / "swept.py").write_text(STAND_IN_SWEEP)
+    argv = [sys.executable, "-m", "launch.sweep", "--config=configs/swept.py"]
+    argv += [f"--dir={tmp_path}/sweep", "--launcher=slurm", "--max_parallel=2"]
+
+    def launch(*more):
+        done = subprocess.run([*argv, *more], cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "4 trials, 2 at a time" in launch("--", "--nodes=1")
+    assert "nothing to submit" in launch("--", "--nodes=1")  # all of them are in the queue
+    wait_until(lambda: not say("squeue", "-h"), 240, lambda: launch("--status"))
+    table = launch("--status")
+    assert table.count("finished") == 3 and table.count("failed, status 2") == 1
+    assert "1 trials" in launch("--", "--nodes=1")  # only what is not finished
+    wait_until(lambda: not say("squeue", "-h"), 240, lambda: launch("--status"))
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 MISSING = [tool for tool in TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin")]
 pytestmark = [
+    pytest.mark.slow,  # minutes of real daemons and compilation
     pytest.mark.skipif(bool(MISSING), reason=f"no Slurm here ({', '.join(MISSING)}); {__doc__}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="slurmd needs root"),
 ]

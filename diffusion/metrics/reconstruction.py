@@ -99,8 +99,8 @@ def high_frequency_energy(
 
 
 def per_example(
-    x: Float[Array, "batch *space channels"],
-    x_hat: Float[Array, "batch *space channels"],
+    x: Shaped[Array, "batch *space channels"],
+    x_hat: Shaped[Array, "batch *space channels"],
     value_range: Range,
 ) -> dict[str, Float[Array, "batch"]]:
     """Everything here that can be said of these images: no SSIM below its window, and of anything

@@ -38,7 +38,7 @@ def tiled_encode(
     """
     _check(module, tile_size, x.shape[1:3], overlap)
     latent = tile_size // module.downsampling
-    run = jax.jit(functools.partial(module.apply, {"params": params}, method="moments_of"))
+    run = functools.partial(_compiled(module, "moments_of"), params)
     moments = _tiled(run, x, tile_size, latent, overlap)
     if isinstance(module, AutoencoderKL):
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -56,8 +56,13 @@ def tiled_decode(
     """`decode` of `z` in tiles of `tile_size` pixels of the image. Errors as `tiled_encode`."""
     f = module.downsampling
     _check(module, tile_size, tuple(side * f for side in z.shape[1:3]), overlap)
-    run = jax.jit(functools.partial(module.apply, {"params": params}, method="decode"))
+    run = functools.partial(_compiled(module, "decode"), params)
     return _tiled(run, z, tile_size // f, tile_size, overlap)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(module: Any, method: str) -> Callable[..., Array]:
+    return jax.jit(lambda params, x: module.apply({"params": params}, x, method=method))
 
 
 def _tiled(run: Run, x: Array, tile: int, out_tile: int, overlap: float) -> Array:

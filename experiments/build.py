@@ -314,7 +314,7 @@ def adversary(config: ConfigDict, dtype: Any) -> Adversary | None:
         return None
     section = config.model.discriminator
     return Adversary(
-        _network(PatchDiscriminator, section, "model.discriminator", dtype=dtype),
+        construct(PatchDiscriminator, section, "model.discriminator", dtype=dtype),
         loss.adversarial,
         loss.adversarial_weight,
         loss.adversarial_start_steps,

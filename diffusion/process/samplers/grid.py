@@ -180,10 +180,12 @@ def _checked_times(schedule: Schedule, times: np.ndarray, steps: int | None) -> 
             f"sample.times: {times[0]} .. {times[-1]} leave the schedule's {low} .. {high}; lower "
             "sample.steps_offset or choose times inside"
         )
-    if np.any(np.diff(times) >= 0):
+    rising = np.flatnonzero(np.diff(times) >= 0)
+    if rising.size:
         raise ValueError(
-            f"sample.times: {times.tolist()} must decrease strictly; lower sample.steps or choose "
-            "another sample.spacing"
+            f"sample.times: times must decrease strictly, but {times[rising[0]]} is followed by "
+            f"{times[rising[0] + 1]} among {len(times)}; lower sample.steps or choose another "
+            "sample.spacing"
         )
     integral = np.all(times == np.round(times)) and schedule.num_steps is not None
     return times.astype(np.int64 if integral else np.float64)

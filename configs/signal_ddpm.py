@@ -33,6 +33,7 @@ def get_config(arg=None):
     config.optim.warmup_steps = 100
     config.optim.clip_norm = 1.0
     config.ema.decay = 0.995
+    config.ema.ramp = True  # in so few steps, the weights of the first would stay in it
     config.process.variance = "fixed_small"
     config.sample.sampler = "ddpm"
     config.sample.steps = 250

@@ -9,6 +9,6 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment requirements-test.txt
 if [ "$#" -eq 0 ]; then
-  set -- -m "not slow"
+  set -- -m "not slow" -n 2 --dist loadfile # two processes, each with whole files
 fi
 exec .venv/bin/python -m pytest "$@"

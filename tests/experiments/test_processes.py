@@ -51,7 +51,7 @@ def arguments(data, workdir, *more):
     return [
         "--config=configs/digits_classifier.py:smoke",
         *(f"--config.data.dir={data}", f"--workdir={workdir}"),
-        *("--config.model.classifier.widths=(8,16,16)", "--config.model.classifier.feature_dim=16"),
+        *("--config.model.classifier.widths=(8,16,16)", "--config.model.classifier.feature_dim=64"),
         *(f"--config.train.steps={STEPS}", f"--config.train.batch_size={BATCH}"),
         *("--config.train.save_every_steps=3", "--config.optim.eps=1e-3"),
         *("--config.parallel.agree_every_steps=1", f"--config.evaluation.every_steps={STEPS}"),

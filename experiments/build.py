@@ -227,6 +227,8 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     noising, shape = schedule(config), sample_shape(config)
     variance, resample = config.process.variance, config.process.times == "second_moment"
     _check_output(config, shape[-1])
+    if "controlnet" in config.model and config.data.flip:
+        raise ValueError("data.flip=True would not mirror a ControlNet's hints: set it to False")
     joined = {"": 0, "inpaint": 1 + shape[-1], "low_resolution": config.data.channels}
     objective = construct(
         losses.objective,

@@ -222,6 +222,11 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
         return likelihood.bits_per_dim(guidance.clip_x0(denoise), schedule, x0, keys, variance)
 
     source, steps = runs.open_images(model.config, model.config.data.eval_split)
+    if model.config.data.name == "signals":
+        raise ValueError(
+            f"--metrics=bits_per_dim is of pixels, but --workdir={subject.directory} diffuses "
+            "series: name a run of images or videos"
+        )
     count, size = min(subject.num, len(source)), min(64, subject.num)
     parts = []
     for batch in loader.one_pass(source, size, steps, stop=count):

@@ -74,6 +74,8 @@ def test_a_series_trains_samples_and_is_measured(job, tmp_path):
     assert sampled(tmp_path) == 0
     assert picture_size(tmp_path) == (256, 96)
     assert measured(tmp_path, "spectrum", "--num=8")["spectrum"]["relative_error"] > 0
+    argv = [f"--workdir={tmp_path}", "--metrics=bits_per_dim", "--num=2"]
+    assert cli.run(evaluate.define, evaluate.main, argv) == 2
 
 
 def test_a_video_trains_samples_and_is_measured(job, tmp_path):

@@ -1,0 +1,1 @@
+"""Speed, measured alone or side by side with Diffusers: see `__main__.py`."""

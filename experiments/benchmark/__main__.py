@@ -1,0 +1,210 @@
+"""How fast a config runs here, alone or against Diffusers with PyTorch on the same machine.
+
+    python -m experiments.benchmark --suite=train|sample|autoencoder|compile --config=configs/X.py \
+        --batch=32 [--peer=diffusers] [--rounds=5] [--out=FILE.json] [--plot=FILE.png]
+    python -m experiments.benchmark --suite=data|checkpoint|attention --config=configs/X.py
+
+With a peer the two sides alternate in fresh processes (A, B, A, B, ...), `--rounds` times each, on
+the same weights and inputs, and nothing is timed before the gate: the peer loads the weights that
+we wrote and must give our output, our gradient and our samples in float32, or the ratio is void.
+
+train        the U-Net's whole step: noise, forward, backward, clipping, AdamW, EMA; the condition
+             is given, so that text encoders are no part of it
+autoencoder  the first stage's whole step, without its discriminator and LPIPS
+sample       DDIM, all steps, guided where there is a context
+compile      the first step: with an empty compilation cache (cold) and with a filled one (warm)
+data         the input pipeline of a config's prepared data, and the step fed by it
+checkpoint   saving and restoring the state, and what the hashes of the manifest add
+attention    kernels by length, on accelerators that have more than one
+
+A ratio is ours/peer in examples a second, of medians over all timed calls of all rounds. MFU is the
+FLOPs of the traced program (3 x forward or so; `experiments/plan.py`) over the time and over the
+measured speed of a square matrix product on the same device.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import build, cli, workdir
+from experiments.benchmark import alone, show
+from experiments.benchmark.workload import describe, summary
+
+PEERS = {"diffusers": "experiments.benchmark.peer"}
+OURS = "experiments.benchmark.ours"
+COMPARED = ("train", "sample", "autoencoder", "compile")
+GATE = {"output": 1e-4, "gradient": 1e-3, "sampled": 1e-3}  # relative, float32
+
+
+def benchmark(work: dict[str, Any], peer: str | None, rounds: int) -> dict[str, Any]:
+    """Gate, then `rounds` alternations; see the module's docstring."""
+    cold = work["suite"] == "compile"
+    with tempfile.TemporaryDirectory() as folder:
+        directory = pathlib.Path(folder)
+        sides = {"ours": OURS} | ({peer: PEERS[peer]} if peer else {})
+        prepared = run(OURS, "prepare", work, directory)
+        gate = _gate(run(PEERS[peer], "gate", work, directory), prepared) if peer else None
+        found: dict[str, list] = {name: [] for name in sides}
+        for i in range(rounds):
+            for name, module in sides.items():
+                # A compile suite fills a cache anew in every even round, and finds it in the next.
+                where = directory / f"cache_{i // 2 if cold else 0}"
+                found[name].append(run(module, "measure", work, directory, where))
+                print(f"round {i + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+        ceiling = run(OURS, "ceiling", work, directory)
+    results = {name: _side(work, prepared, ceiling, of, cold) for name, of in found.items()}
+    out = {**_shown(work), **prepared, "gate": gate, "ceiling": ceiling, "sides": results}
+    if peer and gate["passed"]:
+        fast, slow = (results[n]["examples_per_sec"]["median"] for n in ("ours", peer))
+        out["ratio"] = fast / slow
+        out["memory_ratio"] = results["ours"]["peak_bytes"] / results[peer]["peak_bytes"]
+    return out
+
+
+def run(
+    module: str, what: str, work: dict, directory: pathlib.Path, cache: pathlib.Path | None = None
+) -> dict[str, Any]:
+    """One side in a process of its own."""
+    caches = {}
+    if cache is not None:
+        caches = {
+            "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+    done = subprocess.run(
+        [sys.executable, "-m", module, what, str(directory)],
+        input=json.dumps(work),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | caches,
+    )
+    if done.returncode:
+        raise ValueError(f"{module} {what} ended with status {done.returncode}; see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _gate(found: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:
+    same = found["parameters"] == prepared["parameters"]
+    passed = same and all(found[k] < limit for k, limit in GATE.items() if k in found)
+    return found | {"limits": GATE, "passed": passed}
+
+
+def _side(work, prepared, ceiling, rounds, cold) -> dict[str, Any]:
+    secs = summary([s for one in rounds for s in one["secs"]])
+    rate = {k: work["batch"] / v for k, v in secs.items()}
+    per_sec = {"median": rate["median"], "p10": rate["p90"], "p90": rate["p10"]}
+    first = [one["first_secs"] for one in rounds]
+    firsts = {"cold": first[::2], "warm": first[1::2]} if cold else {"cold": first[:1]}
+    if not cold and len(first) > 1:
+        firsts["warm"] = first[1:]
+    return {
+        "examples_per_sec": per_sec,
+        "step_secs": secs,
+        "round_medians": [summary(one["secs"])["median"] for one in rounds],
+        "first_step_secs": {k: summary(v)["median"] for k, v in firsts.items()},
+        # Compiling takes memory too: of the rounds that find the compilation cache filled.
+        "peak_bytes": max(one["peak_bytes"] for one in rounds[1:] or rounds),
+        "resident_bytes": max(one["resident_bytes"] for one in rounds[1:] or rounds),
+        "mfu": prepared["flops"] / secs["median"] / ceiling["matmul_flops_per_sec"],
+        "device": rounds[0]["device"],
+        "versions": rounds[0]["versions"],
+    }
+
+
+def _shown(work: dict[str, Any]) -> dict[str, Any]:
+    """The workload as it is reported: all but the config, which its command names."""
+    return {k: v for k, v in work.items() if k != "config"}
+
+
+def fitted(config: ConfigDict, peer: str | None) -> tuple[ConfigDict, dict[str, Any]]:
+    """The config as both sides can run it, and what that changed."""
+    changed = {}
+    config = ConfigDict(config.to_dict())
+    if peer and config.task == "denoiser" and config.model.unet.get("pool_context"):
+        config.model.unet.pool_context = False  # Diffusers has no such thing
+        changed["model.unet.pool_context"] = False
+    if peer and config.task == "autoencoder" and config.model.autoencoder.get("patch", 1) > 1:
+        # Nor this one, which is a reshaping of its images before and after: the same network is
+        # given the images reshaped.
+        patch, space = config.model.autoencoder.patch, build.image_shape(config)[:-1]
+        changed["model.autoencoder.patch"] = config.model.autoencoder.patch = 1
+        changed["data.image_size"] = config.data.image_size = space[0] // patch
+        changed["data.channels"] = config.data.channels * patch ** len(space)
+        config.data.channels = config.model.autoencoder.image_channels = changed["data.channels"]
+    return config, changed
+
+
+def define(add: cli.Flags) -> None:
+    add.config()
+    suites = [*COMPARED, *alone.SUITES]
+    add.add("enum", "suite", "train", "What is measured.", suites)
+    add.add("string", "peer", None, f"{', '.join(PEERS)}: measured beside us.")
+    add.add("integer", "batch", None, "Examples a call; default: the config's train.batch_size.")
+    add.add("integer", "rounds", 5, "Fresh processes of each side.")
+    add.add("integer", "warmup", 3, "Calls before the timed ones, after the first.")
+    add.add("integer", "repeats", 20, "Timed calls (or groups of --sync_every) of a process.")
+    add.add("integer", "sync_every", 1, "Calls between two waits; 10 on accelerators.")
+    add.add("integer", "sample_steps", 50, "Of --suite=sample.")
+    add.add("float", "guidance_scale", 7.5, "Of --suite=sample, where there is a context.")
+    add.add("integer", "seed", 0, "Of weights and inputs.")
+    modes = ["", "default", "reduce-overhead", "max-autotune"]
+    add.add("enum", "peer_compile", "", "torch.compile's mode; empty: eager.", modes)
+    add.add("bool", "peer_channels_last", False, "Channels-last memory for the peer.")
+    add.add("string", "out", None, "A JSON file of all numbers.")
+    add.add("string", "plot", None, "A PNG of examples a second.")
+
+
+def main(values: flags.FlagValues) -> None:
+    config = cli.require(values, "config")
+    for name in ("rounds", "repeats", "sync_every", "sample_steps"):
+        if values[name].value < 1:
+            raise ValueError(f"--{name}={values[name].value} must be at least 1")
+    if values.peer is not None and values.peer not in PEERS:
+        raise ValueError(f"--peer={values.peer} is unknown: use one of {', '.join(PEERS)}")
+    if values.suite in alone.SUITES:
+        found = alone.SUITES[values.suite](config, values.batch, values.repeats)
+    else:
+        found = _compared(config, values)
+    found["command"] = " ".join(["python -m experiments.benchmark", *sys.argv[1:]])
+    if values.out:
+        workdir.write_whole(pathlib.Path(values.out), json.dumps(found, indent=2) + "\n")
+    if values.plot:
+        show.plot(pathlib.Path(values.plot), found)
+    print(show.table(found))
+    if found.get("gate") and not found["gate"]["passed"]:
+        raise ValueError(f"the two sides do not compute the same: {found['gate']}; no ratio")
+
+
+def _compared(config: ConfigDict, values: flags.FlagValues) -> dict[str, Any]:
+    wanted = "autoencoder" if values.suite == "autoencoder" else "denoiser"
+    if config.task != wanted:
+        raise ValueError(
+            f"--suite={values.suite} is of a config with task={wanted!r}, not {config.task!r}"
+        )
+    config, changed = fitted(config, values.peer)
+    work = describe(
+        config,
+        values.suite,
+        batch=values.batch or config.train.batch_size,
+        warmup=values.warmup,
+        repeats=values.repeats,
+        sync_every=values.sync_every,
+        sample_steps=values.sample_steps,
+        guidance_scale=values.guidance_scale,
+        seed=values.seed,
+        peer_options={"compile": values.peer_compile, "channels_last": values.peer_channels_last},
+    )
+    return benchmark(work | {"changed": changed}, values.peer, values.rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define, main))

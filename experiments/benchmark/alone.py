@@ -1,0 +1,136 @@
+"""The suites that have no other side: the input pipeline, checkpoints, attention's kernels."""
+
+import contextlib
+import itertools
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion import manifest
+from diffusion.checkpoint import Checkpoints
+from diffusion.models.attention import cudnn_applies, dot_product_attention
+from experiments import runs
+from experiments.benchmark.workload import summary
+
+
+def _rate(call: Callable[[], Any], repeats: int, examples: int) -> dict[str, float]:
+    secs = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        secs.append(time.perf_counter() - started)
+    return {k: examples / v for k, v in summary(secs).items()}
+
+
+def data(config: ConfigDict, batch: int | None, repeats: int) -> dict[str, Any]:
+    """Batches a second of the pipeline alone, and the step with it and without.
+
+    Needs the config's prepared data. "times" is the pipeline's speed over the step's (2 and more:
+    a step never waits), "slower" how much longer a step takes when the pipeline feeds it.
+    """
+    if batch:
+        config = ConfigDict(config.to_dict())
+        config.train.batch_size = batch
+    run, size = runs.build_run(config), config.train.batch_size
+    step = run.parallel.step(run.task.train_step)
+    held = {"state": run.parallel.init(run.init, jax.random.key(config.seed), run.start)}
+    frozen = run.parallel.replicate(run.frozen)
+    with contextlib.closing(run.train_batches()) as stream:
+        one = run.parallel.batch(next(stream))
+
+        def advance(batch):
+            held["state"], metrics = step(held["state"], batch, frozen)
+            return metrics["loss"]
+
+        for _ in range(3):
+            jax.block_until_ready(advance(one))
+        still = _rate(lambda: advance(one), repeats, size)
+        fed = _rate(lambda: advance(run.parallel.batch(next(stream))), repeats, size)
+        alone = _rate(lambda: next(stream), repeats * 5, size)
+    row = {
+        "batch": size,
+        "pipeline_per_sec": alone["median"],
+        "step_per_sec": still["median"],
+        "fed_per_sec": fed["median"],
+        "times": alone["median"] / still["median"],
+        "slower": still["median"] / fed["median"] - 1,
+    }
+    return {"suite": "data", "rows": [row]}
+
+
+def checkpoint(config: ConfigDict, batch: int | None, repeats: int) -> dict[str, Any]:
+    """Seconds of saving and restoring the config's state; of hashing and of verifying it.
+
+    "blocking" is what the loop waits for before its next step, "save" until all is on disk.
+    """
+    del batch
+    config = ConfigDict(config.to_dict())
+    placed, task = runs.parallel(config), runs.build.task(config)
+    state = placed.init(task.init, jax.random.key(config.seed))
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    found: dict[str, list[float]] = {k: [] for k in ("blocking", "save", "hash", "restore")}
+    # In the current folder: a temporary one may lie in memory.
+    with tempfile.TemporaryDirectory(dir=os.getcwd(), prefix=".benchmark_") as folder:
+        with Checkpoints(pathlib.Path(folder), keep_last=1) as checkpoints:
+            for i in range(max(min(repeats, 5), 2)):
+                started = time.perf_counter()
+                checkpoints.save(i + 1, state, {}, {})
+                found["blocking"].append(time.perf_counter() - started)
+                checkpoints.wait()
+                found["save"].append(time.perf_counter() - started)
+                started = time.perf_counter()
+                manifest.verify(pathlib.Path(folder) / str(i + 1))
+                found["hash"].append(time.perf_counter() - started)
+                started = time.perf_counter()
+                jax.block_until_ready(checkpoints.restore(state).state)
+                found["restore"].append(time.perf_counter() - started)
+    medians = {f"{k}_secs": summary(v[1:])["median"] for k, v in found.items()}
+    row = {"state_mib": size / 2**20, **medians}
+    row["hash_of_save"] = medians["hash_secs"] / medians["save_secs"]
+    row["save_mib_per_sec"] = row["state_mib"] / medians["save_secs"]
+    return {"suite": "checkpoint", "rows": [row]}
+
+
+def attention(config: ConfigDict, batch: int | None, repeats: int) -> dict[str, Any]:
+    """Forward and backward of each kernel, milliseconds, by length and width of a head."""
+    dtype = jnp.bfloat16 if config.model.dtype == "bfloat16" else jnp.float32
+    rows = []
+    for tokens, head_dim in itertools.product((64, 256, 1024, 4096), (40, 64, 80, 160)):
+        q, k, v = jax.random.normal(jax.random.key(0), (3, batch or 4, tokens, 8, head_dim), dtype)
+        kernels = ["xla", "cudnn"] if cudnn_applies(q, k, v, None) else ["xla"]
+        row: dict[str, Any] = {"tokens": tokens, "head_dim": head_dim, "dtype": str(q.dtype)}
+        for kernel in ("xla", "cudnn"):
+            row[f"{kernel}_ms"] = "-"
+            if kernel in kernels:
+                row[f"{kernel}_ms"] = _attention_ms(q, k, v, kernel, repeats)
+        rows.append(row)
+    return {"suite": "attention", "device": jax.devices()[0].device_kind, "rows": rows}
+
+
+def _attention_ms(q, k, v, kernel: str, repeats: int) -> float:
+    def total(q, k, v):
+        return dot_product_attention(q, k, v, implementation=kernel).astype(jnp.float32).sum()
+
+    step = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    jax.block_until_ready(step(q, k, v))
+    secs = []
+    for _ in range(min(repeats, 10)):
+        started = time.perf_counter()
+        jax.block_until_ready(step(q, k, v))
+        secs.append(time.perf_counter() - started)
+    return float(np.median(secs)) * 1e3
+
+
+SUITES: dict[str, Callable[[ConfigDict, int | None, int], dict[str, Any]]] = {
+    "data": data,
+    "checkpoint": checkpoint,
+    "attention": attention,
+}

@@ -1,0 +1,266 @@
+"""This project's side of a benchmark: the real train step, sampler and decoder.
+
+    python -m experiments.benchmark.ours prepare|measure|ceiling DIR < work.json
+
+`prepare` writes random weights in Diffusers' format, random inputs, and what this side makes of
+them in float32: the other side checks itself against that before any time is taken. `measure`
+prints times as JSON. Each is a process of its own.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion import interop
+from diffusion.interop import scheduler
+from diffusion.process import gaussian, guidance, samplers
+from diffusion.training import state as ts
+from diffusion.training.denoiser import Denoiser
+from diffusion.training.parallel import Parallel, make_mesh
+from experiments import build, plan
+from experiments.benchmark.workload import (
+    GRADIENTS,
+    INPUTS,
+    WEIGHTS,
+    inputs,
+    resident_bytes,
+    timed,
+)
+
+
+class Given(Denoiser):
+    """The U-Net alone, its condition given: text encoders are no part of these numbers."""
+
+    def condition(self, params, batch, keys, train):
+        return {k: batch[k] for k in ("context", "labels") if k in batch}
+
+
+def unet_task(config: ConfigDict, networks: tuple[str, ...] = ("unet",)) -> tuple[Given, Any, dict]:
+    """The task, the U-Net's parameter shapes, and the shapes of a batch of one."""
+    full = build.denoiser(config)
+    fields = {f.name: getattr(full, f.name) for f in dataclasses.fields(full)}
+    fields |= {"text_encoder": None, "autoencoder": None, "flip": False, "null_tokens": ()}
+    fields["optimizer"] = build.optimizer(config, networks)
+    fields["ema"] = build.ema(config, networks)
+    shapes = {"x": full.sample_shape}
+    if full.text_encoder is not None:
+        shapes["context"] = (len(full.null_tokens), full.text_encoder.width)
+    params = jax.eval_shape(full.networks_init, jax.random.key(0))["unet"]
+    return Given(**fields), params, shapes
+
+
+def random_params(shapes: Any, seed: int) -> Any:
+    """Every leaf drawn anew, zero-initialised ones too, at a scale that keeps signals of order 1.
+
+    A kernel's is 1/sqrt(fan in); norms' scales lie about 1.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        x = rng.normal(size=leaf.shape).astype(np.float32)
+        name = path[-1].key
+        if name == "scale":
+            return 1 + 0.1 * x
+        return x / np.sqrt(np.prod(leaf.shape[:-1])) if x.ndim > 1 else 0.1 * x
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+# -- what the other side is held to ---------------------------------------------------------------
+
+
+def prepare(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
+    config = ConfigDict(work["config"])
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if work["suite"] == "autoencoder":
+        return _prepare_autoencoder(work, config, directory)
+    task, shapes, sizes = unet_task(config)
+    network = task.unet.clone(dtype=None, remat=None)
+    params = random_params(shapes, work["seed"])
+    interop.save_unet(directory / WEIGHTS, network, params)
+    arrays = inputs(work, {k: (work["batch"], *s) for k, s in sizes.items()})
+    arrays["target"] = inputs({"seed": work["seed"] + 1}, {"x": arrays["x"].shape})["x"]
+    arrays["t"] = np.linspace(1, 999, work["batch"]).astype(np.int32)
+    small = {k: v[:2] for k, v in arrays.items()}  # a gate needs no whole batch
+
+    def loss(params):
+        context = {k: small[k] for k in ("context",) if k in small}
+        out = network.apply({"params": params}, small["x"], small["t"], **context)
+        return jnp.square(out[..., : small["x"].shape[-1]] - small["target"]).mean(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    interop.save_unet(directory / GRADIENTS, network, jax.device_get(grads))
+    arrays["output"] = np.asarray(out)
+    if work["suite"] == "sample":
+        sampled = sampling(work, config)(params, arrays, 2)
+        arrays["sampled"] = np.asarray(sampled)
+        (directory / "scheduler").mkdir()
+        described = scheduler.scheduler_config(
+            scheduler.Scheduler(
+                config.process.schedule.to_dict(), config.process.prediction, "ddim", {}, False
+            )
+        )
+        (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(described))
+    np.savez(directory / INPUTS, **arrays)
+    return {"parameters": plan.count(shapes), "flops": _step_flops(work, config)}
+
+
+def _prepare_autoencoder(work, config, directory):
+    network = build.autoencoder(config.model.autoencoder)
+    shape = build.image_shape(config)
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+    params = random_params(shapes, work["seed"])
+    interop.save_autoencoder(directory / WEIGHTS, network, params)
+    x = inputs(work, {"x": (work["batch"], *shape)})["x"].clip(-1, 1)
+
+    def loss(params):
+        z = network.apply({"params": params}, x[:2], method="encode").mean
+        out = network.apply({"params": params}, z, method="decode")
+        return jnp.square(out - x[:2]).mean(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    interop.save_autoencoder(directory / GRADIENTS, network, jax.device_get(grads))
+    np.savez(directory / INPUTS, x=x, output=np.asarray(out))
+    return {"parameters": plan.count(shapes), "flops": _step_flops(work, config)}
+
+
+def _step_flops(work: dict[str, Any], config: ConfigDict) -> int:
+    """Of one timed call, from its traced program: products and convolutions."""
+    call, arguments = _call(work, config, None)
+    return plan.flops(jax.make_jaxpr(call)(*arguments).jaxpr)
+
+
+# -- what is timed --------------------------------------------------------------------------------
+
+
+def sampling(work: dict[str, Any], config: ConfigDict) -> Any:
+    """(params, arrays, count) -> x0 of DDIM with eta 0, guided where there is a context."""
+    task, _, _ = unet_task(config)
+    method = samplers.SAMPLERS["ddim"](build.schedule(config), steps=work["sample_steps"])
+    scale = work["guidance_scale"]
+
+    @functools.partial(jax.jit, static_argnames="count")
+    def run(params, arrays, count):
+        x, context = arrays["x"][:count], arrays.get("context")
+        if context is not None and scale != 1:
+            context = context[:count]
+            context = jnp.concatenate([context, jnp.zeros_like(context)])
+
+        def network(x_t, t):
+            given = {} if context is None else {"context": context}
+            return task.predict({"unet": params}, x_t, t, given)
+
+        denoise = gaussian.make_denoise(network, task_schedule, config.process.prediction)
+        if context is not None and scale != 1:
+            denoise = _guided(denoise, scale)
+        keys = jax.random.split(jax.random.key(0), count)
+        return samplers.sample(method, denoise, x, keys)
+
+    task_schedule = build.schedule(config)
+    return run
+
+
+def _guided(both: Any, scale: float) -> Any:
+    """Guidance of x0; with eps or v it is the same (`process/guidance.py`)."""
+
+    def denoise(x_t, t):
+        halves = both(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]))
+        cond, uncond = jnp.split(halves, 2)
+        return guidance.classifier_free(lambda *_: cond, lambda *_: uncond, scale)(x_t, t)
+
+    return denoise
+
+
+def _call(work: dict[str, Any], config: ConfigDict, directory: pathlib.Path | None) -> Any:
+    """What is timed: a function and its arguments (shapes alone without a directory)."""
+    placed = Parallel("jit", make_mesh(1, 1, jax.devices()[:1]))
+    if work["suite"] == "autoencoder":
+        task = build.first_stage_task(config)
+        init, name = task.init, "autoencoder"
+        shapes = {"image": build.image_shape(config)}
+    else:
+        task, params, shapes = unet_task(config)
+        name = "unet"
+
+        def init(key):
+            zeros = {"unet": jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params)}
+            return ts.create_state(key, zeros, task.optimizer, task.ema, {})
+
+    if directory is None:
+        state = jax.eval_shape(init, jax.random.key(0))
+        batch = {
+            k: jax.ShapeDtypeStruct((work["batch"], *s), jnp.float32) for k, s in shapes.items()
+        }
+    else:
+        load = interop.load_autoencoder if name == "autoencoder" else interop.load_unet
+        _, weights = load(directory / WEIGHTS)
+        state = placed.init(init, jax.random.key(work["seed"]), {name: weights})
+        arrays = dict(np.load(directory / INPUTS))
+        arrays["image"] = arrays["x"]
+        batch = {k: arrays[k] for k in shapes}
+        batch = jax.device_put(batch)
+    if work["suite"] == "sample":
+        run = sampling(work, config)
+        return functools.partial(run, count=work["batch"]), (state.params["unet"], batch)
+    batch |= {"position": jnp.arange(work["batch"], dtype=jnp.int32)}
+    if "x" in batch:
+        batch["image"] = batch.pop("x")
+    step = task.train_step if directory is None else placed.step(task.train_step)
+    return step, (state, batch, {})
+
+
+def measure(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
+    before = resident_bytes()
+    call, arguments = _call(work, ConfigDict(work["config"]), directory)
+    held: dict[str, Any] = {"arguments": arguments, "result": None}
+    del arguments
+
+    def once():
+        if work["suite"] == "sample":
+            held["result"] = call(*held["arguments"])
+            return
+        state, batch, frozen = held["arguments"]
+        state, held["result"] = call(state, batch, frozen)
+        held["arguments"] = (state, batch, frozen)
+
+    found = timed(once, lambda: jax.block_until_ready((held["result"], held["arguments"])), work)
+    device = jax.devices()[0]
+    memory = device.memory_stats() or {}
+    return found | {
+        "peak_bytes": memory.get("peak_bytes_in_use", resident_bytes() - before),
+        "resident_bytes": resident_bytes(),
+        "device": device.device_kind,
+        "versions": {"jax": jax.__version__},
+    }
+
+
+def ceiling(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
+    """FLOP/s of a square matrix product, the dearest thing that this device does well."""
+    del directory
+    on_cpu = jax.default_backend() == "cpu"
+    n = 2048 if on_cpu else 8192
+    dtype = jnp.float32 if work["dtype"] == "float32" else jnp.bfloat16
+    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    product = jax.jit(jnp.dot)
+    jax.block_until_ready(product(a, a))
+    best = np.inf
+    for _ in range(10):
+        started = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        best = min(best, time.perf_counter() - started)
+    return {"matmul_flops_per_sec": 2 * n**3 / best, "n": n, "dtype": str(jnp.dtype(dtype))}
+
+
+if __name__ == "__main__":
+    do = {"prepare": prepare, "measure": measure, "ceiling": ceiling}[sys.argv[1]]
+    print(json.dumps(do(json.load(sys.stdin), pathlib.Path(sys.argv[2]))))

@@ -1,0 +1,62 @@
+"""A benchmark's numbers as a table and as a picture."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+
+def table(found: dict[str, Any]) -> str:
+    if "rows" in found:
+        return _rows(found["rows"])
+    lines = [
+        f"{'side':<10} {'examples/s':>11} {'p10':>9} {'p90':>9} {'ms a call':>10} {'MFU':>6} "
+        f"{'peak MiB':>9} {'cold s':>7} {'warm s':>7}"
+    ]
+    for name, side in found["sides"].items():
+        rate, first = side["examples_per_sec"], side["first_step_secs"]
+        lines.append(
+            f"{name:<10} {rate['median']:>11.1f} {rate['p10']:>9.1f} {rate['p90']:>9.1f} "
+            f"{side['step_secs']['median'] * 1e3:>10.2f} {side['mfu']:>6.1%} "
+            f"{side['peak_bytes'] / 2**20:>9.0f} {first['cold']:>7.2f} "
+            f"{first.get('warm', float('nan')):>7.2f}"
+        )
+    if gate := found["gate"]:
+        errors = ", ".join(f"{k} {gate[k]:.1e}" for k in gate["limits"] if k in gate)
+        lines.append(f"gate {'passed' if gate['passed'] else 'FAILED'}: {errors}")
+    if "ratio" in found:
+        lines.append(f"ratio {found['ratio']:.2f} (memory {found['memory_ratio']:.2f})")
+    return "\n".join(lines)
+
+
+def _rows(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0])
+    body = [[_short(row[name]) for name in names] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in body)) for i, name in enumerate(names)]
+    lines = [names, *body]
+    return "\n".join("  ".join(w.rjust(n) for w, n in zip(line, widths)) for line in lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plot(path: pathlib.Path, found: dict[str, Any]) -> None:
+    """Examples a second of each side, p10 to p90."""
+    if "sides" not in found:
+        raise ValueError("--plot draws the sides of train, sample, autoencoder and compile")
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rates = {name: side["examples_per_sec"] for name, side in found["sides"].items()}
+    medians = np.array([r["median"] for r in rates.values()])
+    low = medians - [r["p10"] for r in rates.values()]
+    high = [r["p90"] for r in rates.values()] - medians
+    figure, axes = plt.subplots(figsize=(4, 3), layout="constrained")
+    axes.bar(list(rates), medians, yerr=np.maximum([low, high], 0), capsize=6)
+    axes.set_ylabel("examples a second")
+    axes.set_title(f"{found['suite']}, batch {found['batch']}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,114 @@
+"""The benchmark's own honesty: its gate, its clock, and what it says of a wrong command."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import ddpm_cifar10, digits_autoencoder, digits_ldm
+from experiments import cli
+from experiments.benchmark import __main__ as command
+from experiments.benchmark import show, workload
+
+CONFIG = "configs/ddpm_cifar10.py:smoke"
+
+
+def run(*argv):
+    return cli.run(command.define, command.main, argv)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two rounds of both sides on a tiny network, through the command."""
+    out = tmp_path_factory.mktemp("benchmark")
+    quick = ("--rounds=2", "--warmup=1", "--repeats=3", "--batch=2")
+    files = (f"--out={out / 'train.json'}", f"--plot={out / 'train.png'}")
+    assert run(f"--config={CONFIG}", "--peer=diffusers", *quick, *files) == 0
+    assert (out / "train.png").stat().st_size > 1000
+    return json.loads((out / "train.json").read_text())
+
+
+def test_both_sides_compute_the_same_before_they_are_timed(compared):
+    gate = compared["gate"]
+    assert gate["passed"] and gate["parameters"] == compared["parameters"]
+    assert 0 < gate["output"] < 1e-5 and 0 < gate["gradient"] < 1e-5
+
+
+def test_rates_are_those_of_the_times(compared):
+    for side in compared["sides"].values():
+        secs, rate = side["step_secs"], side["examples_per_sec"]
+        assert 0 < secs["p10"] <= secs["median"] <= secs["p90"]
+        np.testing.assert_allclose(rate["median"] * secs["median"], compared["batch"])
+        assert len(side["round_medians"]) == 2 and set(side["first_step_secs"]) == {"cold", "warm"}
+        speed = compared["flops"] / secs["median"]
+        np.testing.assert_allclose(side["mfu"], speed / compared["ceiling"]["matmul_flops_per_sec"])
+    ours, theirs = (
+        compared["sides"][k]["examples_per_sec"]["median"] for k in ("ours", "diffusers")
+    )
+    np.testing.assert_allclose(compared["ratio"], rates[0] / rates[1])
+    assert "ratio" in show.table(compared) and "passed" in show.table(compared)
+
+
+def test_a_tiny_network_stays_within_a_band_of_torch(compared):
+    """A band, not a time: at these sizes both sides are mostly overhead (about 1 here)."""
+    assert 0.2 < compared["ratio"] < 20
+
+
+def test_sides_that_differ_get_no_ratio(tmp_path, monkeypatch, capsys):
+    """The peer is handed other weights than those that our outputs were made with."""
+    real = command.run
+
+    def wrong(module, what, work, directory, cache=None):
+        if what == "gate":
+            from safetensors.numpy import load_file, save_file
+
+            (path,) = (directory / workload.WEIGHTS).glob("*.safetensors")
+            tensors = load_file(path)
+            tensors["conv_in.bias"] = tensors["conv_in.bias"] + 0.01
+            save_file(tensors, path)
+        if what == "ceiling":
+            return {"matmul_flops_per_sec": 1.0}
+        if what == "measure":
+            sides = {"first_secs": 1.0, "secs": [1.0], "peak_bytes": 1, "resident_bytes": 1}
+            return sides | {"device": "cpu", "versions": {}}
+        return real(module, what, work, directory, cache)
+
+    monkeypatch.setattr(command, "run", wrong)
+    out = tmp_path / "x.json"
+    assert run(f"--config={CONFIG}", "--peer=diffusers", "--rounds=1", f"--out={out}") == 2
+    assert "do not compute the same" in capsys.readouterr().err
+    found = json.loads(out.read_text())
+    assert not found["gate"]["passed"] and "ratio" not in found
+
+
+def test_what_the_peer_lacks_is_changed_and_said():
+    ldm, said = command.fitted(digits_ldm.get_config(), "diffusers")
+    assert said == {"model.unet.pool_context": False} and not ldm.model.unet.pool_context
+    first, said = command.fitted(digits_autoencoder.get_config(), "diffusers")
+    assert said["data.channels"] == first.data.channels == 48
+    assert command.fitted(ddpm_cifar10.get_config(), "diffusers")[1] == {}
+    assert command.fitted(digits_ldm.get_config(), None)[1] == {}
+
+
+def test_timed_counts_calls_and_leaves_the_first_apart():
+    calls, waits = [], []
+    work = {"warmup": 2, "repeats": 3, "sync_every": 4}
+    found = workload.timed(lambda: calls.append(1), lambda: waits.append(len(calls)), work)
+    assert len(calls) == 1 + 2 + 3 * 4 and waits == [1, 3, 7, 11, 15]
+    assert len(found["secs"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((f"--config={CONFIG}", "--peer=keras"), "--peer=keras is unknown"),
+        ((f"--config={CONFIG}", "--rounds=0"), "--rounds=0 must be at least 1"),
+        ((f"--config={CONFIG}", "--suite=autoencoder"), "task='autoencoder', not 'denoiser'"),
+        (("--suite=train",), "--config is missing"),
+        ((f"--config={CONFIG}", "--suite=everything"), "--suite=everything"),
+    ],
+)
+def test_wrong_commands_are_refused_in_a_sentence(argv, message, capsys):
+    assert run(*argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error

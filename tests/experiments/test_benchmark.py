@@ -42,9 +42,7 @@ def test_rates_are_those_of_the_times(compared):
         assert len(side["round_medians"]) == 2 and set(side["first_step_secs"]) == {"cold", "warm"}
         speed = compared["flops"] / secs["median"]
         np.testing.assert_allclose(side["mfu"], speed / compared["ceiling"]["matmul_flops_per_sec"])
-    ours, theirs = (
-        compared["sides"][k]["examples_per_sec"]["median"] for k in ("ours", "diffusers")
-    )
+    rates = [compared["sides"][k]["examples_per_sec"]["median"] for k in ("ours", "diffusers")]
     np.testing.assert_allclose(compared["ratio"], rates[0] / rates[1])
     assert "ratio" in show.table(compared) and "passed" in show.table(compared)
 

@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 
 ALPHA, RANK = 6, 3
+FILE = "pytorch_lora_weights.safetensors"
 
 
 def load(directory):
@@ -48,7 +49,7 @@ def main(packages, directory):
     assert pipe.get_active_adapters() == ["default_0"]
     pipe.unload_lora_weights()
     found["plain"] = run(pipe.unet)
-    pipe.unet.load_lora_adapter(directory / "ours", prefix="unet")
+    pipe.unet.load_lora_adapter(directory / "ours", prefix="unet", weight_name=FILE)
     found["unet"] = run(pipe.unet)
 
     unet = load(directory).unet

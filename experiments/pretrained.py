@@ -164,6 +164,9 @@ def difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:
 def _said(module: Any, field: str) -> Any:
     """A field's value in the one form of those that say the same."""
     value = getattr(module, field, None)
+    if field in ("heads", "head_dim") and hasattr(module, "head_shape"):  # by number, or by width
+        used = [*module.attention[:-1], module.attention[-1] or module.mid_attention]
+        return [module.head_shape(level) for level, attends in enumerate(used) if attends]
     if hasattr(module, "per_level"):  # one value for all levels, or one a level
         return module.per_level(value)
     if field == "attention" and not value:  # () is nowhere

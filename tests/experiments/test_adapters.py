@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 from diffusion.checkpoint import restore_params
 from experiments import adapters, cli, convert, generate, pretrained, sample, train, workdir
 
+WIDTHS = "--config.model.controlnet.hint_widths"
+
 
 def run(command, *argv) -> int:
     return cli.run(command.define, command.main, [str(a) for a in argv])
@@ -48,7 +50,7 @@ def test_lora_trains_updates_alone_and_writes_diffusers_file(job, tmp_path, caps
     given = (f"--lora={tmp_path}/out/pytorch_lora_weights.safetensors", "--weights=ema")
     for name, source, more in (("a", target, ()), ("b", job / "ldm", given)):
         argv = (f"--workdir={source}", "--num=2", "--prompt=a red one", "--npz", *more)
-        assert run(sample, *argv, f"--out={tmp_path}/{name}", "--guidance_scale=5") == 0
+        assert run(sample, *argv, f"--out={tmp_path}/{name}", "--steps=4") == 0
     a, b = (np.load(tmp_path / name / "samples.npz")["images"].astype(int) for name in "ab")
     assert np.abs(a - b).max() <= 1
     assert run(adapters, f"--workdir={target}", f"--classifier={job}/classifier", "--num=8") == 0
@@ -86,7 +88,11 @@ def test_a_controlnet_starts_from_the_unet_and_steers(job, tmp_path):
         ("digits_lora", ("--config.model.lora.rank=0",), ("rank=0",)),
         ("digits_controlnet", ("--config.conditioning.control=depth",), ("depth", "edges")),
         ("digits_controlnet", ("--config.data.flip=True",), ("data.flip=True", "set it to False")),
-        ("digits_controlnet", ("--config.model.controlnet.hint_widths=(8,8)",), ("size",)),
+        (
+            "digits_controlnet",
+            ("--config.model.controlnet.hint_widths=(8,8)",),
+            ("hint_widths=(8, 8)", "3 widths"),
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(job, tmp_path, capsys, name, argv, words):

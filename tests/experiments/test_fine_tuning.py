@@ -1,6 +1,7 @@
 """Fine-tuning through the commands: a converted pipeline, a user's folder of captioned images."""
 
 import json
+import pathlib
 import warnings
 
 import jax
@@ -128,7 +129,7 @@ def test_published_networks_are_those_of_the_configs(version):
         "block_out_channels": [320, 640, 1280, 1280],
         **UNETS[version],
     }
-    theirs = unet_config.read_unet_config(published, "config.json")[0]
+    theirs = unet_config.read_unet_config(published, pathlib.Path("config.json"))[0]
     assert pretrained.difference(build.unet(config), theirs) is None
     width = TEXTS[version]["hidden_size"]
     published = {

@@ -3,14 +3,11 @@
 import copy
 import warnings
 
-import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import ldm_imagenet256
-from experiments import build, cli, convert, convert_read, generate, pipelines, sample
+from experiments import convert, generate, pipelines, sample
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -27,17 +24,6 @@ with warnings.catch_warnings():
         VQModel,
     )
     from safetensors.numpy import save_file
-
-
-def command(module, *argv) -> int:
-    return cli.run(module.define, module.main, [str(a) for a in argv])
-
-
-def sampled(workdir, out, *argv):
-    """The command's pictures in [0, 1]: two, of seed 5."""
-    argv = ("--num=2", "--seed=5", "--steps=20", "--npz", *argv)
-    assert command(sample, f"--workdir={workdir}", f"--out={out}", *argv) == 0
-    return np.load(out / "samples.npz")["images"] / 255
 
 
 def refused(capsys, *words) -> None:
@@ -107,7 +93,7 @@ def test_nine_channels_inpaint_as_diffusers_does(sd, reference, tmp_path):
     run = tmp_path / "run"
     source = tmp_path / "pipeline"
     argv = ("--from=diffusers", f"--source={source}", f"--workdir={run}")
-    assert command(convert, *argv) == 0
+    assert sd.command(convert, *argv) == 0
     image = np.random.default_rng(6).integers(0, 255, (16, 16, 3), np.uint8)
     mask = np.zeros((16, 16), np.uint8)
     mask[2:10, 4:] = 255
@@ -156,11 +142,11 @@ def test_super_resolution_by_concatenation_equals_diffusers(sd, tmp_path):
     pipe.save_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     argv = ("--from=diffusers", f"--source={tmp_path}/pipeline", f"--workdir={tmp_path}/run")
-    assert command(convert, *argv) == 0
+    assert sd.command(convert, *argv) == 0
     small = np.random.default_rng(7).integers(0, 255, (8, 12, 3), np.uint8)
     Image.fromarray(small).save(tmp_path / "small.png")
     argv = ("--size=16,24", f"--image={tmp_path}/small.png")
-    found = sampled(tmp_path / "run", tmp_path / "out", *argv)
+    found = sd.sampled(tmp_path / "run", tmp_path / "out", *argv)
     model = pipelines.resized(generate.load(tmp_path / "run"), (16, 24))
     drawn = sd.noise(model, 2, 5)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
@@ -170,7 +156,7 @@ def test_super_resolution_by_concatenation_equals_diffusers(sd, tmp_path):
         wanted = pipe(given.repeat(2, 1, 1, 1), num_inference_steps=20, output_type="np").images
     assert found.shape == wanted.shape == (2, 16, 24, 3) and wanted.std() > 0.05
     assert np.abs(found - wanted).max() < ROUNDED
-    other = sampled(tmp_path / "run", tmp_path / "other", "--size=16,24", *flat(tmp_path))
+    other = sd.sampled(tmp_path / "run", tmp_path / "other", "--size=16,24", *flat(tmp_path))
     assert np.abs(other - found).max() > 0.05  # the small picture counts
 
 
@@ -191,7 +177,7 @@ def test_two_controlnets_at_once_equal_diffusers(sd, reference, converted, tmp_p
         pictures[i].save(tmp_path / f"{i}.png")
         argv += [f"--controlnet={tmp_path}/net{i}", f"--control={tmp_path}/{i}.png"]
     argv += [f"--prompt={prompt}" for prompt in sd.PROMPTS]
-    found = sampled(converted, tmp_path / "both", *argv, "--control_scale=0.7,0.4")
+    found = sd.sampled(converted, tmp_path / "both", *argv, "--control_scale=0.7,0.4")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = StableDiffusionControlNetPipeline(
@@ -202,7 +188,7 @@ def test_two_controlnets_at_once_equal_diffusers(sd, reference, converted, tmp_p
     given = {"latents": sd.noise(model, 2, 5), "height": 16, "width": 16}
     wanted = sd.theirs(pipe, model, **given, image=pictures, controlnet_conditioning_scale=scales)
     assert np.abs(found - wanted).max() < ROUNDED
-    one = sampled(converted, tmp_path / "one", *argv, "--control_scale=0.7,0")
+    one = sd.sampled(converted, tmp_path / "one", *argv, "--control_scale=0.7,0")
     assert np.abs(one - found).max() > 0.02  # the second one counts
 
 
@@ -221,7 +207,7 @@ def test_low_rank_updates_are_added_when_sampling(sd, reference, converted, tmp_
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     argv = [f"--prompt={prompt}" for prompt in sd.PROMPTS]
     argv += [f"--lora={tmp_path}/x.safetensors", "--lora_scale=0.5"]
-    found = sampled(converted, tmp_path / "out", *argv)
+    found = sd.sampled(converted, tmp_path / "out", *argv)
     pipe = StableDiffusionPipeline(
         **{**reference[0].components, "unet": changed}, requires_safety_checker=False
     )
@@ -236,7 +222,7 @@ def test_low_rank_updates_are_added_when_sampling(sd, reference, converted, tmp_
 def test_large_pictures_decoded_in_tiles_equal_diffusers(sd, reference, converted, tmp_path):
     """`--size --tile`: 2 x 5 tiles of 16 pixels."""
     argv = [f"--prompt={prompt}" for prompt in sd.PROMPTS]
-    found = sampled(converted, tmp_path / "out", *argv, "--size=24,64", "--tile=16")
+    found = sd.sampled(converted, tmp_path / "out", *argv, "--size=24,64", "--tile=16")
     pipe, model = reference[0], pipelines.resized(generate.load(converted), (24, 64))
     given = {"latents": sd.noise(model, 2, 5), "height": 24, "width": 64}
     pipe.vae.enable_tiling()
@@ -249,80 +235,7 @@ def test_large_pictures_decoded_in_tiles_equal_diffusers(sd, reference, converte
     assert np.abs(wanted - sd.theirs(pipe, model, **given)).max() > 0.01  # tiling is seen
 
 
-# -- classes -------------------------------------------------------------------------------------
-
-
-def drawn(shapes, rng):
-    """Random parameters of these shapes, the variance of what passes through about kept."""
-
-    def draw(leaf):
-        noise = rng.normal(size=leaf.shape)
-        if len(leaf.shape) == 1:
-            return np.asarray(1 + 0.1 * noise, np.float32)
-        return np.asarray(noise * np.prod(leaf.shape[:-1]) ** -0.5, np.float32)
-
-    return jax.tree.map(draw, shapes)
-
-
-@pytest.fixture(scope="module")
-def classes():
-    """LDM's class-conditional model, tiny, its parameters random; five classes and the null one."""
-    config = ldm_imagenet256.get_config("f4,smoke")
-    config.data.image_size = 32
-    config.model.class_embedder.num_classes = 6
-    config.model.unet.update({"multipliers": (1, 2), "attention": (False, True)})
-    config.model.autoencoder.num_codes = 32
-    rng, key = np.random.default_rng(0), jax.random.key(0)
-    shapes = jax.eval_shape(build.task(config).networks_init, key)
-    image = np.zeros((1, 32, 32, 3), np.float32)
-    first = build.autoencoder(config.model.autoencoder)
-    shapes["autoencoder"] = jax.eval_shape(first.init, key, image)["params"]
-    params = drawn(shapes, rng)
-    params["class_embedder"]["embedding"]["embedding"] *= 5  # so that a class is well seen
-    return config, params
-
-
-def of_classes(classes, folder, change=None):
-    """A function from flags to the pictures of a workdir with those parameters, `change`d."""
-    config, params = classes
-    if change is not None:
-        table = np.array(params["class_embedder"]["embedding"]["embedding"])
-        params = {**params, "class_embedder": {"embedding": {"embedding": change(table)}}}
-    parts = convert_read.Parts(ConfigDict(config.to_dict()), params)
-    convert.write_workdir(folder / "run", parts)
-
-    def run(name, *argv):
-        return sampled(folder / "run", folder / name, "--num=3", "--steps=4", *argv)
-
-    return run
-
-
-def test_class_to_image(classes, tmp_path):
-    """A label is the row of the embedding: rows exchanged, the pictures of their classes are."""
-    run = of_classes(classes, tmp_path / "a")
-    swapped = of_classes(classes, tmp_path / "b", lambda table: table[[0, 2, 1, 3, 4, 5]])
-    found = run("x", "--label=1", "--label=2", "--label=3")
-    again = swapped("x", "--label=2", "--label=1", "--label=3")
-    np.testing.assert_array_equal(found, again)
-    other = run("y", "--label=2", "--label=1", "--label=3")
-    assert (np.abs(other - found).max(axis=(1, 2, 3)) > 0.02).tolist() == [True, True, False]
-    # Without labels each class comes in turn; the null class, the sixth, does not.
-    np.testing.assert_array_equal(run("z")[1:], run("w", "--label=0", "--label=1", "--label=2")[1:])
-
-
-def test_guidance_is_away_from_the_null_class(classes, tmp_path, capsys):
-    run = of_classes(classes, tmp_path / "a")
-    signs = np.array([1, 1, 1, 1, 1, -1], np.float32)[:, None]
-    nulled = of_classes(classes, tmp_path / "b", lambda table: table * signs)
-    for scale, same in (("1", True), ("3", False)):
-        argv = ("--label=1", f"--guidance_scale={scale}")
-        assert np.array_equal(run(scale, *argv), nulled(scale, *argv)) == same
-    argv = (f"--workdir={tmp_path}/a/run", f"--out={tmp_path}/out", "--label=6")
-    assert command(sample, *argv) == 2
-    refused(capsys, "--label=6", "0..5")
-
-
-def test_sampling_refuses_pictures_that_do_not_fit(converted, tmp_path, capsys):
+def test_sampling_refuses_pictures_that_do_not_fit(sd, converted, tmp_path, capsys):
     small, text, right = (tmp_path / name for name in ("small.png", "text.png", "right.png"))
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(small)
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(right)
@@ -343,12 +256,12 @@ def test_sampling_refuses_pictures_that_do_not_fit(converted, tmp_path, capsys):
         (("--label=3",), ("--label",)),
     ):
         argv = (f"--workdir={converted}", f"--out={out}", "--num=1", *argv)
-        assert command(sample, *argv) == 2
+        assert sd.command(sample, *argv) == 2
         refused(capsys, *words)
         assert not out.exists()
 
 
-def test_several_seeds_and_prompt_files(converted, tmp_path):
+def test_several_seeds_and_prompt_files(sd, converted, tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox\n\nthe sea\n")
     argv = (
         f"--workdir={converted}",
@@ -356,7 +269,7 @@ def test_several_seeds_and_prompt_files(converted, tmp_path):
         f"--prompts_file={tmp_path}/prompts.txt",
     )
     argv += ("--num=2", "--seeds=3,4", "--steps=2", "--size=16,32", "--tile=16")
-    assert command(sample, *argv) == 0
+    assert sd.command(sample, *argv) == 0
     found = []
     for i in range(4):
         with Image.open(tmp_path / "out" / f"{i:05d}.png") as picture:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from diffusion.process import gaussian
-from experiments import generate
+from experiments import cli, generate, sample
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -143,3 +143,14 @@ def theirs(pipe, model, **options):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pipe(PROMPTS, **options).images
+
+
+def command(module, *argv):
+    return cli.run(module.define, module.main, [str(a) for a in argv])
+
+
+def sampled(workdir, out, *argv):
+    """The command's pictures in [0, 1]: two, of seed 5."""
+    argv = ("--num=2", "--seed=5", "--steps=20", "--npz", *argv)
+    assert command(sample, f"--workdir={workdir}", f"--out={out}", *argv) == 0
+    return np.load(out / "samples.npz")["images"] / 255

@@ -225,6 +225,18 @@ def test_what_diffusers_saves_is_read_with_its_alpha(unet, peft, folder):
     assert distance(merged_output(unet, tree), outputs["theirs"]) < TOLERANCE
 
 
+def test_what_diffusers_saves_and_we_save_again_is_equal(unet, peft, tmp_path):
+    """Tensor for tensor, but for alpha over rank, which then stands in B."""
+    root, _ = peft
+    name = "pytorch_lora_weights.safetensors"
+    save_lora(tmp_path / name, load_lora(root / "theirs", {"unet": unet[2]})["unet"])
+    theirs, ours = load_file(root / "theirs" / name), load_file(tmp_path / name)
+    assert theirs.keys() == ours.keys()
+    for key, tensor in theirs.items():
+        scale = (1.5 if ".to_k." in key else 6) / 3 if "lora_B" in key else 1
+        np.testing.assert_array_equal(ours[key], tensor * np.float32(scale), err_msg=key)
+
+
 def test_files_go_round_tensor_for_tensor(unet, tmp_path):
     _, _, params = unet
     save_lora(tmp_path / "a.safetensors", random_updates(params))

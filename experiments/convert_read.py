@@ -210,13 +210,14 @@ def from_compvis(
 ) -> Parts:
     """Reads one file of CompVis's. ValueError naming it for what is missing or does not fit."""
     held = single_file.read_file(source)
-    if config is None and not any(name.startswith(compvis_ldm.UNET) for name in held.tensors):
-        return _first_stage(*compvis.load_compvis_autoencoder(source), 1.0, 0.0, 256)
+    bare = not any(name.startswith(compvis_ldm.UNET) for name in held.tensors)
+    if config.task == "autoencoder" if config else bare:
+        return _first_stage(*_compvis_first_stage(source, config), 1.0, 0.0, 256)
     config = ConfigDict((config or _guess(held.tensors, source)).to_dict())
     params: dict[str, Any] = {"unet": compvis_ldm.read_unet(held, build.unet(config))}
     if "autoencoder" in config.model:
-        module, params["autoencoder"] = compvis.load_compvis_autoencoder(source)
-        config.model.autoencoder = {"name": config.model.autoencoder.name, **_fields(module)}
+        module, params["autoencoder"] = _compvis_first_stage(source, config)
+        config.model.autoencoder = {"name": _kind(module), **_fields(module)}
     if "class_embedder" in config.model:
         embedder = build.class_embedder(config)
         params["class_embedder"] = compvis_ldm.read_class_embedder(held, embedder)
@@ -233,6 +234,12 @@ def from_compvis(
     config.init_from = ""
     parts.config = _finish(config, params["unet"], source)
     return parts
+
+
+def _compvis_first_stage(source: pathlib.Path, config: ConfigDict | None) -> tuple[Any, Any]:
+    """Module and parameters; the groups of its norms, which no tensor tells, are the config's."""
+    groups = build.autoencoder(config.model.autoencoder).groups if config else 32
+    return compvis.load_compvis_autoencoder(source, groups=groups)
 
 
 def _guess(tensors: dict[str, Any], source: pathlib.Path) -> ConfigDict:

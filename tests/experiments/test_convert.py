@@ -5,6 +5,7 @@ import shutil
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -81,7 +82,7 @@ def test_a_first_stage_alone_goes_round_and_serves_latents(sd, reference, tmp_pa
     config.model.autoencoder.update({"channels": 8, "multipliers": (1, 2), "groups": 4})
     stage = encode_latents.find_first_stage(config)
     x = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
-    found = stage.network.apply({"params": stage.params}, x, method="encode").mean
+    found = stage.network.apply({"params": stage.params}, jnp.asarray(x), method="encode").mean
     with torch.no_grad():
         given = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
         wanted = reference[0].vae.encode(given).latent_dist.mean
@@ -185,8 +186,10 @@ def test_a_first_stage_of_compvis_alone(converted, tmp_path):
     state["loss.logvar"] = torch.zeros(())
     torch.save({"state_dict": state}, tmp_path / "model.ckpt")
     argv = (f"--source={tmp_path}/model.ckpt", f"--workdir={tmp_path}/run")
+    argv += ("--config=configs/autoencoder_kl.py:f8,smoke",)  # 4 groups a norm, which is not LDM's
     assert command("--from=compvis", *argv) == 0
     stage = first_stage.load(tmp_path / "run")
+    assert stage.network.groups == 4 and stage.network.multipliers == (1, 2)
     jax.tree.map(np.testing.assert_array_equal, stage.params, found.params["autoencoder"])
 
 

@@ -229,8 +229,9 @@ def test_what_diffusers_saves_and_we_save_again_is_equal(unet, peft, tmp_path):
     """Tensor for tensor, but for alpha over rank, which then stands in B."""
     root, _ = peft
     name = "pytorch_lora_weights.safetensors"
-    save_lora(tmp_path / name, load_lora(root / "theirs", {"unet": unet[2]})["unet"])
-    theirs, ours = load_file(root / "theirs" / name), load_file(tmp_path / name)
+    save_lora(tmp_path / name, load_lora(root / "alone", {"unet": unet[2]})["unet"])
+    theirs, ours = load_file(root / "alone" / name), load_file(tmp_path / name)
+    theirs = {f"unet.{key}": tensor for key, tensor in theirs.items()}
     assert theirs.keys() == ours.keys()
     for key, tensor in theirs.items():
         scale = (1.5 if ".to_k." in key else 6) / 3 if "lora_B" in key else 1

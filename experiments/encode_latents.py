@@ -19,10 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from diffusion import weights
-from diffusion.checkpoint import restore_params
 from diffusion.data import latents, loader, transforms
 from diffusion.training.parallel import BATCH, make_mesh
-from experiments import build, captions, cli, cluster, runs, workdir
+from experiments import build, captions, cli, cluster, first_stage, pretrained, runs
 
 
 def encode(config: ConfigDict) -> dict:
@@ -32,8 +31,8 @@ def encode(config: ConfigDict) -> dict:
     out = pathlib.Path(config.data.dir)
     section = config.latents
     scaling = latents.Scaling(section.scaling, section.scale, section.scaling_examples)
-    params, checkpoint_hash = first_stage(config)
-    network = build.autoencoder(config.model.autoencoder)
+    stage = find_first_stage(config)
+    network, params = build.autoencoder(config.model.autoencoder), stage.params
     source, steps = runs.open_images(_image_config(config), "train")
     count = len(source) * section.epochs
     shape = build.sample_shape(config)
@@ -60,7 +59,7 @@ def encode(config: ConfigDict) -> dict:
         fields,
         {
             **runs.latent_identity(config)["made_from"],
-            "first_stage": checkpoint_hash,
+            "first_stage": stage.hash,
             **hashes,
             "data_sha256": source.provenance["sha256"],
             "seed": config.seed,
@@ -106,31 +105,21 @@ def encode(config: ConfigDict) -> dict:
     return latents.finish(plan, scaling)
 
 
-def first_stage(config: ConfigDict) -> tuple[dict, str]:
-    """The first stage's parameters (the average if it has one) and what identifies them.
+def find_first_stage(config: ConfigDict) -> first_stage.Stage:
+    """The first stage that `latents.first_stage` names: its own run, or any workdir that has one.
 
-    Raises ValueError when its run is missing or its model is not the config's.
+    Raises ValueError when there is none, or its model is not the config's.
     """
     directory = pathlib.Path(config.latents.first_stage)
-    trained = workdir.read_config(directory)
-    if trained.task != "autoencoder":
+    stage = first_stage.load(directory, flag="--config.latents.first_stage")
+    wanted = build.autoencoder(config.model.autoencoder)
+    if found := pretrained.difference(wanted, stage.network):
+        key, ours, theirs = found
         raise ValueError(
-            f"latents.first_stage={directory} holds a run with task={trained.task!r}: name one of "
-            "task='autoencoder'"
+            f"latents.first_stage={directory} was trained with model.autoencoder.{key}={theirs},"
+            f" but the config says {ours}: use the same first stage in both"
         )
-    wanted = cli.flat(config.model.autoencoder)
-    for key, value in cli.flat(trained.model.autoencoder).items():
-        if _plain(value) != _plain(wanted.get(key)):
-            raise ValueError(
-                f"latents.first_stage={directory} was trained with model.autoencoder.{key}={value},"
-                f" but the config says {wanted.get(key)}: use the same first stage in both"
-            )
-    saved = restore_params(directory / "checkpoints", ("params", "ema"))
-    return {**saved.items["params"], **saved.items["ema"]}["autoencoder"], saved.hash
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
+    return stage
 
 
 def _image_config(config: ConfigDict) -> ConfigDict:

@@ -41,23 +41,25 @@ class Stage:
     hash: str
 
 
-def load(directory: pathlib.Path, step: int | None = None) -> Stage:
-    """Of a first stage's own run (the checkpoint of `step`, or the newest), or of a latent run.
+def load(directory: pathlib.Path, step: int | None = None, flag: str = "--workdir") -> Stage:
+    """Of a first stage's own run (the checkpoint of `step`, or the newest), or one kept frozen by a
+    latent run or a converted pipeline.
 
     Raises ValueError for a run that has none.
     """
-    config = ConfigDict(workdir.read_config(directory).to_dict())
+    config = ConfigDict(workdir.read_config(directory, flag).to_dict())
     if config.task == "autoencoder":
         saved = restore_params(directory / "checkpoints", ("params", "ema"), step)
         params = {**saved.items["params"], **saved.items["ema"]}["autoencoder"]
         found = saved.step, saved.hash
-    elif "autoencoder" in config.model and "latents" in config:
+    elif "autoencoder" in config.model:
         params, _, sha256 = weights.load_weights(directory / "first_stage")
-        config.data.dir, config.data.name = config.latents.data_dir, config.latents.data_name
+        if "latents" in config:
+            config.data.dir, config.data.name = config.latents.data_dir, config.latents.data_name
         found = 0, sha256[:16]
     else:
         raise ValueError(
-            f"--workdir={directory} has no first stage: name a run of task='autoencoder', or of "
+            f"{flag}={directory} has no first stage: name a run of task='autoencoder', or of "
             "latent diffusion"
         )
     return Stage(config, build.autoencoder(config.model.autoencoder), params, *found)
@@ -137,7 +139,12 @@ def perceptual(config: ConfigDict) -> Callable[[np.ndarray, np.ndarray], np.ndar
     section = config.get("perceptual", {})
     if not section.get("vgg") or not section.get("heads"):
         return None
-    params, _ = load_lpips(**section)
+    return _lpips(**section)
+
+
+@functools.lru_cache(maxsize=1)
+def _lpips(**files: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    params, _ = load_lpips(**files)
 
     @jax.jit
     def run(params, x, y):

@@ -40,11 +40,11 @@ UNSEEN_EPOCH = 10**6  # compositions that no training run reads
 class Judge:
     """A trained classifier: labels and features of uint8 images."""
 
-    def __init__(self, directory: pathlib.Path):
-        config = workdir.read_config(directory)
+    def __init__(self, directory: pathlib.Path, flag: str = "--classifier"):
+        config = workdir.read_config(directory, flag)
         if config.task != "classifier":
             raise ValueError(
-                f"--classifier={directory} holds a run with task={config.task!r}: name one of "
+                f"{flag}={directory} holds a run with task={config.task!r}: name one of "
                 "configs/digits_classifier.py"
             )
         self.data = config.data.name

@@ -43,9 +43,11 @@ def load(
     which: str = "ema",
     step: int | None = None,
     flag: str = "--workdir",
+    merged: bool = True,
 ) -> Networks:
     """A run's newest checkpoint (or that of `step`) and frozen networks; `which`: "ema" or "raw".
 
+    Not `merged`: low-rank updates stay apart, as params["lora"].
     Raises ValueError for a folder without a run, a checkpoint, or the average asked for.
     """
     directory = pathlib.Path(directory)
@@ -69,7 +71,7 @@ def load(
             )
     if config.task == "autoencoder":
         first_stage = build.autoencoder(config.model.autoencoder)
-    if "lora" in params:
+    if "lora" in params and merged:
         scale = build.lora(config).scale
         params["unet"] = lora.merge(params["unet"], params.pop("lora"), scale)
     path = directory / "tokenizer.json"
@@ -141,18 +143,32 @@ def _check_same(config: ConfigDict, other: ConfigDict, name: str) -> None:
         "text_encoder": build.text_encoder,
         "autoencoder": lambda c: build.autoencoder(c.model.autoencoder),
     }[name]
-    ours, theirs = make(config), make(other)
+    if found := difference(make(config), make(other)):
+        field, ours, theirs = found
+        raise ValueError(
+            f"init_from={config.init_from} has model.{name}.{field}={theirs}, but the config "
+            f"says {ours}: use the same network in both"
+        )
+
+
+def difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:
+    """The first field, with both values, in which two modules' parameters differ; None: in none."""
     for field in dataclasses.fields(ours):
-        if field.name in FREE:
-            continue
-        a, b = (getattr(module, field.name, None) for module in (ours, theirs))
-        if a != b and _levels(ours, a) != _levels(theirs, b):
-            raise ValueError(
-                f"init_from={config.init_from} has model.{name}.{field.name}={b}, but the config "
-                f"says {a}: use the same network in both"
-            )
+        if field.name not in FREE:
+            a, b = (getattr(module, field.name, None) for module in (ours, theirs))
+            if a != b and _said(ours, field.name) != _said(theirs, field.name):
+                return field.name, a, b
+    return None if type(ours) is type(theirs) else ("name", type(ours), type(theirs))
 
 
-def _levels(module: Any, value: Any) -> Any:
-    """One value for all levels and one a level may say the same."""
-    return module.per_level(value) if hasattr(module, "per_level") else value
+def _said(module: Any, field: str) -> Any:
+    """A field's value in the one form of those that say the same."""
+    value = getattr(module, field, None)
+    if field in ("heads", "head_dim") and hasattr(module, "head_shape"):  # by number, or by width
+        used = [*module.attention[:-1], module.attention[-1] or module.mid_attention]
+        return [module.head_shape(level) for level, attends in enumerate(used) if attends]
+    if hasattr(module, "per_level"):  # one value for all levels, or one a level
+        return module.per_level(value)
+    if field == "attention" and not value:  # () is nowhere
+        return (False,) * len(module.multipliers)
+    return module.latent_channels if field == "embed_channels" else value

@@ -198,9 +198,22 @@ def _ends(config: ConfigDict, tokenizer: Tokenizer | None, length: int) -> list:
     if tokenizer is not None:
         ends.append(transforms.Tokenize(tokenizer, length))
     if config.task == "denoiser" and "controlnet" in config.model:
+        _check_hints(config)
         kinds = {"edges": transforms.Edges()}
         ends.append(build.choose(kinds, config.conditioning.control, "conditioning.control"))
     return [*ends, transforms.Keep(("image", "label", "tokens", "hint"))]
+
+
+def _check_hints(config: ConfigDict) -> None:
+    """Control pictures are as large as the images; the ControlNet makes them as small as x."""
+    widths = tuple(config.model.controlnet.hint_widths)
+    factor = build.image_shape(config)[0] // build.sample_shape(config)[0]
+    if 2 ** (len(widths) - 1) != factor:
+        raise ValueError(
+            f"model.controlnet.hint_widths={widths} makes pictures {2 ** (len(widths) - 1)} times "
+            f"smaller, but what is diffused is {factor} times smaller than the images: give it "
+            f"{factor.bit_length()} widths"
+        )
 
 
 def _latent_run(config: ConfigDict, placed: Parallel) -> Run:

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from diffusion.checkpoint import Checkpoints
 from diffusion.writers import make_writer
-from experiments import cli, cluster, preview, runs, workdir
+from experiments import cli, cluster, preview, runs, watched, workdir
 from experiments.guards import INTERRUPTED, StopOnSignal, Watchdog
 
 # Steps handed to the device before the host waits: enough to keep it busy, and so few that a signal
@@ -42,6 +42,7 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
     # ---------------------------------------------------------------- check, build, place
     def check_and_build() -> runs.Run:
         workdir.check(directory, config)
+        watched.judge(config)
         return runs.build_run(config)
 
     run = cluster.together(check_and_build)
@@ -123,7 +124,8 @@ def _loop(
             if every and (done % every == 0 or last):
                 watchdog.doing(f"the evaluation at step {done}")
                 whole = parallel.whole(state)
-                log.evaluation(done, run.evaluate(whole, parallel.whole(frozen)))
+                values = run.evaluate(whole, parallel.whole(frozen))
+                log.evaluation(done, values | watched.measure(run, whole))
                 if config.evaluation.preview:
                     writer.images(done, preview.pictures(run, whole, directory))
             report = peers.exchange(done, stop.requested, log.waited_secs_per_step(done))

@@ -51,15 +51,16 @@ def rules(levels: int) -> Rules:
 
 
 def load_compvis_autoencoder(
-    path: str | os.PathLike, dtype: Any = None
+    path: str | os.PathLike, dtype: Any = None, groups: int = 32
 ) -> tuple[AutoencoderKL | VQModel, dict[str, Any]]:
     """(module, float32 parameters) of the first stage in one CompVis file.
 
-    `dtype`: what the module computes in. ValueError naming the file where it is broken or would run
-    code, and where it holds no first stage of LDM.
+    `dtype`: what the module computes in. `groups`: of its norms, which no tensor tells; LDM's are
+    32. ValueError naming the file where it is broken or would run code, and where it holds no first
+    stage of LDM.
     """
     weights = first_stage_tensors(read_file(path), path)
-    module = _module(weights.tensors, path, dtype)
+    module = _module(weights.tensors, path, {"dtype": dtype, "groups": groups})
     size = module.downsampling
     image = jnp.zeros((1, size, size, module.image_channels))
     shapes = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
@@ -89,10 +90,12 @@ def to_compvis_tensors(module: AutoencoderKL | VQModel, params: Any) -> dict[str
     }
 
 
-def _module(tensors: Mapping[str, Any], path: object, dtype: Any) -> AutoencoderKL | VQModel:
+def _module(
+    tensors: Mapping[str, Any], path: object, more: dict[str, Any]
+) -> AutoencoderKL | VQModel:
     """The network whose tensors these are."""
     try:
-        return _infer(tensors, dtype)
+        return _infer(tensors, more)
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(
             f"{path} holds a first stage that is not LDM's ({error}): only its KL and VQ "
@@ -100,7 +103,7 @@ def _module(tensors: Mapping[str, Any], path: object, dtype: Any) -> Autoencoder
         ) from error
 
 
-def _infer(tensors: Mapping[str, Any], dtype: Any) -> AutoencoderKL | VQModel:
+def _infer(tensors: Mapping[str, Any], more: dict[str, Any]) -> AutoencoderKL | VQModel:
     levels = 1 + _last(tensors, r"^encoder\.down\.(\d+)\.block\.")
     channels, image_channels = tensors["encoder.conv_in.weight"].shape[:2]
     widths = [tensors[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
@@ -116,7 +119,7 @@ def _infer(tensors: Mapping[str, Any], dtype: Any) -> AutoencoderKL | VQModel:
         "mid_attention": "encoder.mid.attn_1.q.weight" in tensors,
         "z_channels": z_channels,
         "embed_channels": None if embed == z_channels else embed,
-        "dtype": dtype,
+        **more,
     }
     if "quantize.embedding.weight" in tensors:
         return VQModel(num_codes=tensors["quantize.embedding.weight"].shape[0], **fields)

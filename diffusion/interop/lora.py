@@ -8,13 +8,16 @@ A layer NAME of network NET has two tensors, A^T (rank, in) and B^T (out, rank) 
     NET....processor.to_q_lora.down.weight, ...              the first ones
     lora_unet_NA_ME.lora_down.weight, ...lora_up.weight      kohya-ss/sd-scripts, with alpha
 
-NET is "unet" or "text_encoder". What is read has alpha / rank multiplied into B, so that it is
-merged with scale 1.
+NET is "unet" or "text_encoder"; a file of `unet.save_lora_adapter` leaves it out. Diffusers from
+0.35 on puts PEFT's config, and with it alpha, into the file's header and no longer beside the
+tensors. What is read has alpha / rank multiplied into B, so that it is merged with scale 1.
 """
 
+import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from diffusion.interop import files, text_encoder, unet
 
 FILE = "pytorch_lora_weights.safetensors"
+HEADER = "lora_adapter_metadata"
 RULES: Mapping[str, files.Rules] = {"unet": unet.RULES, "text_encoder": text_encoder.RULES}
 # Prefixes of each network's layers, with "." and, in kohya's files, with "_".
-DOTTED = {"unet": ("unet.",), "text_encoder": ("text_encoder.text_model.", "text_encoder.")}
+DOTTED = {"unet": ("unet.", ""), "text_encoder": ("text_encoder.text_model.", "text_encoder.")}
 JOINED = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_text_model_",)}
 
 OLD_NAMES: files.Rules = (
@@ -48,6 +52,7 @@ def load_lora(path: str | os.PathLike, params: Mapping[str, Any]) -> dict[str, A
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     tensors = {_rename(k): v for k, v in files.read_safetensors(path).items()}
+    header = _header(path)
     found: dict[str, Any] = {}
     for network in RULES:
         layers = _layers(network, params[network]) if network in params else {}
@@ -55,7 +60,8 @@ def load_lora(path: str | os.PathLike, params: Mapping[str, Any]) -> dict[str, A
         for module_path, shape, names in layers:
             name = next((n for n in names if f"{n}.lora_A.weight" in tensors), None)
             if name is not None:
-                down, up = _take(tensors, name, shape, path)
+                alpha = _alpha(header, network, names[0].removeprefix(DOTTED[network][0]))
+                down, up = _take(tensors, name, shape, path, alpha)
                 flat[*module_path, "down"], flat[*module_path, "up"] = down, up
         if flat:
             found[network] = unflatten_dict(flat)
@@ -114,10 +120,41 @@ def _layers(network: str, params: Any) -> list[tuple[tuple[str, ...], tuple[int,
     return found
 
 
+def _header(path: Path) -> dict[str, Any]:
+    """PEFT's config as Diffusers stores it, its keys maybe with the network before them; or {}."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        text = (file.metadata() or {}).get(HEADER, "{}")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} has a broken {HEADER} ({error}): fetch it again") from error
+
+
+def _alpha(header: Mapping[str, Any], network: str, layer: str) -> Callable[[int], float] | None:
+    """alpha of a layer as a function of its rank; None where the header does not say."""
+
+    def said(key: str) -> Any:
+        return header.get(f"{network}.{key}", header.get(key))
+
+    value = said("lora_alpha")
+    if value is None:
+        return None
+    for pattern, other in (said("alpha_pattern") or {}).items():
+        value = other if re.match(rf"(.*\.)?({pattern})$", layer) else value
+    # Rank-stabilised LoRA (arXiv:2312.03732) divides alpha by the rank's root.
+    return lambda rank: float(value) * (math.sqrt(rank) if said("use_rslora") else 1.0)
+
+
 def _take(
-    tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...], path: Path
+    tensors: dict[str, np.ndarray],
+    name: str,
+    shape: tuple[int, ...],
+    path: Path,
+    said: Callable[[int], float] | None,
 ) -> tuple[Any, Any]:
-    """A and B of one layer, taken out of `tensors`, alpha in B."""
+    """A and B of one layer, taken out of `tensors`, alpha in B: the one beside them, or as said."""
     down = tensors.pop(f"{name}.lora_A.weight")
     up = tensors.pop(f"{name}.lora_B.weight", None)
     if up is None:
@@ -130,5 +167,7 @@ def _take(
             f"{path}: {name} has updates of shapes {down.shape} and {up.shape}, but the layer has "
             f"{shape[0]} inputs and {shape[1]} outputs: it was made for another network"
         )
+    if alpha is None and said is not None:
+        alpha = said(rank)
     factor = 1.0 if alpha is None else float(alpha) / rank
     return jnp.asarray(down.T), jnp.asarray(up.T * np.float32(factor))

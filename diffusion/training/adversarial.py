@@ -70,7 +70,7 @@ def adaptive_weight(
     nll_grad: Float[Array, "..."], generator_grad: Float[Array, "..."], weight: float
 ) -> Float[Array, ""]:
     """Equation 4, of gradients that are means over the whole batch."""
-    norms = [jnp.linalg.norm(g.astype(jnp.float32).ravel()) for g in (nll_grad, generator_grad)]
+    norms = [jnp.linalg.norm(g.ravel()) for g in (nll_grad, generator_grad)]
     return weight * jnp.clip(norms[0] / (norms[1] + EPSILON), 0, BOUND)
 
 

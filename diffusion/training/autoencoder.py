@@ -145,7 +145,7 @@ class Autoencoder:
         self, frozen: Params, x: Float[Array, "batch ..."], x_hat: Array
     ) -> dict[str, Float[Array, " batch"]]:
         """Of equation 1 for each example: its error reduced, LPIPS, and its mean squared error."""
-        error = (x - x_hat).astype(jnp.float32)
+        error = x - x_hat  # float32 or wider, as the network puts x^ out
         axes = tuple(range(1, x.ndim))
         distance = RECONSTRUCTION[self.reconstruction](error)
         reduced = distance.sum(axes) if self.reduction == "sum" else distance.mean(axes)
@@ -187,7 +187,7 @@ class Autoencoder:
 
     def _inputs(self, state: TrainState, batch: Batch) -> tuple[Array, Key[Array, " batch"]]:
         keys = ts.example_keys(state.rng, state.step, batch["position"])
-        x = batch["image"].astype(jnp.float32) / 127.5 - 1
+        x = batch["image"].astype(jnp.result_type(float)) / 127.5 - 1
         return (ts.random_flip(x, ts.stream(keys, ts.DATA)) if self.flip else x), keys
 
     def _weigh(
@@ -228,7 +228,7 @@ class Autoencoder:
         (x_hat, regularizer), pull, aux = jax.vjp(reconstruct, params["autoencoder"], has_aux=True)
         nll_grad, means = jax.grad(nll, has_aux=True)(x_hat)
         found = {"x": x, "x_hat": x_hat, "aux": aux, "means": means | regularizer}
-        weight = jax.tree.map(lambda _: jnp.float32(self.regularizer_weight), regularizer)
+        weight = jax.tree.map(lambda r: jnp.full_like(r, self.regularizer_weight), regularizer)
         found |= {"pull": lambda g: pull((g.astype(x_hat.dtype), weight))[0], "nll": nll_grad}
         adversary = self.adversary
         if adversary is None:

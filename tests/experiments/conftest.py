@@ -4,12 +4,13 @@ The commands see one device here: eight fake ones would compile everything eight
 are compared in tests/training.
 """
 
+import importlib.util
 import pathlib
 
 import jax
 import pytest
 
-from experiments import quickstart
+from experiments import cli, convert, quickstart
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +21,33 @@ def job(tmp_path_factory) -> pathlib.Path:
         see_one_device(patch)
         quickstart.quickstart(root, smoke=True)
     return root
+
+
+@pytest.fixture(scope="session")
+def sd():
+    """The module beside this file that makes a tiny Stable Diffusion; it imports torch."""
+    path = pathlib.Path(__file__).with_name("tiny_stable_diffusion.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def reference(sd, tmp_path_factory):
+    """Diffusers' pipeline, tiny and random, and the directory that it was saved to."""
+    directory = tmp_path_factory.mktemp("diffusers") / "pipeline"
+    return sd.pipeline(directory), directory
+
+
+@pytest.fixture(scope="session")
+def converted(reference, tmp_path_factory):
+    """Its workdir."""
+    target = tmp_path_factory.mktemp("converted") / "run"
+    argv = ("--from=diffusers", f"--source={reference[1]}", f"--workdir={target}")
+    assert cli.run(convert.define, convert.main, argv) == 0
+    return target
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,27 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import common, ldm_celebahq256
 from diffusion.data import latents
-from experiments import cli, encode_latents, evaluate, report_first_stage, train
+from experiments import (
+    build,
+    cli,
+    convert,
+    convert_read,
+    encode_latents,
+    evaluate,
+    report_first_stage,
+    runs,
+    train,
+)
 
 CONFIG = "--config=configs/digits_autoencoder.py:smoke"
 ADVERSARIAL = (
@@ -43,6 +57,7 @@ def adversarial(job, tmp_path_factory):
     """An unbroken run of four steps, both networks in training from the third."""
     workdir = tmp_path_factory.mktemp("adversarial") / "run"
     argv = (CONFIG, *ADVERSARIAL, f"--config.data.dir={job}/data", f"--workdir={workdir}")
+    argv += (f"--config.evaluation.classifier={job}/classifier",)
     with pytest.MonkeyPatch.context() as patch:
         see_one(patch)
         assert run(train, *argv) == 0
@@ -67,6 +82,38 @@ def test_everything_about_the_adversary_is_logged(adversarial):
     keys = {f"eval_{name}" for name in ("psnr", "ssim", "sharpness", "loss", "kl")}
     keys |= {f"eval_latent_{moment}_{c}" for moment in ("mean", "std") for c in range(4)}
     assert keys <= evaluated.keys()
+    assert evaluated["eval_frechet_distance"] > 0
+
+
+def test_the_loops_numbers_are_those_of_the_command(adversarial, job, tmp_path):
+    """At the last step, on every image of the evaluation split: nothing is averaged twice."""
+    workdir, _ = adversarial
+    argv = (f"--workdir={workdir}", "--metrics=reconstruction", "--num=1000000")
+    argv += (f"--classifier={job}/classifier", f"--out={tmp_path}/numbers.json")
+    assert run(evaluate, *argv) == 0
+    wanted = json.loads((tmp_path / "numbers.json").read_text())["reconstruction"]
+    logged = [row for row in rows(workdir) if "eval_psnr" in row][-1]
+    np.testing.assert_allclose(
+        logged["eval_frechet_distance"], wanted["frechet_distance"], rtol=1e-4
+    )
+    for c in range(4):
+        np.testing.assert_allclose(
+            logged[f"eval_latent_std_{c}"], wanted["latent_std"][c], rtol=1e-3
+        )
+    # The loop measures before pixels are rounded.
+    np.testing.assert_allclose(logged["eval_psnr"], wanted["psnr"], atol=0.1)
+
+
+def test_bfloat16_stays_finite_and_near_float32(adversarial, tmp_path):
+    unbroken, argv = adversarial
+    argv = [a for a in argv if not a.startswith("--workdir")] + [f"--workdir={tmp_path}/run"]
+    assert run(train, *argv, "--config.model.dtype=bfloat16") == 0
+    for row in rows(tmp_path / "run"):
+        assert all(np.isfinite(v) for v in row.values() if isinstance(v, float)), row
+    pairs = zip(rows(tmp_path / "run"), rows(unbroken), strict=True)
+    near = [(a["reconstruction"], b["reconstruction"]) for a, b in pairs if "reconstruction" in a]
+    assert len(near) == 4
+    np.testing.assert_allclose(*zip(*near), rtol=0.05)
 
 
 def test_two_networks_resume_as_one(adversarial, tmp_path):
@@ -161,6 +208,44 @@ def test_scale_rules_are_stored(job, tmp_path, scaling, more):
     assert source.provenance["scaling"]["rule"] == scaling
 
 
+def test_flipped_variants_are_the_latents_of_mirrored_images(tmp_path, monkeypatch):
+    """`data.flip` with two epochs: the second one's rows are of the images mirrored."""
+    config = ldm_celebahq256.get_config("smoke")
+    config.data.update({"dir": str(tmp_path / "latents"), "image_size": 16, "flip": True})
+    config.latents.update({"first_stage": str(tmp_path / "run"), "epochs": 2, "shard_size": 5})
+    config.model.autoencoder.num_codes = 32
+    stage = common.first_stage("vq")
+    stage.model.update({"dtype": "float32", "autoencoder": config.model.autoencoder})
+    stage.data.image_size = 16
+    module = build.autoencoder(stage.model.autoencoder)
+    params = jax.jit(module.init)(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
+    convert.write_workdir(tmp_path / "run", convert_read.Parts(stage, {"autoencoder": params}))
+    images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(runs, "open_images", lambda *_: (Held(images), []))
+    encode_latents.encode(config)
+    found = latents.LatentSource(tmp_path / "latents").batch(np.arange(12))["mean"]
+    both = np.concatenate([images, images[:, :, ::-1]]).astype(np.float32) / 127.5 - 1
+    encode = jax.jit(lambda x: module.apply({"params": params}, x, method="encode").mean)
+    wanted = encode(jnp.asarray(both))
+    np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(wanted).max())
+    assert np.abs(found[6:] - found[:6]).max() > 0.1 * np.abs(wanted).max()
+
+
+class Held:
+    """A source of images in memory."""
+
+    provenance: ClassVar[dict[str, str]] = {"sha256": "0"}
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices):
+        return {"image": self.images[indices]}
+
+
 @pytest.mark.slow
 def test_ten_thousand_latents_killed_half_way(job, tmp_path):
     """SIGKILL in the middle of 13,500 images, and the same command again: the same bytes."""
@@ -214,6 +299,7 @@ def test_encoding_refuses(job, tmp_path, capsys, argv, words):
         (("--config.loss.adversarial=wasserstein",), ("wasserstein", "hinge")),
         (("--config.loss.reduction=median",), ("median", "mean")),
         (("--config.loss.kl_weight=nan",), ("loss.kl_weight=nan",)),
+        (("--config.evaluation.classifier=nowhere",), ("evaluation.classifier=nowhere", "no run")),
         (("--config.loss.reseed_every_steps=5",), ("loss.reseed_every_steps=5", "vq")),
         (
             ("--config.loss.perceptual_weight=1.0",),

@@ -1,6 +1,9 @@
 """ControlNets and LoRA against Diffusers, every parameter random; files both ways."""
 
 import json
+import pathlib
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -183,19 +186,56 @@ def test_an_adapted_unet_matches_diffusers(unet, tmp_path):
     assert distance(before, wanted) > 0.05
 
 
-def test_diffusers_own_loader_reads_what_is_saved(unet, tmp_path):
-    """With PEFT installed, which Diffusers needs for it."""
-    pytest.importorskip("peft")
+@pytest.fixture(scope="module")
+def peft(unet, tmp_path_factory):
+    """A folder in which Diffusers' own loaders read our file, and wrote theirs; their outputs."""
+    packages = pathlib.Path(sys.prefix) / "alone"  # launch/environment.sh: requirements-alone.txt
+    assert (packages / "peft").is_dir(), f"{packages}/peft is missing: ./launch/test.sh makes it"
     model, _, params = unet
-    save_lora(tmp_path / "pytorch_lora_weights.safetensors", random_updates(params))
-    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    given = inputs()
-    with torch.no_grad():
-        wanted = patched(model, tensors)(**given).sample.numpy()
-        model.load_lora_adapter(tmp_path, prefix="unet")
-        found = model(**given).sample.numpy()
-        model.delete_adapters("default_0")
-    assert distance(found, wanted) < TOLERANCE
+    root = tmp_path_factory.mktemp("peft")
+    model.save_pretrained(root / "unet")
+    save_lora(root / "ours" / "pytorch_lora_weights.safetensors", random_updates(params), 0.5)
+    np.savez(root / "inputs.npz", **{key: value.numpy() for key, value in inputs().items()})
+    script = pathlib.Path(__file__).with_name("peft_reference.py")
+    subprocess.run([sys.executable, script, packages, root], check=True)
+    return root, np.load(root / "outputs.npz")
+
+
+def merged_output(unet, tree):
+    _, module, params = unet
+    x, t, context = arrays(inputs())
+    apply = jax.jit(lambda p: module.apply({"params": p}, x, t, context))
+    return np.moveaxis(np.asarray(apply(merge(params, tree))), -1, 1)
+
+
+@pytest.mark.parametrize("loader", ["pipeline", "unet"])
+def test_diffusers_own_loaders_read_what_is_saved(unet, peft, loader):
+    """`load_lora_weights` of the pipeline, `load_lora_adapter` of the U-Net."""
+    root, outputs = peft
+    tree = load_lora(root / "ours", {"unet": unet[2]})["unet"]
+    assert distance(merged_output(unet, tree), outputs[loader]) < TOLERANCE
+    assert distance(outputs["plain"], outputs[loader]) > 0.05
+
+
+@pytest.mark.parametrize("folder", ["theirs", "alone"])
+def test_what_diffusers_saves_is_read_with_its_alpha(unet, peft, folder):
+    """`save_lora_weights` of the pipeline, `save_lora_adapter` of the U-Net: alpha is a header."""
+    root, outputs = peft
+    tree = load_lora(root / folder, {"unet": unet[2]})["unet"]
+    assert distance(merged_output(unet, tree), outputs["theirs"]) < TOLERANCE
+
+
+def test_what_diffusers_saves_and_we_save_again_is_equal(unet, peft, tmp_path):
+    """Tensor for tensor, but for alpha over rank, which then stands in B."""
+    root, _ = peft
+    name = "pytorch_lora_weights.safetensors"
+    save_lora(tmp_path / name, load_lora(root / "alone", {"unet": unet[2]})["unet"])
+    theirs, ours = load_file(root / "alone" / name), load_file(tmp_path / name)
+    theirs = {f"unet.{key}": tensor for key, tensor in theirs.items()}
+    assert theirs.keys() == ours.keys()
+    for key, tensor in theirs.items():
+        scale = (1.5 if ".to_k." in key else 6) / 3 if "lora_B" in key else 1
+        np.testing.assert_array_equal(ours[key], tensor * np.float32(scale), err_msg=key)
 
 
 def test_files_go_round_tensor_for_tensor(unet, tmp_path):

@@ -96,10 +96,18 @@ def test_losses_match_float64_numpy(x64):
     np.testing.assert_allclose(adversarial.generator_loss(jnp.asarray(fake)), -fake.mean())
 
 
-@pytest.mark.parametrize(("scale", "wanted"), [(1.0, None), (0.0, 1e4 * 0.5), (1e9, None)])
-def test_adaptive_weight_matches_float64_numpy(scale, wanted):
+@pytest.mark.parametrize(
+    ("nll_scale", "scale", "wanted"),
+    [
+        (40, 1.0, None),
+        (0.04, 1e-4, None),  # where the 1e-4 in the denominator is seen
+        (40, 0.0, 1e4 * 0.5),
+        (40, 1e9, None),
+    ],
+)
+def test_adaptive_weight_matches_float64_numpy(nll_scale, scale, wanted):
     rng = np.random.default_rng(0)
-    nll, generator = rng.normal(size=(3, 3, 8, 3)) * 40, scale * rng.normal(size=(3, 3, 8, 3))
+    nll, generator = (k * rng.normal(size=(3, 3, 8, 3)) for k in (nll_scale, scale))
     ratio = np.sqrt((nll**2).sum()) / (np.sqrt((generator**2).sum()) + 1e-4)
     wanted = 0.5 * min(max(ratio, 0), 1e4) if wanted is None else wanted
     found = adversarial.adaptive_weight(jnp.float32(nll), jnp.float32(generator), 0.5)
@@ -266,6 +274,19 @@ def test_a_step_that_is_not_finite_changes_neither_network():
     jax.tree.map(np.testing.assert_array_equal, kept.opt_state, new.opt_state)
     name = "discriminator_stats"
     jax.tree.map(np.testing.assert_array_equal, kept.extra[name], new.extra[name])
+
+
+def test_an_infinite_loss_with_finite_gradients_changes_neither_network():
+    """A discriminator that the autoencoder does not see yet: its loss alone tells."""
+    task, step = compiled(start_steps=1, warmup_steps=2)
+    state = fresh(task).replace(step=jnp.int32(1))
+    last = state.params["discriminator"]["conv_out"]
+    last["bias"] = jnp.full_like(last["bias"], jnp.inf)
+    kept = jax.device_get(state)
+    new, metrics = step(state, batch(), {})
+    assert np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["loss"])
+    assert np.isinf(metrics["discriminator_loss"]) and int(metrics["skipped_steps"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, kept.params, new.params)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""What the loop measures of a first stage beside the sums that its task takes itself.
+
+eval_frechet_distance    of reconstructions and held-out images, on the features of the classifier
+                         that `evaluation.classifier` names
+eval_lpips               where `perceptual` names weights that the loss does not use
+
+PSNR, SSIM, sharpness, the terms of the loss and the latents' moments are the task's `eval_step`.
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion.training.parallel import to_host
+from diffusion.training.state import TrainState
+from experiments import cluster, first_stage, measures, runs
+
+KEYS = ("frechet_distance", "lpips")
+
+
+@functools.lru_cache(maxsize=1)
+def _judge(directory: str, data: str) -> measures.Judge:
+    judge = measures.Judge(pathlib.Path(directory), "--config.evaluation.classifier")
+    if judge.data != data:
+        raise ValueError(
+            f"--config.evaluation.classifier={directory} was trained on {judge.data!r}, but this "
+            f"run is on {data!r}: name one of that"
+        )
+    return judge
+
+
+def judge(config: ConfigDict) -> measures.Judge | None:
+    """The classifier; None where none is named. ValueError for one that does not fit."""
+    named = config.evaluation.classifier
+    if named and config.task != "autoencoder":
+        raise ValueError(
+            f"evaluation.classifier={named} is for task='autoencoder', not {config.task!r}: leave "
+            "it empty"
+        )
+    return _judge(named, config.data.name) if named else None
+
+
+def measure(run: runs.Run, state: TrainState) -> dict[str, float]:
+    """The numbers above, of the averaged weights; every process calls it, the first one counts."""
+    config = run.config
+    if config.task != "autoencoder":
+        return {}
+    unused = config.perceptual.vgg and config.perceptual.heads and not config.loss.perceptual_weight
+    judged = judge(config)
+    if judged is None and not unused:
+        return {}
+    params = to_host(state.inference_params["autoencoder"])
+    if not cluster.is_first():
+        return {}
+    stage = first_stage.Stage(config, run.task.network, params, 0, "")
+    features = None if judged is None else lambda images: judged(images)[1]
+    found = first_stage.measure(stage, _images(run), features)
+    return {f"eval_{key}": found[key] for key in KEYS if key in found}
+
+
+def _images(run: runs.Run) -> Iterator[np.ndarray]:
+    for batch in run.eval_batches():
+        yield batch["image"][batch["valid"]]

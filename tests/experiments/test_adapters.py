@@ -1,0 +1,116 @@
+"""LoRA and ControlNet on the default job: what trains, what stays, what is written and refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from diffusion.checkpoint import restore_params
+from experiments import adapters, cli, convert, generate, pretrained, sample, train, workdir
+
+WIDTHS = "--config.model.controlnet.hint_widths"
+
+
+def run(command, *argv) -> int:
+    return cli.run(command.define, command.main, [str(a) for a in argv])
+
+
+def trained(job, target, name, *argv) -> int:
+    given = (f"--config.init_from={job}/ldm", f"--config.data.dir={job}/data", *argv)
+    return run(train, f"--config=configs/{name}.py:smoke", f"--workdir={target}", *given)
+
+
+def same(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
+
+
+def test_lora_trains_updates_alone_and_writes_diffusers_file(job, tmp_path, capsys):
+    target = tmp_path / "lora"
+    assert trained(job, target, "digits_lora") == 0
+    saved = restore_params(target / "checkpoints").items["params"]
+    assert set(saved) == {"lora"}
+    base, found = pretrained.load(job / "ldm"), pretrained.load(target)
+    assert same(base.params["text_encoder"], found.params["text_encoder"])
+    assert same(base.params["autoencoder"], found.params["autoencoder"])
+    assert not same(base.params["unet"], found.params["unet"])  # the updates are merged
+    changed = [
+        (a != b).any()
+        for a, b in zip(*(jax.tree.leaves(n.params["unet"]) for n in (base, found)), strict=True)
+    ]
+    # q, k, v and out of the two attentions in the middle; the projections of the pooled caption.
+    assert sum(changed) == 17
+    np.testing.assert_array_equal(base.extra["latent_scale"], found.extra["latent_scale"])
+    argv = ("--to=diffusers", f"--workdir={target}", f"--out={tmp_path}/out")
+    assert run(convert, *argv) == 0
+    tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert len(tensors) == 2 * 17  # down and up
+    # The file on the base is the run.
+    given = (f"--lora={tmp_path}/out/pytorch_lora_weights.safetensors", "--weights=ema")
+    for name, source, more in (("a", target, ()), ("b", job / "ldm", given)):
+        argv = (f"--workdir={source}", "--num=2", "--prompt=a red one", "--npz", *more)
+        assert run(sample, *argv, f"--out={tmp_path}/{name}", "--steps=4") == 0
+    a, b = (np.load(tmp_path / name / "samples.npz")["images"].astype(int) for name in "ab")
+    assert np.abs(a - b).max() <= 1
+    assert run(adapters, f"--workdir={target}", f"--classifier={job}/classifier", "--num=8") == 0
+    results = json.loads((target / "evaluation.json").read_text())
+    assert {"before", "after"} <= results["yellow"].keys() == results["palette"].keys()
+    assert (target / "samples.png").exists()
+    # The same command again has nothing to do.
+    assert trained(job, target, "digits_lora") == 0
+
+
+def test_a_controlnet_starts_from_the_unet_and_steers(job, tmp_path):
+    target = tmp_path / "control"
+    assert trained(job, target, "digits_controlnet") == 0
+    saved = restore_params(target / "checkpoints").items["params"]
+    assert set(saved) == {"controlnet"}
+    base = pretrained.load(job / "ldm").params["unet"]
+    steps = np.abs(saved["controlnet"]["conv_in"]["kernel"] - base["conv_in"]["kernel"])
+    assert steps.max() < 0.05  # a few steps away from the U-Net's
+    assert np.abs(saved["controlnet"]["zero_mid"]["kernel"]).max() > 0
+    assert run(adapters, f"--workdir={target}", f"--classifier={job}/classifier", "--num=8") == 0
+    results = json.loads((target / "evaluation.json").read_text())
+    assert results["originals"]["f"] == 1.0
+    assert 0 <= results["after"]["outline"]["f"] <= 1
+    # The run's ControlNet beside the base's U-Net is the run.
+    model = generate.load(target)
+    assert len(model.task.controlnets) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "words"),
+    [
+        ("digits_lora", ("--config.init_from=nowhere",), ("--config.init_from=nowhere", "no run")),
+        ("digits_lora", ("--config.data.colour=pink",), ("pink", "yellow")),
+        ("digits_lora", ("--config.model.unet.channels=64",), ("model.unet.channels", "64", "32")),
+        ("digits_lora", ("--config.model.lora.rank=0",), ("rank=0",)),
+        ("digits_controlnet", ("--config.conditioning.control=depth",), ("depth", "edges")),
+        ("digits_controlnet", ("--config.data.flip=True",), ("data.flip=True", "set it to False")),
+        (
+            "digits_controlnet",
+            ("--config.model.controlnet.hint_widths=(8,8)",),
+            ("hint_widths=(8, 8)", "3 widths"),
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(job, tmp_path, capsys, name, argv, words):
+    assert trained(job, tmp_path / "run", name, *argv) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_an_adapter_is_refused(job, capsys):
+    assert run(adapters, f"--workdir={job}/ldm", f"--classifier={job}/classifier") == 2
+    assert "without an adapter" in capsys.readouterr().err
+
+
+def test_a_config_from_before_a_key_was_there_still_opens(job, tmp_path):
+    config = json.loads((job / "ldm" / "config.json").read_text())
+    del config["ema"]["networks"], config["conditioning"]["concat"], config["init_from"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = workdir.read_config(tmp_path)
+    assert found.init_from == "" and found.conditioning.concat == ""
+    assert found.process.schedule.to_dict() == config["process"]["schedule"]

@@ -1,0 +1,147 @@
+"""Fine-tuning through the commands: a converted pipeline, a user's folder of captioned images."""
+
+import json
+import pathlib
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import stable_diffusion
+from diffusion.interop import autoencoder, text_encoder, unet_config
+from experiments import build, cli, convert, pretrained, train
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from diffusers import StableDiffusionPipeline
+
+
+def refused(capsys, *words) -> None:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def stable_diffusion_config(*argv):
+    return ("--config=configs/stable_diffusion.py:v1,smoke", *argv)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of four captioned images, and one that is none."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (16, 20, 3), np.uint8)).save(folder / f"{i}.png")
+    (folder / "4.png").write_bytes((folder / "3.png").read_bytes()[:60])
+    rows = [{"file_name": f"{i}.png", "text": f"a fox, {i}"} for i in range(5)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def tune(sd, converted, pictures, target, *argv):
+    given = (f"--config.init_from={converted}", f"--config.data.dir={pictures}")
+    given += ("--config.train.batch_size=4", "--config.train.steps=2", "--config.parallel.data=1")
+    given += ("--config.evaluation.preview=0", f"--workdir={target}")
+    argv = stable_diffusion_config(*sd.FLAGS, *given, *argv)
+    return cli.run(train.define, train.main, argv)
+
+
+def test_fine_tuning_begins_from_a_converted_pipeline(sd, converted, pictures, tmp_path, capsys):
+    target = tmp_path / "run"
+    assert tune(sd, converted, pictures, target, "--config.data.max_bad_images=1") == 0
+    assert "1 of 5 files are no image" in capsys.readouterr().out
+    base, found = pretrained.load(converted), pretrained.load(target, "raw")
+    assert set(found.params) == {"unet", "text_encoder", "autoencoder"}
+    for name in ("text_encoder", "autoencoder"):
+        jax.tree.map(np.testing.assert_array_equal, found.params[name], base.params[name])
+    pairs = zip(*(jax.tree.leaves(n.params["unet"]) for n in (base, found)), strict=True)
+    steps = [np.abs(a - b).max() for a, b in pairs]
+    assert 0 < max(steps) < 1e-4  # Adam's two steps at a rate of 1e-5
+    np.testing.assert_array_equal(found.extra["latent_scale"], base.extra["latent_scale"])
+    assert found.tokenizer.sha256 == base.tokenizer.sha256
+    argv = ("--to=diffusers", f"--workdir={target}", f"--out={tmp_path}/out")
+    assert cli.run(convert.define, convert.main, argv) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert isinstance(
+            StableDiffusionPipeline.from_pretrained(tmp_path / "out"), StableDiffusionPipeline
+        )
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ((), ("4.png is no image", "one of 1 of 5", "max_bad_images=0")),
+        (("--config.model.unet.heads=2",), ("model.unet.heads=4", "2")),
+        (("--config.model.text_encoder.layers=3",), ("model.text_encoder.layers=2", "3")),
+        (("--config.model.autoencoder.blocks=2",), ("model.autoencoder.blocks=1", "2")),
+    ],
+)
+def test_fine_tuning_refuses(sd, converted, pictures, tmp_path, capsys, argv, words):
+    more = ("--config.data.max_bad_images=1",) if argv else ()
+    assert tune(sd, converted, pictures, tmp_path / "run", *more, *argv) == 2
+    refused(capsys, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_line_of_captions_is_named(sd, converted, pictures, tmp_path, capsys):
+    with (pictures / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "3.png"\n')
+    assert tune(sd, converted, pictures, tmp_path / "run", "--config.data.max_bad_images=1") == 2
+    refused(capsys, "metadata.jsonl, line 6")
+    assert not (tmp_path / "run").exists()
+
+
+# -- what is published fits the configs ----------------------------------------------------------
+
+UNETS = {  # unet/config.json of stable-diffusion-v1-5 and stable-diffusion-2
+    "v1": {"attention_head_dim": 8, "cross_attention_dim": 768},
+    "v2": {
+        "attention_head_dim": [5, 10, 20, 20],
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    },
+}
+TEXTS = {  # text_encoder/config.json
+    "v1": {"hidden_act": "quick_gelu", "hidden_size": 768, "num_hidden_layers": 12},
+    "v2": {"hidden_act": "gelu", "hidden_size": 1024, "num_hidden_layers": 23},
+}
+FIRST_STAGE = {  # vae/config.json of both
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_published_networks_are_those_of_the_configs(version):
+    """So that a run of the config begins from them: no field of a network is another."""
+    config = stable_diffusion.get_config(version)
+    published = {
+        "_class_name": "UNet2DConditionModel",
+        "block_out_channels": [320, 640, 1280, 1280],
+        **UNETS[version],
+    }
+    theirs = unet_config.read_unet_config(published, pathlib.Path("config.json"))[0]
+    assert pretrained.difference(build.unet(config), theirs) is None
+    width = TEXTS[version]["hidden_size"]
+    published = {
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": width // 64,
+        **TEXTS[version],
+    }
+    theirs = text_encoder._module(published, "config.json", None)
+    assert pretrained.difference(build.text_encoder(config), theirs) is None
+    theirs = autoencoder._module(FIRST_STAGE, "config.json", None)
+    ours = build.autoencoder(config.model.autoencoder)
+    assert pretrained.difference(ours, theirs) is None
+    assert pretrained.difference(ours, theirs.clone(blocks=3)) == ("blocks", 2, 3)

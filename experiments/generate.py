@@ -37,6 +37,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     checkpoint_hash: str = ""
     step: int = 0
+    compiled: Any = None  # `make_sampler` of a model that differs in `params` alone
 
 
 def load(directory: str | pathlib.Path, which: str = "ema", step: int | None = None) -> Model:
@@ -201,7 +202,8 @@ def images(
     if negative:
         columns["negative"] = _negative(model, negative)
     columns |= _labels(model, labels)
-    run = make_sampler(model, **options)
+    chosen = any(value is not None for value in options.values())
+    run = make_sampler(model, **options) if chosen else model.compiled or make_sampler(model)
     params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, BATCH)
     for first in range(0, num, size):

@@ -27,7 +27,9 @@ from experiments.report_tables import Html, Ranking, join, tag
 
 TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
 TABLE_ROWS = 25  # of the table behind a chart
-FIRST = ("loss", "eval_loss")  # of the charts; then what else was evaluated, then the rest
+FIRST = ("loss", "eval_loss")
+QUALITY = ("adherence_all", "frechet", "accuracy", "psnr", "ssim", "mse")  # charts to show first
+UNFOLDED = 6  # charts; the others are folded away
 PIXELATED = 128  # a picture narrower than this is shown with its pixels as squares, and larger
 
 
@@ -122,25 +124,34 @@ def _runs(found: Sequence[Run], runs: Sequence[Run], by: Ranking | None) -> Html
 
 
 def _charts(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """{key: [{"run": index, "points": [...]}]} of each number that some run logged twice."""
+    """{title: [{"run": index, "points": [...]}]} of each number that some run logged twice."""
     keys = {key for run in runs for key, s in run.series.items() if len(s.steps) > 1}
-    # A number that never changed says itself in a line (`_constants`).
-    keys -= _constants(runs).keys()
+    keys -= _constants(runs).keys()  # one line says those
     limit = report_runs.limit_of(sum(key in run.series for run in runs for key in keys))
+    charts: dict[str, list[dict[str, Any]]] = {}
+    for key in sorted(keys, key=_place):
+        having = [(i, run) for i, run in enumerate(runs) if key in run.series]
+        tasks = {run.config.get("task") for _, run in having}
+        for i, run in having:
+            # Losses of different tasks do not compare.
+            apart = key.endswith("loss") and len(tasks) > 1
+            title = f"{key} ({run.config.get('task')})" if apart else key
+            points = report_runs.thin(run.series[key], limit)
+            charts.setdefault(title, []).append({"run": i, "points": points})
     return {
-        key: [
-            {"run": i, "points": report_runs.thin(run.series[key], limit)}
-            for i, run in enumerate(runs)
-            if key in run.series
-        ]
-        for key in sorted(keys, key=_place)
+        title: lines
+        for title, lines in charts.items()
+        if any(len(line["points"]) > 1 for line in lines)
     }
 
 
-def _place(key: str) -> tuple[int, str]:
+def _place(key: str) -> tuple[int, bool, str]:
+    """Losses, then what is known of quality, then what else was evaluated, then the rest."""
     if key in FIRST:
-        return FIRST.index(key), key
-    return 2 + (not key.startswith("eval_")), key
+        return FIRST.index(key), True, key
+    if not key.startswith("eval_"):
+        return len(FIRST) + 1, True, key
+    return len(FIRST), not any(word in key for word in QUALITY), key
 
 
 def _constants(runs: Sequence[Run]) -> dict[str, float]:
@@ -155,11 +166,15 @@ def _curves(runs: Sequence[Run], charts: Mapping[str, list]) -> Html:
     if not charts:
         return tag("p", "No run logged a number twice yet.")
     names = [run.name for run in runs]
+    frames = [_chart(title, lines, names) for title, lines in charts.items()]
     parts = [
         tag("div", id="controls", class_="controls"),
         tag("noscript", tag("p", "The charts need JavaScript; the tables hold the same numbers.")),
-        tag("div", *(_chart(key, lines, names) for key, lines in charts.items()), class_="charts"),
+        tag("div", *frames[:UNFOLDED], class_="charts"),
     ]
+    if more := frames[UNFOLDED:]:
+        inner = tag("div", *more, class_="charts")
+        parts.append(tag("details", tag("summary", f"{len(more)} more charts"), inner))
     if any(len(line["points"][0]) > 2 for lines in charts.values() for line in lines):
         said = (
             "Long series: a point is the mean of a stretch of logged values, and the band behind "

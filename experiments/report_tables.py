@@ -49,7 +49,9 @@ def table(caption: str, header: Sequence[Any], rows: Sequence[Sequence[Any]]) ->
         tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))
         for row in rows
     ]
-    inner = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body))
+    inner = tag(
+        "table", tag("caption", tag("span", caption)), tag("thead", head), tag("tbody", *body)
+    )
     return tag("div", inner, class_="scroll", role="region", tabindex="0", aria_label=caption)
 
 
@@ -180,7 +182,7 @@ def overview(runs: Sequence[Run], by: Ranking | None) -> Html:
             ranked = not run.failed and best is not None
             row = [row[0], str(place) if ranked else ABSENT, number(best), *row[1:]]
         rows.append(row)
-    return table("Runs" if by is None else "Runs, best first", header, rows)
+    return table("How far each run is" if by is None else "Best first", header, rows)
 
 
 def cost(runs: Sequence[Run]) -> Html:

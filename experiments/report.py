@@ -182,7 +182,7 @@ def _curves(runs: Sequence[Run], charts: Mapping[str, list]) -> Html:
         parts.append(tag("p", f"{said}it spans their lowest and highest.", class_="quiet"))
     constant = [f"{key} = {report_tables.number(v)}" for key, v in _constants(runs).items()]
     if constant:
-        text = f"The same at every step of every run: {', '.join(sorted(constant))}."
+        text = f"Logged with one value only: {', '.join(sorted(constant))}."
         parts.append(tag("p", text, class_="quiet"))
     return join(parts)
 

@@ -125,12 +125,9 @@ def _runs_in(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _natural(text: str) -> list[Any]:
-    """Sorts "b=2" before "b=10"."""
-    return [(0, int(word), "") if word.isdigit() else (1, 0, word) for word in _words(text)]
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\d+|\D+", text)
+    """Sorts "b=2" before "b=10", and 1e-05 before 0.001."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", text)  # numbers at the odd places
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _tell_apart(runs: list[Run]) -> None:

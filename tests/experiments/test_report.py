@@ -144,7 +144,7 @@ def test_a_run_is_shown_whole(tmp_path, capsys):
     assert list(page.data["charts"]) == ["loss", "eval_loss"]
     assert page.data["charts"]["loss"][0]["points"][0] == [10, 0.1]
     assert page.tables["loss: each run's last value up to the step"][2] == ["20", "0.05"]
-    constant = "The same at every step of every run: examples_per_sec = 16, skipped_steps = 0."
+    constant = "Logged with one value only: examples_per_sec = 16, skipped_steps = 0."
     assert constant in page.text
     captions = [image["alt"] for image in page.all("img")]
     assert captions == [
@@ -218,6 +218,13 @@ def test_only_what_differs_is_listed(tmp_path):
 def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [make_run(tmp_path / name / "run") for name in ("a", "b")]
     assert written(folders, tmp_path).data["runs"] == ["a/run", "b/run"]
+
+
+def test_runs_are_sorted_by_their_numbers(tmp_path):
+    names = ["lr=1e-05,b=2", "lr=0.0002,b=10", "lr=0.001,b=2", "lr=0.001,b=10", "other"]
+    for name in reversed(names):
+        make_run(tmp_path / "set" / name)
+    assert written([tmp_path / "set"], tmp_path).data["runs"] == names
 
 
 def test_losses_of_different_tasks_are_drawn_apart(tmp_path):

@@ -388,10 +388,10 @@ def test_the_command_refuses(argv, words, tmp_path, capsys):
 def test_the_default_job_ends_with_a_report(job):
     page = Page((job / "report.html").read_text())
     assert page.data["runs"] == ["autoencoder", "classifier", "ldm"]
-    assert {"denoising, of quickstart", "samples, of quickstart"} <= {
-        image["alt"] for image in page.all("img")
-    }
-    assert ["total"] == [row[0] for row in page.tables["Time of quickstart by stage"]][-1:]
+    name = job.name
+    shown = {image["alt"] for image in page.all("img")}
+    assert {f"denoising, of {name}", f"samples, of {name}"} <= shown
+    assert page.tables[f"Time of {name} by stage"][-1][0] == "total"
     cost = page.tables["Cost of training"]
     assert [row[-1] for row in cost] == ["processes", "1", "1", "1"]
 

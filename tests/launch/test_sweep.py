@@ -92,7 +92,7 @@ def test_a_sweep_runs_marks_and_goes_on(swept, data, tmp_path, capfd, monkeypatc
 
     status, said = launch(capfd, *argv, "--status", "--metric=eval_accuracy", "--highest")
     assert status == 0 and "highest eval_accuracy" in said.out.splitlines()[0]
-    logged = [json.loads(x) for x in (folder / "seed=0" / "metrics.jsonl").open()]
+    logged = [json.loads(x) for x in (folder / "seed=0" / "metrics.jsonl").read_text().splitlines()]
     best = max(row["eval_accuracy"] for row in logged if "eval_accuracy" in row)
     assert said.out.splitlines()[1].split() == [
         "seed=0",

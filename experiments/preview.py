@@ -20,8 +20,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import weights
+from diffusion.data.builders.captioned_digits import compose
 from diffusion.data.tokenizers import Tokenizer
-from diffusion.metrics import frechet
+from diffusion.metrics import adherence, frechet
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import to_host
@@ -29,9 +30,10 @@ from diffusion.training.state import TrainState
 from diffusion.writers import Writer
 from experiments import build, cluster, generate, runs, workdir
 from experiments import pictures as sheets
-from experiments.measures import METRICS, Judge, Subject
+from experiments.measures import Judge, Subject, attributes
 
 CLASSIFIER = "evaluation.classifier"
+REFERENCE = 10_000  # training images, at most, that the Frechet distance is to
 
 
 def check(config: ConfigDict) -> None:
@@ -112,7 +114,7 @@ class Preview:
         if "hint" in seen:
             given = {"hint_0": seen["hint"], "hint_scale_0": np.ones(1, np.float32)}
         num = self.run.config.evaluation.preview
-        batches = generate.images(model, num, prompts, given=given)
+        batches = generate.images(model, num, prompts, given=given, run=self._sampler(model))
         return {"samples": sheets.as_images(np.concatenate(list(batches)))}
 
     # -- numbers -----------------------------------------------------------------------------------
@@ -131,15 +133,22 @@ class Preview:
         return found
 
     def _judged(self, state: TrainState, which: str) -> dict[str, float]:
-        wanted, seed = self.run.config.evaluation, self.run.config.seed
-        classifier = pathlib.Path(wanted.classifier)
-        few = max(wanted.samples // 4, 1)
-        subject = Subject(self.directory, classifier, wanted.samples, few, seed, which)
-        subject.model, subject.judge = self.model(state, which), self._judge  # no checkpoint
-        made = frechet.feature_statistics(self._judge(subject.samples[0])[1])
-        found = {"frechet_distance": frechet.frechet_distance(made, self._reference(subject))}
-        if _data_name(self.run.config) == "captioned_digits" and subject.captioned:
-            for name, values in METRICS["adherence"](subject).items():
+        config, model = self.run.config, self.model(state, which)
+        num, captioned = config.evaluation.samples, model.tokenizer is not None
+        digits = captioned and _data_name(config) == "captioned_digits"
+        sets = {"adherence": num, "adherence_held_out": max(num // 4, 1)} if digits else {"": num}
+        found: dict[str, float] = {}
+        for name, count in sets.items():
+            prompts, asked = None, {}
+            if digits:
+                prompts, asked = compose.prompts(count, config.seed, name == "adherence_held_out")
+            batches = generate.images(model, count, prompts, config.seed, run=self._sampler(model))
+            images = np.concatenate(list(batches))
+            if "frechet_distance" not in found:
+                made = frechet.feature_statistics(self._judge(images)[1])
+                found["frechet_distance"] = frechet.frechet_distance(made, self._reference)
+            if digits:
+                values = adherence.adherence(attributes(images, self._judge), asked)
                 numbers = {k: v for k, v in values.items() if isinstance(v, float)}
                 found |= {f"{name}_{attribute}": value for attribute, value in numbers.items()}
         return found
@@ -148,27 +157,27 @@ class Preview:
     def _judge(self) -> Judge:
         return Judge(pathlib.Path(self.run.config.evaluation.classifier))
 
-    def _reference(self, subject: Subject) -> frechet.FeatureStatistics:
-        if "reference" not in self.__dict__:
-            self.__dict__["reference"] = frechet.feature_statistics(
-                self._judge(subject.data("train"))[1]
-            )
-        return self.__dict__["reference"]
+    @functools.cached_property
+    def _reference(self) -> frechet.FeatureStatistics:
+        images = Subject(self.directory).data("train", REFERENCE)
+        return frechet.feature_statistics(self._judge(images)[1])
 
     # -- a state as a model ------------------------------------------------------------------------
 
     def model(self, state: TrainState, which: str = "ema") -> generate.Model:
         """What samples from `state`, with averaged weights where there are any, or raw ones."""
         params = state.inference_params if which == "ema" else state.params
-        made = dataclasses.replace(
+        return dataclasses.replace(
             self._around,
             params={**to_host(params), **self._around.params},
             extra=to_host(dict(state.extra)),
         )
-        # The latents' scale, the one part of `extra` that sampling reads, is fixed from the start.
+
+    def _sampler(self, model: generate.Model) -> Any:
+        """Compiled once: parameters are its arguments, and the latents' scale never changes."""
         if "sampler" not in self.__dict__:
-            self.__dict__["sampler"] = generate.make_sampler(made)
-        return dataclasses.replace(made, compiled=self.__dict__["sampler"])
+            self.__dict__["sampler"] = generate.make_sampler(dataclasses.replace(model, params={}))
+        return self.__dict__["sampler"]
 
     @functools.cached_property
     def _around(self) -> generate.Model:

@@ -15,7 +15,8 @@ from experiments.report_runs import Run, spent_secs
 ABSENT = "–"
 # Of an evaluation: how it was made, not what was found.
 MADE_WITH = ("device", "weights", "step", "samples", "num", "seed", "sample", "checkpoint")
-NO_NUMBERS = ("versions", "sample", "seconds", "sweep", "interval", "standard_error", "low", "high")
+NO_NUMBERS = ("versions", "sample", "seconds", "sweep")
+OF_INTERVALS = ("interval", "intervals", "standard_error", "low", "high")
 
 
 class Html(str):
@@ -237,14 +238,16 @@ class Estimate(NamedTuple):
 def estimates(found: Mapping[str, Any], prefix: str = "") -> dict[str, Estimate]:
     """Numbers by dotted name, with their intervals however they are written down.
 
-    As {"value", "low", "high"}, {"value", "interval": [low, high]}, {"a", "interval": {"a": [low,
-    high]}}, {"a", "a_interval": [low, high]} or {"mean", "standard_error"} (95%, normal).
+    As {"value", "low", "high"}, {"value", "interval": [low, high]}, {"a", "interval(s)": {"a":
+    [low, high]}}, {"a", "a_interval": [low, high]} or {"mean", "standard_error"} (95%, normal).
     """
     made: dict[str, Estimate] = {}
-    intervals = found.get("interval")
+    intervals = found.get("intervals", found.get("interval"))
     for name, value in found.items():
         path = f"{prefix}{name}"
-        if name in NO_NUMBERS or (name in MADE_WITH and not isinstance(value, Mapping)):
+        if name in (*NO_NUMBERS, *OF_INTERVALS) or (
+            name in MADE_WITH and not isinstance(value, Mapping)
+        ):
             continue
         if isinstance(value, Mapping):
             made |= estimates(value, f"{path}.")
@@ -314,13 +317,21 @@ def _text(cell: Any) -> str:
     return number(cell)
 
 
+CURVES = {"sweep": "guidance and steps", "checkpoints": "checkpoints"}
+SET_BY = ("guidance_scale", "steps", "step", "weights")
+
+
 def trade_offs(run: Run) -> Html:
-    """The rows of an evaluation over guidance scales and steps."""
-    rows = run.documents.get("evaluation.json", {}).get("sweep")
+    """The rows of an evaluation over guidance scales and sampler steps, or over checkpoints."""
+    document = run.documents.get("evaluation.json", {})
+    return join(_curve(f"{run.name}: {what}", document.get(key)) for key, what in CURVES.items())
+
+
+def _curve(title: str, rows: Any) -> Html:
     rows = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
     if not rows:
         return Html("")
-    set_by = [key for key in ("guidance_scale", "steps", "weights") if any(key in r for r in rows)]
+    set_by = [key for key in SET_BY if any(key in row for row in rows)]
     found = [estimates({k: v for k, v in row.items() if k not in set_by}) for row in rows]
     names = list(dict.fromkeys(name for row in found for name in row))
     cells = [
@@ -330,4 +341,4 @@ def trade_offs(run: Run) -> Html:
         )
         for row, values in zip(rows, found)
     ]
-    return table(f"{run.name}: guidance and steps", (*set_by, *names), cells)
+    return table(title, (*set_by, *names), cells)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion.data.builders.captioned_digits import compose
+from diffusion.metrics import adherence, frechet
 from diffusion.writers import Multi, Writer
 from experiments import generate, preview, train
-from experiments.measures import METRICS, Subject
+from experiments.measures import Judge, Subject, attributes
 
 SAMPLES = 4
 
@@ -84,13 +86,17 @@ def test_looking_changes_nothing_and_is_heard_by_every_writer(watched, job, tmp_
     )
 
     # The same numbers, from the checkpoint of that step.
+    judge = Judge(job / "classifier")
+    real = frechet.feature_statistics(judge(Subject(directory).data("train"))[1])
+    prompts, asked = compose.prompts(SAMPLES, 0)
     for which in ("ema", "raw"):
-        subject = Subject(directory, job / "classifier", SAMPLES, 1, 0, which)
-        found = METRICS["frechet_distance"](subject)["frechet_distance"]
+        model = generate.load(directory, which)
+        images = np.concatenate(list(generate.images(model, SAMPLES, prompts)))
+        made = frechet.feature_statistics(judge(images)[1])
         heard = recorder.numbers[4][f"eval_frechet_distance_{which}"]
-        np.testing.assert_allclose(heard, found, rtol=1e-6)
-        found = METRICS["adherence"](subject)["adherence"]["digit"]
-        assert recorder.numbers[4][f"eval_adherence_digit_{which}"] == found
+        np.testing.assert_allclose(heard, frechet.frechet_distance(made, real), rtol=1e-6)
+        found = adherence.adherence(attributes(images, judge), asked)["all"]
+        assert recorder.numbers[4][f"eval_adherence_all_{which}"] == found
 
 
 def test_a_first_stage_shows_images_and_reconstructions(job, tmp_path):

@@ -243,6 +243,10 @@ def test_losses_of_different_tasks_are_drawn_apart(tmp_path):
     ("found", "rows"),
     [
         ({"fid": 3.25, "fid_interval": [3, 3.5]}, {"fid": "3.25 [3, 3.5]"}),
+        (
+            {"fid": 3.25, "kid": 1.5, "intervals": {"fid": [3, 3.5]}},
+            {"fid": "3.25 [3, 3.5]", "kid": "1.5"},
+        ),
         ({"kid": {"value": 0.5, "low": 0.25, "high": 1}}, {"kid": "0.5 [0.25, 1]"}),
         ({"kid": {"value": 0.5, "interval": [0.25, 1]}}, {"kid": "0.5 [0.25, 1]"}),
         (

@@ -218,10 +218,16 @@ def _latest(points: Sequence[Sequence[float]], step: int) -> float | None:
 
 
 def _pictures(run: Run) -> Html:
-    if not run.pictures:
-        return Html("")
-    figures = [_figure(run, picture) for picture in run.pictures]
-    return join([tag("h3", run.name), tag("div", *figures, class_="pictures")])
+    """Single pictures, and for each preview a strip of its steps that scrolls by itself."""
+    single = [picture for picture in run.pictures if picture.step is None]
+    parts = [tag("div", *(_figure(run, p) for p in single), class_="pictures")] if single else []
+    for name in dict.fromkeys(p.name for p in run.pictures if p.step is not None):
+        steps = [p for p in run.pictures if p.step is not None and p.name == name]
+        label = f"{name} of {run.name}, by step"
+        figures = (_figure(run, picture) for picture in steps)
+        strip = {"class_": "strip", "role": "region", "tabindex": "0", "aria_label": label}
+        parts.append(tag("div", *figures, **strip))
+    return join([tag("h3", run.name), *parts]) if parts else Html("")
 
 
 def _figure(run: Run, picture: Picture) -> Html:

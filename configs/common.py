@@ -69,7 +69,8 @@ def base(task: str) -> ConfigDict:
     config.evaluation.examples = 0  # the first N of the split; 0: all
     config.evaluation.batch_size = 250
     config.evaluation.preview = 16  # pictures logged with it; 0: none
-    config.evaluation.classifier = ""  # a classifier's run: a first stage's Frechet distance on it
+    config.evaluation.samples = 0  # of a denoiser, judged with it by the classifier; 0: none
+    config.evaluation.classifier = ""  # a classifier's run: judges samples or reconstructions
 
     config.wandb = ConfigDict()
     config.wandb.mode = (

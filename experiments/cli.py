@@ -39,14 +39,19 @@ class Flags:
 
 def run(
     define: Callable[[Flags], None],
-    main: Callable[[flags.FlagValues], int | None],
+    main: Callable[..., int | None],
     argv: Sequence[str] | None = None,
+    takes_words: bool = False,
 ) -> int:
-    """The command's exit status, given its arguments (None: the process's)."""
+    """The command's exit status, given its arguments (None: the process's).
+
+    One that `takes_words` is called as `main(values, words)`, with the arguments that are no flags.
+    """
     logging.set_verbosity(logging.WARNING)
     arguments = list(sys.argv if argv is None else ["command", *argv])
     declared = Flags()
     define(declared)
+    declared.values.set_gnu_getopt(takes_words)  # flags may follow words
     if {"-h", "--help", "--helpfull"} & set(arguments[1:]):
         print(sys.modules[main.__module__].__doc__, declared.values.get_help(), sep="\n")
         return 0
@@ -54,7 +59,7 @@ def run(
         # ml_collections looks for overrides of a config in sys.argv, whatever it is handed.
         with unittest.mock.patch.object(sys, "argv", arguments):
             rest = declared.values(arguments)
-        if len(rest) > 1:
+        if len(rest) > 1 and not takes_words:
             raise ValueError(f"unexpected argument {rest[1]!r}: flags are --name=value")
     except (KeyError, AttributeError) as error:
         # How ml_collections refuses an override; its text suggests the nearest key.
@@ -63,7 +68,7 @@ def run(
         # absl raises flags.Error; a config file raises what it likes.
         return refuse(error)
     try:
-        return main(declared.values) or 0
+        return main(declared.values, *([rest[1:]] if takes_words else [])) or 0
     except REFUSED as error:
         return refuse(error)
 

@@ -3,8 +3,9 @@
     python -m experiments.quickstart [--workdir=runs/quickstart] [--smoke]
 
 Runs the commands of this folder one after the other in one process: prepare_data, train (first
-stage, classifier), encode_latents, train (latent diffusion), evaluate; then writes results.json and
-the pictures. Run again after an interruption, it goes on where it stopped.
+stage, classifier), encode_latents, train (latent diffusion), evaluate; then writes results.json,
+the pictures and report.html, which shows all of it. Run again after an interruption, it goes on
+where it stopped.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.data.prepare import prepare
-from experiments import cli, evaluate, generate, pictures, workdir
+from experiments import cli, evaluate, generate, pictures, report, workdir
 from experiments.encode_latents import encode
 from experiments.measures import Subject
 from experiments.train import INTERRUPTED, train
@@ -79,6 +80,7 @@ def quickstart(root: pathlib.Path, smoke: bool = False, seed: int = 0, setup_sec
     seconds["total"] = round(sum(seconds.values()), 1)
     results |= {"classifier_test_accuracy": judged, "seconds": seconds, "seed": seed}
     workdir.write_whole(root / "results.json", json.dumps(results, indent=2) + "\n")
+    report.report([root], root / "report.html")
     return results
 
 
@@ -156,6 +158,7 @@ def main(values: flags.FlagValues) -> int:
     print(f"\n{table(results)}\n")
     print("pictures:", *[root / f"{name}.png" for name in ("samples", "denoising", "loss")])
     print("results: ", root / "results.json")
+    print("report:  ", root / "report.html")
     print("sample:   .venv/bin/python -m experiments.sample", f"--workdir={root}/ldm", end=" ")
     print("--prompt='a large blue four in the centre on white' --out=samples")
     return 0

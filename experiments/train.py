@@ -12,6 +12,7 @@ A task has `init(key, ...)`, `train_step(state, batch, frozen, axis_name)` and
 
 import collections
 import dataclasses
+import json
 import pathlib
 import sys
 import time
@@ -42,6 +43,7 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
     # ---------------------------------------------------------------- check, build, place
     def check_and_build() -> runs.Run:
         workdir.check(directory, config)
+        preview.check(config)
         watched.judge(config)
         return runs.build_run(config)
 
@@ -65,6 +67,7 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
     def claim() -> None:
         if cluster.is_first():
             workdir.claim(directory, config)
+            workdir.write_whole(directory / "devices.json", json.dumps(_devices(parallel)) + "\n")
             run.write_files(directory)
 
     cluster.together(claim)
@@ -76,6 +79,12 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
         Watchdog(limits.start_secs, limits.step_secs) as watchdog,
     ):
         return _loop(config, directory, run, key, abstract, checkpoints, stop, watchdog)
+
+
+def _devices(parallel: Any) -> dict[str, Any]:
+    """What the run trains on, for its report."""
+    kind = jax.devices()[0].device_kind
+    return {"processes": jax.process_count(), "devices": parallel.devices, "device": kind}
 
 
 def _loop(
@@ -100,6 +109,7 @@ def _loop(
         is_main=cluster.is_first(),
         tensorboard=config.train.tensorboard,
     )
+    glimpse = preview.Preview(run, directory)
     frozen = parallel.replicate(run.frozen)
     train_step = parallel.step(run.task.train_step)
     log = _Log(writer, config, parallel, start)
@@ -125,9 +135,9 @@ def _loop(
                 watchdog.doing(f"the evaluation at step {done}")
                 whole = parallel.whole(state)
                 values = run.evaluate(whole, parallel.whole(frozen))
-                log.evaluation(done, values | watched.measure(run, whole))
-                if config.evaluation.preview:
-                    writer.images(done, preview.pictures(run, whole, directory))
+                values |= watched.measure(run, whole) | glimpse.numbers(whole)
+                log.evaluation(done, values)
+                glimpse.show(done, whole, writer)
             report = peers.exchange(done, stop.requested, log.waited_secs_per_step(done))
             stopping = report is not None and report.stop
             log.report(report)

@@ -35,12 +35,14 @@ def _judge(directory: str, data: str) -> measures.Judge:
 def judge(config: ConfigDict) -> measures.Judge | None:
     """The classifier; None where none is named. ValueError for one that does not fit."""
     named = config.evaluation.classifier
-    if named and config.task != "autoencoder":
+    if not named or config.task == "denoiser":  # whose samples `preview.py` judges
+        return None
+    if config.task != "autoencoder":
         raise ValueError(
-            f"evaluation.classifier={named} is for task='autoencoder', not {config.task!r}: leave "
-            "it empty"
+            f"evaluation.classifier={named} is for tasks 'autoencoder' and 'denoiser', not "
+            f"{config.task!r}: leave it empty"
         )
-    return _judge(named, config.data.name) if named else None
+    return _judge(named, config.data.name)
 
 
 def measure(run: runs.Run, state: TrainState) -> dict[str, float]:

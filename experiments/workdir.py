@@ -6,6 +6,8 @@ DIR/checkpoints/    see diffusion/checkpoint.py
 DIR/first_stage/    the frozen autoencoder of a latent run, copied from its latents
 DIR/text_encoder/, DIR/unet/   networks that the run keeps frozen
 DIR/tokenizer.json  of a run that reads captions
+DIR/previews/       pictures of the run in progress, NAME-STEP.png (`experiments/preview.py`)
+DIR/devices.json    what it ran on, last
 DIR/README.md       the model card
 """
 

@@ -1,14 +1,16 @@
 """Expands a config's `sweep(add)` and runs its trials.
 
     python -m launch.sweep --config=configs/X.py[:arg] --dir=DIR [--config.a.b=v]
-        [--launcher=local|slurm|wandb] [--max_parallel=N] [--dry_run] [--status]
-        [-- --nodes=1 --time=4:00:00 ...]
+        [--launcher=local|slurm|wandb] [--max_parallel=N] [--dry_run]
+        [--status [--metric=KEY [--highest]]] [-- --nodes=1 --time=4:00:00 ...]
 
 A trial is one run, with its workdir DIR/NAME, NAME being what it changes; its output is in
 DIR/logs/NAME.log. `--config.a.b=v` holds for every trial. What follows `--` are options of
 launch/slurm.sh. The outcome of a trial is in DIR/state/NAME.json; a trial that fails is marked
 there and the others go on. The same command again runs what is not finished: a trial that was
-stopped resumes, one that failed is tried again, one that finished is left alone.
+stopped resumes, one that failed is tried again, one that finished is left alone. `--status` prints
+a line a trial, with its lowest (or `--highest`) eval_loss, or another `--metric` of metrics.jsonl;
+`experiments.report DIR` ranks the trials and draws their curves over each other.
 
 local: N trials at a time on this machine. slurm: one job array. wandb: DIR/sweep.yaml, a grid over
 the trials' names, `wandb sweep`, and N agents here; each trial logs to wandb as its config says.
@@ -266,9 +268,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     parser.add_argument("--max_parallel", default=1, type=int)
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--status", action="store_true")
+    parser.add_argument("--metric")
+    parser.add_argument("--highest", action="store_true")
     values = parser.parse_args([word for word in own if word not in overrides])
     if values.max_parallel < 1:
         raise ValueError(f"--max_parallel={values.max_parallel} must be at least 1")
+    if (values.metric or values.highest) and not values.status:
+        raise ValueError("--metric and --highest are of --status: give that as well")
     if options and values.launcher != "slurm":
         raise ValueError(f"{options[0]} after -- is an option of --launcher=slurm")
     return values, overrides, options
@@ -278,7 +284,7 @@ def launch(argv: Sequence[str]) -> int:
     values, overrides, options = parse(argv)
     sweep = expand(values.config, values.dir, overrides)
     if values.status:
-        print(trials.table(sweep))
+        print(trials.table(sweep, values.metric, values.highest))
         return 0
     if values.launcher == "slurm":
         return submit_slurm(sweep, values.max_parallel, options, values.dry_run)

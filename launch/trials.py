@@ -104,34 +104,52 @@ def run(directory: pathlib.Path, name: str) -> int:
 # -- how they stand ------------------------------------------------------------------------------
 
 
-def table(sweep: Sweep) -> str:
-    """A line a trial: its state, last step, loss and lowest held-out loss."""
-    rows = [("trial", "state", "step", "loss", "best eval_loss")]
+def table(sweep: Sweep, metric: str | None = None, highest: bool = False) -> str:
+    """A line a trial: its state, last step, last loss, and best `metric` with the step it had it.
+
+    `metric` None: eval_loss. The best is the lowest, or the `highest`. Raises ValueError for a
+    metric that no trial logged, unless it is the default one.
+    """
+    logged = {trial.name: _rows(sweep.directory / trial.name) for trial in sweep.trials}
+    known = {name for rows in logged.values() for row in rows for name in row} - {"step"}
+    if metric is not None and metric not in known:
+        found = ", ".join(sorted(known)) or "nothing yet"
+        raise ValueError(f"--metric={metric} is logged by none of the trials: they log {found}")
+    title = f"{'highest' if highest else 'lowest'} {metric or 'eval_loss'}"
+    rows = [("trial", "state", "step", "loss", title, "at step")]
     for trial in sweep.trials:
-        rows.append((trial.name, sweep.word(trial), *_numbers(sweep.directory / trial.name)))
+        numbers = _numbers(logged[trial.name], metric or "eval_loss", highest)
+        rows.append((trial.name, sweep.word(trial), *numbers))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
     )
 
 
-def _numbers(workdir: pathlib.Path) -> tuple[str, str, str]:
+def _rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """What a trial logged; a line that is being written is left out."""
     try:
-        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        lines = (workdir / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
-        return "-", "-", "-"
+        return []
     rows = []
     for line in lines:
         try:
             rows.append(json.loads(line))
-        except ValueError:  # the line that is being written
+        except ValueError:
             continue
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
+def _numbers(rows: list[dict[str, Any]], metric: str, highest: bool) -> tuple[str, str, str, str]:
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
-    best = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+    having = [row for row in rows if row.get(metric) is not None]
+    best = (max if highest else min)(having, key=lambda row: row[metric], default=None)
     return (
         str(rows[-1]["step"]) if rows else "-",
         f"{losses[-1]:.4g}" if losses else "-",
-        f"{min(best):.4g}" if best else "-",
+        f"{best[metric]:.4g}" if best else "-",
+        str(best["step"]) if best else "-",
     )
 
 

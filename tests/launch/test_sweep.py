@@ -90,6 +90,21 @@ def test_a_sweep_runs_marks_and_goes_on(swept, data, tmp_path, capfd, monkeypatc
     assert 0 < float(cells[3]) < 10 and 0 < float(cells[4]) < 10
     assert "failed, status 2" in [cell.strip() for cell in last]
 
+    status, said = launch(capfd, *argv, "--status", "--metric=eval_accuracy", "--highest")
+    assert status == 0 and "highest eval_accuracy" in said.out.splitlines()[0]
+    logged = [json.loads(x) for x in (folder / "seed=0" / "metrics.jsonl").read_text().splitlines()]
+    best = max(row["eval_accuracy"] for row in logged if "eval_accuracy" in row)
+    assert said.out.splitlines()[1].split() == [
+        "seed=0",
+        "finished",
+        "2",
+        cells[3],
+        f"{best:.4g}",
+        "2",
+    ]
+    status, said = launch(capfd, *argv, "--status", "--metric=fid")
+    assert status == 2 and "--metric=fid" in said.err and "eval_accuracy" in said.err
+
     tool = tmp_path / "bin" / "wandb"
     tool.parent.mkdir()
     tool.write_text(WANDB.format(python=sys.executable, here=tmp_path))
@@ -148,6 +163,7 @@ def test_what_would_run_is_printed_and_nothing_is_written(swept, tmp_path, capfd
         (THREE, ("--launcher=cron",), ("cron", "slurm")),
         (THREE, ("--config.train.stepz=1",), ("stepz",)),
         (THREE, ("--dance",), ("--dance",)),
+        (THREE, ("--metric=loss",), ("--metric", "--status")),
         (THREE, ("--", "--nodes=1"), ("--nodes=1", "slurm")),
     ],
 )
@@ -186,6 +202,21 @@ def test_every_sweep_of_a_config_expands():
             assert len(space.names(changes)) == len(changes)
             found += 1
     assert found
+
+
+def test_the_best_of_a_torn_log_and_of_none(swept, tmp_path):
+    folder = tmp_path / "sweep"
+    made = sweep.expand(swept(THREE), folder, [])
+    (folder / "seed=0").mkdir(parents=True)
+    rows = [{"step": 1, "loss": 3.0}, {"step": 1, "eval_psnr": 20.0}, {"step": 2, "loss": None}]
+    rows += [{"step": 2, "eval_psnr": 30.0}, {"step": 3, "eval_psnr": 25.0}, "no row"]
+    torn = b'\xff{"step": 4, "lo'
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (folder / "seed=0" / "metrics.jsonl").write_bytes(text + torn)
+    first, second = trials.table(made, "eval_psnr", highest=True).splitlines()[1:3]
+    assert first.split() == ["seed=0", "waiting", "3", "3", "30", "2"]
+    assert second.split() == ["seed=1", "waiting", "-", "-", "-", "-"]
+    assert trials.table(made, "eval_psnr").splitlines()[1].split()[-2:] == ["20", "1"]
 
 
 def test_a_trial_of_other_arguments_is_run_again(swept, tmp_path):

@@ -1,7 +1,7 @@
-"""Distances and scores of samples on a feature network: FID and its kin, under their exact names.
+"""Distances and scores of samples on a feature network: FID and its kin, under exact names.
 
-Each function takes a `Subject` and returns numbers by name, and "intervals", 95 % of the sampling of
-what was generated (the reference is taken as it is):
+Each function takes a `Subject` and returns numbers by name, and "intervals", 95 % of the sampling
+of what was generated (the reference is taken as it is):
 
     frechet             eq. 1 of metrics/frechet.py, its value at infinitely many samples, bootstrap
     spatial_frechet     the same of Inception's spatial features
@@ -95,9 +95,7 @@ def classifier_score(subject: Subject) -> dict[str, Any]:
 
 
 def neighbours(subject: Subject) -> dict[str, Any]:
-    terms = precision_recall.per_point(
-        subject.rows["features"]["pool"], subject.reference.points()
-    )
+    terms = precision_recall.per_point(subject.rows["features"]["pool"], subject.reference.points())
     found = precision_recall.with_intervals(terms)
     results: dict[str, Any] = {name: estimate.value for name, estimate in found.items()}
     results["precision_recall_counts"] = [terms.precision.size, terms.recall.size]

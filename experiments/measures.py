@@ -3,10 +3,12 @@
 adherence          the fraction of samples in which each attribute, and all at once, is what the
                    prompt says: the digit by the classifier, the rest measured on pixels
                    (diffusion/metrics/adherence.py)
-fid, sfid, kid     distances to the reference on a feature network, "fid" and so on by name on the
-inception_score    published Inception alone, and frechet_distance, spatial_frechet_distance,
-precision_recall   kernel_distance, classifier_score on any other (`features.py`, `distributions.py`)
-frechet_distance   as fid
+fid, sfid, kid,    distances to the reference on a feature network, "fid" and so on by name on the
+inception_score,   published Inception alone, and frechet_distance, spatial_frechet_distance,
+precision_recall   kernel_distance, classifier_score on any other (`features.py`); with density and
+                   coverage (`distributions.py`)
+frechet_distance,  as fid and kid, on any feature network
+kernel_distance
 clip_score         of samples and their captions, by the CLIP of --clip
 bits_per_dim       the variational bound on the evaluation split, as DDPM computes it, and its terms
                    (diffusion/process/likelihood.py)
@@ -34,8 +36,8 @@ from diffusion.metrics import motion as motion_metric
 from diffusion.metrics.intervals import mean_interval
 from diffusion.process import gaussian, guidance, likelihood
 from experiments import build, distributions, first_stage, generate, runs
-from experiments.features import Judge
-from experiments.subject import Subject, attributes
+from experiments.features import Judge, attributes
+from experiments.subject import Subject
 
 __all__ = ["METRICS", "Judge", "Subject", "attributes", "measure"]
 
@@ -201,6 +203,7 @@ METRICS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "inception_score": distributions.classifier_score,
     "precision_recall": distributions.neighbours,
     "frechet_distance": distributions.frechet,
+    "kernel_distance": distributions.kernel_distance,
     "clip_score": clip_score,
     "bits_per_dim": bits_per_dim,
     "motion": motion,
@@ -211,13 +214,14 @@ METRICS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 NEEDS = {  # what `Subject.rows` must hold
     "adherence": "attributes",
     "clip_score": "clip",
-    **dict.fromkeys(("fid", "sfid", "kid", "frechet_distance"), "features"),
+    **dict.fromkeys(("fid", "sfid", "frechet_distance"), "features"),
+    **dict.fromkeys(("kid", "kernel_distance"), "features"),
     **dict.fromkeys(("inception_score", "precision_recall"), "features"),
 }
-COMPARED = ("fid", "sfid", "kid", "precision_recall", "frechet_distance")  # with a reference
 FRECHET = ("fid", "sfid", "frechet_distance")
+OF_POINTS = ("kid", "kernel_distance", "precision_recall")  # compare single vectors
+OF_IMAGES = (*FRECHET, *OF_POINTS, "inception_score")  # need no run
 OF_FIRST_STAGE = ("reconstruction", "psnr")  # which has its own weights
-OF_SAMPLES = (*NEEDS, "motion", "spectrum")
 
 
 def prepare(subject: Subject, metrics: list[str]) -> None:
@@ -229,12 +233,12 @@ def prepare(subject: Subject, metrics: list[str]) -> None:
         _check_digits(subject)
     subject.needs = tuple(sorted({NEEDS[name] for name in metrics if name in NEEDS}))
     subject.tools.spatial |= "sfid" in metrics
-    subject.tools.vectors |= bool({"kid", "precision_recall"} & set(metrics))
+    subject.tools.vectors |= bool(set(OF_POINTS) & set(metrics))
     if "features" in subject.needs:
         _check_network(subject, metrics)
     if "clip" in subject.needs:
         _ = subject.tools.clip
-    if set(metrics) & set(COMPARED):
+    if set(metrics) & {*FRECHET, *OF_POINTS}:
         _ = subject.reference
 
 
@@ -248,6 +252,10 @@ def _check_digits(subject: Subject) -> None:
 
 def _check_network(subject: Subject, metrics: list[str]) -> None:
     network = subject.network
+    if subject.directory is not None and subject.image_shape is None:
+        raise ValueError(
+            f"--workdir={subject.directory} makes no images, which --metrics={metrics[0]} is of"
+        )
     if network.name != "inception":
         for name in ("fid", "sfid", "kid"):
             if name in metrics:

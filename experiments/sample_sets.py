@@ -28,6 +28,7 @@ ARRAYS = ("arr_0", "images")
 DESCRIPTION = "samples.json"
 BATCH = 250
 ROUNDINGS = ("nearest", "truncate")
+REMEDY = "remove it, or make it again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +75,7 @@ def open_folder(path: pathlib.Path) -> SampleSet:
             f"--samples={path} is half-written (it holds {unfinished[0]}): finish it, or remove "
             "that file"
         )
-    files = sorted(
-        p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name not in OWN
-    )
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name not in OWN)
     if not files:
         raise ValueError(f"--samples={path} holds no images ({', '.join(SUFFIXES)})")
     shape = _header(files[0])
@@ -99,9 +98,7 @@ def _header(file: pathlib.Path) -> tuple[int, int, int]:
         with Image.open(file) as image:
             return image.height, image.width, 1 if image.mode in ("L", "1") else 3
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{file} is half-written or no image: remove it, or make it again") from (
-            error
-        )
+        raise ValueError(f"{file} is half-written or no image: {REMEDY}") from error
 
 
 def _decode(file: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -109,9 +106,7 @@ def _decode(file: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
         with Image.open(file) as image:
             pixels = np.asarray(image.convert("L" if shape[-1] == 1 else "RGB"))
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{file} is half-written or no image: remove it, or make it again") from (
-            error
-        )
+        raise ValueError(f"{file} is half-written or no image: {REMEDY}") from error
     return pixels.reshape(shape)
 
 
@@ -143,8 +138,8 @@ def npz_array(path: pathlib.Path, flag: str) -> tuple[str, tuple[int, ...], np.d
 
 
 def _array_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
-    major = np.lib.format.read_magic(file)[0]
-    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    old = np.lib.format.read_magic(file)[0] == 1
+    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if fortran:
         raise ValueError("an array of images is stored by columns: save it in C order")
@@ -289,4 +284,3 @@ def _write_shard(file: pathlib.Path, batch: np.ndarray) -> None:
     with partial.open("wb") as out:
         np.save(out, batch)
     os.replace(partial, file)
-

@@ -10,7 +10,8 @@ import copy
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,58 +19,11 @@ from ml_collections import ConfigDict
 
 from diffusion.data import loader
 from diffusion.data.builders.captioned_digits import compose
-from diffusion.metrics import adherence as adherence_metric
-from diffusion.models.inception import PREPROCESSINGS
-from experiments import generate, reference, runs, sample_sets, stream, workdir
-from experiments.features import ClipScorer, FeatureNetwork, Judge, inception
+from experiments import cluster, generate, references, runs, sample_sets, stream, workdir
+from experiments.features import FeatureNetwork, Judge, attributes
+from experiments.tools import Tools
 
 DIGITS = ("captioned_digits", "recoloured_digits")
-
-
-@dataclasses.dataclass
-class Tools:
-    """Feature networks, and what samples are compared with.
-
-    features: "inception", "classifier" or "clip"; None: the classifier where there is one, else
-    Inception. reference: a file, which is made where it is missing; None: made and not kept.
-    """
-
-    classifier: pathlib.Path | None = None
-    features: str | None = None
-    inception_weights: str | None = None
-    preprocessing: str = PREPROCESSINGS[0]
-    clip_directory: str | None = None
-    reference: pathlib.Path | None = None
-    reference_split: str = "train"
-    reference_num: int = 0
-    feature_batch: int = 50
-    spatial: bool = False  # sFID's features are wanted as well
-    vectors: bool = False  # of the reference
-    made: reference.Reference | None = None
-
-    @functools.cached_property
-    def judge(self) -> Judge:
-        if self.classifier is None:
-            raise ValueError(
-                "--classifier is missing: adherence and frechet_distance need the run of "
-                "configs/digits_classifier.py, or of another classifier of the same data"
-            )
-        return Judge(self.classifier)
-
-    @functools.cached_property
-    def clip(self) -> ClipScorer:
-        if not self.clip_directory:
-            raise ValueError("--clip is missing: name a Transformers directory of a CLIPModel")
-        return ClipScorer(self.clip_directory)
-
-    @functools.cached_property
-    def network(self) -> FeatureNetwork:
-        name = self.features or ("classifier" if self.classifier else "inception")
-        if name == "classifier":
-            return self.judge.network()
-        if name == "clip":
-            return self.clip.network()
-        return inception(self.inception_weights, self.preprocessing, self.feature_batch)
 
 
 class Subject:
@@ -112,6 +66,8 @@ class Subject:
 
     def changed(self, **changes: Any) -> "Subject":
         """The same with other weights, step or options; nothing that depends on them is shared."""
+        if set(changes) == {"which"} and changes["which"] == self.which:
+            return self
         made = copy.copy(self)
         made.options = {**self.options}
         for name in [k for k in made.__dict__ if isinstance(getattr(Subject, k, None), _LAZY)]:
@@ -168,6 +124,12 @@ class Subject:
     def captioned(self) -> bool:
         return "text_encoder" in self.model.config.model
 
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """(height, width, channels) of the run's images; None where they are no squares."""
+        size = self.image_config.data.image_size
+        return (size, size, self.image_config.data.channels) if isinstance(size, int) else None
+
     # -- the samples -----------------------------------------------------------------------------
 
     @functools.cached_property
@@ -189,7 +151,7 @@ class Subject:
     def batches(self, num: int, held_out: bool = False) -> Iterator[np.ndarray]:
         """Samples as they are made, or as they stand in the set."""
         if self.sample_set is not None:
-            yield from self.sample_set.batches()
+            yield from _shown(self.sample_set.batches(), self.count)
             return
         prompts, _ = self.prompts(num, held_out)
         size = generate.sampling_batch(self.model, num)
@@ -202,11 +164,12 @@ class Subject:
                 start += len(batch)
 
         if self.keep is None:
-            yield from make(0)
+            yield from _shown(make(0), num)
         else:
-            made_from = {**self.identity(), "seed": self.seed, "held_out": held_out}
+            made_from = {**self.made_from(), "held_out": held_out}
             folder = self.keep / f"{self.which}{'_held_out' * held_out}"
-            yield from sample_sets.kept(folder, make, num, size, made_from)
+            batches = sample_sets.kept(folder, make, num, size, made_from)
+            yield from _shown(batches, num)
 
     def images(self, num: int, held_out: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Samples in memory, and what their prompts asked for (nothing where there are none)."""
@@ -238,11 +201,11 @@ class Subject:
         """Images of the data set, in compositions that no training run reads."""
         source, steps = runs.open_images(self.image_config, split)
         index = np.arange(min(num or len(source), len(source)))
-        epoch = np.full_like(index, reference.UNSEEN_EPOCH)
+        epoch = np.full_like(index, references.UNSEEN_EPOCH)
         return loader.fetch(source, index, epoch, index, steps)["image"]
 
     @property
-    def reference(self) -> reference.Reference:
+    def reference(self) -> references.Reference:
         """Read, or made of the run's training data (and kept, where a file is named)."""
         tools = self.tools
         if tools.made is not None:
@@ -252,9 +215,9 @@ class Subject:
             shape = None if self.sample_set is None else self.sample_set.shape
             expected = {}
             if self.directory is not None:
-                expected = reference.data_identity(self.image_config, tools.reference_split)
-                shape = shape or _image_shape(self.image_config)
-            tools.made = reference.read(path, self.network, expected, shape, tools.vectors)
+                expected = references.data_identity(self.image_config, tools.reference_split)
+                shape = shape or self.image_shape
+            tools.made = references.read(path, self.network, expected, shape, tools.vectors)
             return tools.made
         if self.directory is None:
             raise ValueError(
@@ -262,8 +225,8 @@ class Subject:
                 "is made of"
             )
         if self.sample_set is not None:
-            _check_size(self.sample_set, self.image_config)
-        made = reference.of_data(
+            _check_size(self.sample_set, self.image_shape)
+        made = references.of_data(
             self.image_config,
             tools.reference_split,
             self.network,
@@ -271,9 +234,23 @@ class Subject:
             tools.spatial,
         )
         if path is not None:
-            reference.write(path, made)
+            references.write(path, made)
         tools.made = made
         return made
+
+    def made_from(self) -> dict[str, Any]:
+        """What the samples depend on."""
+        sample = self.model.config.sample
+        chosen = {k: v if v is not None else sample.get(k) for k, v in self.options.items()}
+        if "options" in sample:
+            chosen["options"] = sample.options.to_dict()
+        return {
+            "step": self.model.step,
+            "checkpoint": self.model.checkpoint_hash,
+            "parameters": self.which,
+            "seed": self.seed,
+            "sample": {**chosen, "rounding": self.rounding},
+        }
 
     def identity(self) -> dict[str, Any]:
         """What the numbers depend on, of the parts that were used."""
@@ -287,12 +264,7 @@ class Subject:
         if "clip" in self.tools.__dict__:
             found["clip"] = self.tools.clip.hash
         if "model" in self.__dict__:
-            found |= {"step": self.model.step, "checkpoint": self.model.checkpoint_hash}
-            sample = self.model.config.sample
-            chosen = {k: v if v is not None else sample.get(k) for k, v in self.options.items()}
-            if "options" in sample:
-                chosen["options"] = sample.options.to_dict()
-            found |= {"sample": {**chosen, "rounding": self.rounding}, "samples": self.num}
+            found |= {**self.made_from(), "samples": self.num}
         if self.sample_set is not None:
             described = self.sample_set.described
             found |= {"samples": self.count, "samples_from": self.sample_set.path.name}
@@ -301,6 +273,18 @@ class Subject:
 
 
 _LAZY = functools.cached_property
+SHOWN_EVERY_SECS = 15.0
+
+
+def _shown(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The same, saying now and then how far it is."""
+    done, last = 0, time.monotonic()
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        if time.monotonic() - last > SHOWN_EVERY_SECS and cluster.is_first():
+            last = time.monotonic()
+            print(f"{done} of {count} samples", flush=True)
 
 
 def _captions(config: ConfigDict, num: int) -> list[str]:
@@ -316,36 +300,9 @@ def _captions(config: ConfigDict, num: int) -> list[str]:
     return batch["caption"]
 
 
-def _image_shape(config: ConfigDict) -> tuple[int, ...] | None:
-    size = config.data.image_size
-    return (size, size, config.data.channels) if isinstance(size, int) else None
-
-
-def _check_size(found: sample_sets.SampleSet, config: ConfigDict) -> None:
-    shape = _image_shape(config)
+def _check_size(found: sample_sets.SampleSet, shape: tuple[int, ...] | None) -> None:
     if shape is not None and found.shape[:2] != shape[:2]:
         raise ValueError(
-            f"--samples={found.path} are {found.shape[:2]} pixels, the data of the run {shape[:2]}: "
-            "compare images of one size"
+            f"--samples={found.path} are {found.shape[:2]} pixels, the data of the run "
+            f"{shape[:2]}: compare images of one size"
         )
-
-
-def attributes(
-    images: np.ndarray, judge: Judge, colours: Mapping[str, Sequence[float]] = compose.COLOURS
-) -> dict[str, np.ndarray]:
-    """Every attribute of each image, as positions in the tables of `compose`."""
-    large = np.array(compose.OFFSETS["large"]) + compose.SIZES["large"] / 2
-    # The larger digit's centres: the smaller one's lie further out, nearer to no other place.
-    places = {
-        name: tuple(large[list(place)] / compose.CANVAS) for name, place in compose.PLACES.items()
-    }
-    found = adherence_metric.measure(
-        images,
-        colours=colours,
-        backgrounds=compose.BACKGROUNDS,
-        places=places,
-        sizes=compose.SIZES,
-    )
-    return {**found, "digit": judge(images)[0]}
-
-

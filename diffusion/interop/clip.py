@@ -1,7 +1,7 @@
 """CLIP in Transformers' format: directories of `CLIPModel`, or of the image tower alone.
 
-    load_image_encoder(dir)   CLIPModel or CLIPVisionModelWithProjection: (module, parameters)
-    load_clip(dir)            CLIPModel: both towers, their projections and the end token
+load_image_encoder(dir)   CLIPModel or CLIPVisionModelWithProjection: (module, parameters)
+load_clip(dir)            CLIPModel: both towers, their projections and the end token
 """
 
 import json

@@ -70,8 +70,8 @@ def published() -> Path:
             problems.append(str(getattr(error, "reason", error)))
     raise ValueError(
         f"the Inception weights {NAME} (SHA-256 {SHA256}) are neither in {path.parent} nor could "
-        f"they be fetched from {URLS[0]} ({problems[0]}): fetch the file elsewhere and name it with "
-        "--inception_weights=FILE"
+        f"they be fetched from {URLS[0]} ({problems[0]}): fetch the file elsewhere and name it "
+        "with --inception_weights=FILE"
     )
 
 

@@ -99,7 +99,9 @@ def test_both_towers_and_the_score_match(tmp_path, end):
 
 
 def test_the_image_tower_alone(tmp_path):
-    model = redrawn(CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION | {"hidden_act": "gelu"})))
+    model = redrawn(
+        CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION | {"hidden_act": "gelu"}))
+    )
     model.save_pretrained(tmp_path)
     module, params = load_image_encoder(tmp_path)
     x = preprocess(pictures(), 24)

@@ -68,13 +68,14 @@ def evaluate(
     """
     started = time.perf_counter()
     measures.prepare(subject, metrics)
-    found = {}
+    found, identity = {}, {}
     for name in which or (subject.which,):
         part = subject.changed(which=name)
         # A first stage has its own weights: it is measured once.
         wanted = [m for m in metrics if not found or m not in OF_FIRST_STAGE]
         if wanted:
             found[name] = measures.measure(part, wanted)
+            identity = identity or part.identity()
     first = next(iter(found.values()))
     return {
         "workdir": None if subject.directory is None else subject.directory.name,
@@ -83,6 +84,7 @@ def evaluate(
         "device": jax.devices()[0].device_kind,
         **first,
         "weights": found,
+        **identity,
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -119,12 +121,13 @@ def checkpoints(
 
 def _point(part: Subject, metrics: list[str], curve: str) -> dict[str, Any]:
     found = measures.measure(part, [m for m in metrics if m not in OF_FIRST_STAGE])
-    sample = found.get("sample", {})
-    where = {key: sample[key] for key in ("guidance_scale", "steps") if key in sample}
-    kept = {k: v for k, v in found.items() if k not in ("features", "reference", "classifier")}
-    shown = {name: round(value[0], 4) for name, value in tradeoff.numbers(found).items()}
-    print(f"{curve}: {where | {'step': found.get('step')}} {part.which} {shown}", flush=True)
-    return {**where, **kept}
+    made_from = part.made_from()
+    sample = made_from["sample"]
+    where = {"guidance_scale": sample["guidance_scale"], "steps": sample["steps"]}
+    where |= {key: made_from[key] for key in ("step", "checkpoint")}
+    shown = {name: float(f"{value[0]:.4g}") for name, value in tradeoff.numbers(found).items()}
+    print(f"{curve} {where[curve]:g} {part.which}: {shown}", flush=True)
+    return {**where, **found}
 
 
 def numbers(values: flags.FlagValues, name: str, kind: type) -> list:

@@ -183,12 +183,14 @@ def images(
     labels: Sequence[int] | None = None,
     given: Mapping[str, np.ndarray] | None = None,
     start: int = 0,
+    run: Any = None,
     **options: Any,
 ) -> Iterator[np.ndarray]:
     """Yields uint8 batches, images `start` to `num`, prompt i % len(prompts) for image i.
 
     So for negative prompts, labels and the rows of `given` (`pipelines.columns`). A ragged last
-    batch is padded, so one compilation serves all. Spread over all devices.
+    batch is padded, so one compilation serves all. Spread over all devices. `run`: what
+    `make_sampler` gave for the same networks and `options`, already compiled, perhaps.
     """
     if num < 1:
         raise ValueError(f"--num={num} must be at least 1")
@@ -201,7 +203,7 @@ def images(
     if negative:
         columns["negative"] = _negative(model, negative)
     columns |= _labels(model, labels)
-    run = make_sampler(model, **options)
+    run = run or make_sampler(model, **options)
     params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, BATCH)
     for first in range(start, num, size):

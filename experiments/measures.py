@@ -269,11 +269,11 @@ def _check_network(subject: Subject, metrics: list[str]) -> None:
 
 
 def measure(subject: Subject, metrics: list[str]) -> dict[str, Any]:
-    """Numbers by name, with "intervals" of those that have one, and what they depend on."""
+    """Numbers by name, with "intervals" of those that have one."""
     results: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
     for name in metrics:
         found = METRICS[name](subject)
         intervals |= found.pop("intervals", {})
         results |= found
-    return {**results, "intervals": intervals, **subject.identity()}
+    return {**results, "intervals": intervals}

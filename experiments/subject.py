@@ -9,11 +9,13 @@ reference) stands in `Tools`, and one command's subjects share it.
 import copy
 import dataclasses
 import functools
+import json
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -158,7 +160,7 @@ class Subject:
 
         def make(start: int) -> Iterator[np.ndarray]:
             for batch in generate.images(
-                self.model, num, prompts, self.seed, start=start, rounded=False, **self.options
+                self.model, num, prompts, self.seed, start=start, run=self.sampler
             ):
                 yield sample_sets.to_uint8(batch, self.rounding, start)
                 start += len(batch)
@@ -166,7 +168,7 @@ class Subject:
         if self.keep is None:
             yield from _shown(make(0), num)
         else:
-            made_from = {**self.made_from(), "held_out": held_out}
+            made_from = {**self.made_from(), "weights": self.which, "held_out": held_out}
             folder = self.keep / f"{self.which}{'_held_out' * held_out}"
             batches = sample_sets.kept(folder, make, num, size, made_from)
             yield from _shown(batches, num)
@@ -174,6 +176,23 @@ class Subject:
     def images(self, num: int, held_out: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Samples in memory, and what their prompts asked for (nothing where there are none)."""
         return np.concatenate(list(self.batches(num, held_out))), self.prompts(num, held_out)[1]
+
+    @property
+    def sampler(self) -> Any:
+        """Averaged and raw weights, and all checkpoints, go through one compiled function."""
+        model = self.model
+        extra = {k: v for k, v in model.extra.items() if k.startswith("latent_")}
+        known = [
+            workdir.to_json(model.config),
+            self.options,
+            jax.tree.map(np.ndarray.tolist, extra),
+        ]
+        key = json.dumps(known)
+        if key not in self.tools.samplers:
+            bare = dataclasses.replace(model, params={})  # parameters are arguments
+            made = generate.make_sampler(bare, rounded=False, **self.options)
+            self.tools.samplers[key] = made
+        return self.tools.samplers[key]
 
     @functools.cached_property
     def samples(self) -> np.ndarray:
@@ -247,7 +266,6 @@ class Subject:
         return {
             "step": self.model.step,
             "checkpoint": self.model.checkpoint_hash,
-            "parameters": self.which,
             "seed": self.seed,
             "sample": {**chosen, "rounding": self.rounding},
         }

@@ -6,6 +6,7 @@ Each is opened when it is first asked for, once a command.
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 from diffusion.models.inception import PREPROCESSINGS
 from experiments import references
@@ -32,6 +33,7 @@ class Tools:
     spatial: bool = False  # sFID's features are wanted as well
     vectors: bool = False  # of the reference
     made: references.Reference | None = None
+    samplers: dict[str, Any] = dataclasses.field(default_factory=dict)  # compiled, by what they are
 
     @functools.cached_property
     def judge(self) -> Judge:

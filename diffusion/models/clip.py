@@ -47,7 +47,7 @@ class ImageTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch side side channels"]
+        self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch projection"]:
         if x.shape[1:3] != (self.image_size,) * 2:
             raise ValueError(

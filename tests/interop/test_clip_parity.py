@@ -93,9 +93,12 @@ def test_both_towers_and_the_score_match(tmp_path, end):
     ours = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (image, text)]
     assert error(ours[0], theirs.image_embeds.numpy()) < TOLERANCE
     assert error(ours[1], theirs.text_embeds.numpy()) < TOLERANCE
+    # With the opposite vectors as well: half of them are more than a right angle apart.
     cosine = (theirs.image_embeds * theirs.text_embeds).sum(-1).numpy()
-    wanted = float((100 * np.maximum(cosine, 0)).mean())
-    assert 0 < wanted and clip_score(image, text).value == pytest.approx(wanted, rel=1e-5)
+    cosine = np.concatenate([cosine, -cosine])
+    assert cosine.min() < -0.1 and cosine.max() > 0.1
+    found = clip_score(np.tile(image, (2, 1)), np.concatenate([text, -text]))
+    assert found.value == pytest.approx(100 * np.maximum(cosine, 0).mean(), rel=1e-5)
 
 
 def test_the_image_tower_alone(tmp_path):

@@ -121,7 +121,7 @@ def preprocess(
     As OpenAI's code and Transformers' image processor do it, on the host.
     """
     resized = np.stack([_resize(image, size) for image in images]).astype(np.float32)
-    return (resized / 255 - np.float32(mean)) / np.float32(std)
+    return (resized / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def _resize(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -31,7 +31,7 @@ VISION = {
     "hidden_act": "quick_gelu",
 }
 TEXT = {
-    "vocab_size": 40,
+    "vocab_size": 41,
     "hidden_size": 8,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
@@ -41,7 +41,8 @@ TEXT = {
     "bos_token_id": 38,
     "hidden_act": "quick_gelu",
 }
-TOKENS = np.array([[38, 5, 9, 39, 39, 39], [38, 7, 39, 0, 0, 0], [38, 1, 2, 3, 4, 39]], np.int32)
+# In the first row the end token, 39, is not the largest.
+TOKENS = np.array([[38, 5, 9, 39, 40, 40], [38, 7, 39, 0, 0, 0], [38, 1, 2, 3, 4, 39]], np.int32)
 
 
 def redrawn(model):

@@ -141,12 +141,13 @@ class ClipScorer:
 
     def __init__(self, directory: str, batch: int = 64):
         from diffusion.data import tokenizer_files
-        from diffusion.data.provenance import hash_file
+        from diffusion.data.provenance import digest, hash_file
 
         self.clip: Clip = load_clip(directory)
         self.tokenizer = tokenizer_files.load(directory)
-        path = pathlib.Path(directory) / "model.safetensors"
-        self.hash = hash_file(path) if path.is_file() else "several files"
+        files = sorted(pathlib.Path(directory).glob("model*.safetensors"))
+        hashes = {path.name: hash_file(path) for path in files}
+        self.hash = hashes[files[0].name] if len(files) == 1 else digest(hashes)
         clip = self.clip
 
         def see(params, x):

@@ -16,7 +16,8 @@ motion             median straightness and speed of what moves in sampled videos
                    the data and of the data with its frames shuffled (diffusion/metrics/motion.py)
 spectrum           relative error of the mean power spectrum of sampled series
 reconstruction     all that `experiments/first_stage.py` says of a first stage; with --classifier
-                   the Frechet distance of reconstructions and images as well
+                   or --features the Frechet distance of reconstructions and images as well, "rfid"
+                   on the published Inception
 psnr               of the first stage's reconstructions of test images, from the posterior's mean
 """
 
@@ -188,10 +189,13 @@ def psnr(subject: Subject) -> dict[str, Any]:
 
 def reconstruction_quality(subject: Subject) -> dict[str, Any]:
     stage = first_stage.load(subject.run)
-    judge = subject.judge if subject.tools.classifier is not None else None
-    features = None if judge is None else lambda images: judge(images)[1]
+    tools = subject.tools
+    network = subject.network if tools.classifier or tools.features else None
+    features = None if network is None else lambda images: network.run(images)["pool"]
     batches = first_stage.test_images(stage, subject.num)
     found = first_stage.measure(stage, batches, features)
+    if network is not None and network.public:
+        found["rfid"] = found.pop("frechet_distance")
     return {"reconstruction": found, "first_stage": stage.hash, "first_stage_step": stage.step}
 
 

@@ -379,6 +379,26 @@ def test_a_model_that_diverged_is_refused_not_black():
         sample_sets.to_uint8(x, "nearest", 40)
 
 
+def test_nan_samples_end_the_command(job, tmp_path, capsys, monkeypatch):
+    black = np.full((80, 32, 32, 3), np.nan, np.float32)
+    monkeypatch.setattr(evaluate.measures.generate, "images", lambda *_, **__: iter([black]))
+    out = tmp_path / "out.json"
+    out.write_text("an earlier result")
+    argv = [f"--workdir={job}/ldm", f"--classifier={job}/classifier", f"--out={out}"]
+    assert run(*argv, "--metrics=frechet_distance", *FAST, "--reference_num=200") == 2
+    refused(capsys, "sample 0 is NaN", "diverged")
+    assert out.read_text() == "an earlier result"
+
+
+def test_weights_of_another_hash_are_refused(job, tmp_path, capsys):
+    path = tmp_path / inception_files.NAME
+    path.write_bytes(b"something else")
+    argv = [f"--workdir={job}/ldm", "--metrics=kid", f"--inception_weights={path}"]
+    assert run(*argv, f"--out={tmp_path}/out.json") == 2
+    refused(capsys, inception_files.NAME, "SHA-256", "6726825d")
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_rounding_is_that_of_sampling():
     from experiments import generate
 

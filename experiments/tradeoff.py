@@ -1,5 +1,6 @@
 """Curves of an evaluation: numbers against guidance scale, sampler steps or training step."""
 
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ LABELS = {
     "step": "training step",
 }
 Curve = list[tuple[float, float, float, float]]  # x, value, low, high
+COLUMNS = 4
 SKIPPED = ("guidance_scale", "steps", "step", "samples", "num_held_out")
 
 
@@ -34,26 +36,32 @@ def numbers(point: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
 
 
 def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], across: Sequence[str]) -> None:
-    """A row of panels for each of `across`, a column for each metric, a line for each weights.
+    """Panels for each of `across`, one a metric, with a line for each weights.
 
-    A point belongs to the row whose name is its "curve".
+    A point belongs to the panels of its "curve".
     """
     plt = _pyplot()
     names = list(dict.fromkeys(name for point in points for name in numbers(point)))
-    figure, axes = plt.subplots(
-        len(across), len(names), figsize=(3.6 * len(names), 3.0 * len(across)), squeeze=False
-    )
-    for row, axis_name in enumerate(across):
-        own = [point for point in points if point["curve"] == axis_name]
-        for column, metric in enumerate(names):
-            _panel(axes[row][column], own, axis_name, metric)
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    size = (3.6 * columns, 2.8 * rows * len(across))
+    figure, axes = plt.subplots(rows * len(across), columns, figsize=size, squeeze=False)
+    for block, curve in enumerate(across):
+        own = [point for point in points if point["curve"] == curve]
+        panels = axes[block * rows : (block + 1) * rows].flat
+        for panel, metric in itertools.zip_longest(panels, names):
+            if metric is None:
+                panel.axis("off")
+            else:
+                _panel(panel, own, curve, metric)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
 def _panel(axis: Any, points: Sequence[Mapping[str, Any]], x: str, metric: str) -> None:
-    for which in dict.fromkeys(point["weights"] for point in points):
+    lines = dict.fromkeys(point["weights"] for point in points)
+    for which, line in zip(lines, itertools.cycle(("-", "--"))):
         curve = sorted(
             (float(point[x]), *numbers(point)[metric])
             for point in points
@@ -62,7 +70,7 @@ def _panel(axis: Any, points: Sequence[Mapping[str, Any]], x: str, metric: str) 
         place, value, low, high = zip(*curve) if curve else ((), (), (), ())
         below = [v - a for v, a in zip(value, low)]
         above = [b - v for v, b in zip(value, high)]
-        style = {"marker": "o", "markersize": 3, "capsize": 2}
+        style = {"marker": "o", "linestyle": line, "markersize": 3, "capsize": 2}
         axis.errorbar(place, value, (below, above), label=which, **style)
     axis.set(xlabel=LABELS[x], ylabel=metric.replace("_", " "))
     if x == "steps":

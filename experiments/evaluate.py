@@ -25,6 +25,7 @@ evaluation.json:
       "sweep": [{"curve": "guidance_scale"|"steps", "guidance_scale": ..., "steps": ...,
                  "weights": "ema"|"raw", <metric>: ..., "intervals": ...}, ...],
       "checkpoints": [{"curve": "step", "step": ..., "weights": ..., <metric>: ...}, ...],
+      "warnings": what a reader has to know: too few samples,
       "preset": {"name", "row", "config", "numbers": the published ones},
       "seed", "versions", "device", "step", "checkpoint", "sample", "samples", "features",
       "reference", "classifier", "clip": what the numbers depend on; hashes where there are files
@@ -42,7 +43,7 @@ import jax
 from absl import flags
 
 from diffusion import manifest
-from diffusion.metrics.frechet import RECOMMENDED_COUNT
+from diffusion.metrics.frechet import sample_count_warning
 from diffusion.models.inception import PREPROCESSINGS
 from experiments import cli, cluster, measures, presets, sample_sets, tradeoff, workdir
 from experiments.measures import FRECHET, METRICS, OF_FIRST_STAGE, OF_IMAGES, Subject
@@ -68,6 +69,7 @@ def evaluate(
     """
     started = time.perf_counter()
     measures.prepare(subject, metrics)
+    notes = warnings(subject, metrics)
     found, identity = {}, {}
     for name in which or (subject.which,):
         part = subject.changed(which=name)
@@ -85,6 +87,7 @@ def evaluate(
         **first,
         "weights": found,
         **identity,
+        "warnings": notes,
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -247,13 +250,14 @@ def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> pat
     return pathlib.Path(values.out or subject.run / "evaluation.json")
 
 
-def warn(subject: Subject, metrics: list[str]) -> None:
-    if subject.count < RECOMMENDED_COUNT and set(metrics) & set(FRECHET):
-        print(
-            f"note: {subject.count} samples, below {RECOMMENDED_COUNT}: distances are biased "
-            "upwards, and compare only with numbers from as many samples",
-            flush=True,
-        )
+def warnings(subject: Subject, metrics: list[str]) -> list[str]:
+    """What a reader of the numbers has to know; said, and written beside them."""
+    if not set(metrics) & set(FRECHET):
+        return []
+    found = sample_count_warning(subject.count, subject.network.dim)
+    if found and cluster.is_first():
+        print(f"note: {found}", flush=True)
+    return [found] if found else []
 
 
 @cluster.joined
@@ -264,7 +268,6 @@ def main(values: flags.FlagValues) -> None:
     out = check(values, subject, metrics)
     measures.prepare(subject, metrics)
     which = weights_of(values, subject, metrics)
-    warn(subject, metrics)
     results = evaluate(subject, metrics, which)
     curves = {}
     if values.sweep_guidance or values.sweep_steps:

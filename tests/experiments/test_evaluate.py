@@ -78,6 +78,7 @@ def test_numbers_carry_what_they_depend_on(whole, job):
     assert reference["preprocessing"] == {"image_size": 32, "channels": 3, "fit": "crop"}
     assert reference["count"] == 4500 and reference["features"] == found["features"]
     assert {"jax", "code"} <= found["versions"].keys()
+    assert len(found["warnings"]) == 1 and "below 50000" in found["warnings"][0]
 
 
 def test_curves_hold_every_point_and_are_drawn(whole):

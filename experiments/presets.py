@@ -35,7 +35,6 @@ class Preset:
     num: int = 50_000
     split: str = "train"
     rounding: str = "nearest"
-    weights: str = "ema"
     note: str = ""
 
 

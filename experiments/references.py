@@ -20,6 +20,7 @@ import io
 import json
 import pathlib
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,7 +184,7 @@ def read(
             names = set(file.files)
             small = names - {"arr_0", "images"}
             arrays = {name: file[name] for name in small}
-    except (OSError, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
         raise ValueError(f"--reference={path} is truncated or no .npz: make it again") from error
     sha256 = hash_file(path)[:16]
     if "identity" in arrays:

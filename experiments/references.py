@@ -180,7 +180,7 @@ def read(
     ValueError naming what differs.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             names = set(file.files)
             small = names - {"arr_0", "images"}
             arrays = {name: file[name] for name in small}

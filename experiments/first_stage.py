@@ -24,6 +24,7 @@ from diffusion.checkpoint import restore_params
 from diffusion.data import loader
 from diffusion.interop.perceptual import load_lpips
 from diffusion.metrics import frechet, reconstruction
+from diffusion.metrics.intervals import mean_interval
 from diffusion.models.perceptual import LPIPS
 from experiments import build, generate, runs, workdir
 
@@ -118,7 +119,10 @@ def measure(
 
 
 def _summary(columns: dict, latents: list, seen: tuple[list, list]) -> dict[str, Any]:
-    results = {name: float(np.concatenate(values).mean()) for name, values in columns.items()}
+    means = {name: mean_interval(np.concatenate(values)) for name, values in columns.items()}
+    results: dict[str, Any] = {name: mean.value for name, mean in means.items()}
+    shown = [name for name in ("psnr", "ssim", "lpips") if name in means]
+    results["interval"] = {name: [means[name].low, means[name].high] for name in shown}
     of_images = results.pop("high_frequency_of_images", 0.0)
     energy = results.pop("high_frequency", 0.0)
     results |= {"sharpness": energy / of_images} if of_images else {}

@@ -187,10 +187,11 @@ def images(
     negative: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
     given: Mapping[str, np.ndarray] | None = None,
+    start: int = 0,
     run: Any = None,
     **options: Any,
 ) -> Iterator[np.ndarray]:
-    """Yields uint8 batches, `num` images in all, prompt i % len(prompts) for image i.
+    """Yields uint8 batches, images `start` to `num`, prompt i % len(prompts) for image i.
 
     So for negative prompts, labels and the rows of `given` (`pipelines.columns`). A ragged last
     batch is padded, so one compilation serves all. Spread over all devices. `run`: what
@@ -199,8 +200,7 @@ def images(
     if num < 1:
         raise ValueError(f"--num={num} must be at least 1")
     mesh = make_mesh()
-    size = min(batch_size or model.config.sample.batch_size, num)
-    size = -(-size // mesh.size) * mesh.size
+    size = sampling_batch(model, num, batch_size)
     columns = dict(given or {})
     tokens = encode(model, prompts)
     if tokens is not None:
@@ -211,11 +211,17 @@ def images(
     run = run or make_sampler(model, **options)
     params = jax.device_put(model.params, NamedSharding(mesh, PartitionSpec()))
     split = NamedSharding(mesh, BATCH)
-    for first in range(0, num, size):
+    for first in range(start, num, size):
         indices = np.minimum(np.arange(first, first + size), num - 1)
         batch = {name: rows[indices % len(rows)] for name, rows in columns.items()}
         placed = jax.device_put((indices.astype(np.int32), batch), split)
         yield to_host(run(params, *placed, seed))[: min(size, num - first)]
+
+
+def sampling_batch(model: Model, num: int, batch_size: int | None = None) -> int:
+    """How many images `images` makes at a time: what all devices divide."""
+    size, devices = min(batch_size or model.config.sample.batch_size, num), make_mesh().size
+    return -(-size // devices) * devices
 
 
 def _negative(model: Model, negative: Sequence[str]) -> np.ndarray:

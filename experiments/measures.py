@@ -3,197 +3,63 @@
 adherence          the fraction of samples in which each attribute, and all at once, is what the
                    prompt says: the digit by the classifier, the rest measured on pixels
                    (diffusion/metrics/adherence.py)
-frechet_distance   of samples and training images, on the features of the classifier; not "FID"
+fid, sfid, kid,    distances to the reference on a feature network, "fid" and so on by name on the
+inception_score,   published Inception alone, and frechet_distance, spatial_frechet_distance,
+precision_recall   kernel_distance, classifier_score on any other (`features.py`); with density and
+                   coverage (`distributions.py`)
+frechet_distance,  as fid and kid, on any feature network
+kernel_distance
+clip_score         of samples and their captions, by the CLIP of --clip
 bits_per_dim       the variational bound on the evaluation split, as DDPM computes it, and its terms
                    (diffusion/process/likelihood.py)
 motion             median straightness and speed of what moves in sampled videos, beside those of
                    the data and of the data with its frames shuffled (diffusion/metrics/motion.py)
 spectrum           relative error of the mean power spectrum of sampled series
 reconstruction     all that `experiments/first_stage.py` says of a first stage; with --classifier
-                   the Frechet distance of reconstructions and images as well
+                   or --features the Frechet distance of reconstructions and images as well, "rfid"
+                   on the published Inception
 psnr               of the first stage's reconstructions of test images, from the posterior's mean
 """
 
-import functools
-import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from diffusion import weights
 from diffusion.checkpoint import restore_params
 from diffusion.data import loader
-from diffusion.data.builders.captioned_digits import compose
 from diffusion.metrics import adherence as adherence_metric
 from diffusion.metrics import frechet, reconstruction
 from diffusion.metrics import motion as motion_metric
+from diffusion.metrics.intervals import mean_interval
 from diffusion.process import gaussian, guidance, likelihood
-from experiments import build, first_stage, generate, runs, workdir
+from experiments import build, distributions, first_stage, generate, runs
+from experiments.features import Judge, attributes
+from experiments.subject import Subject
 
-UNSEEN_EPOCH = 10**6  # compositions that no training run reads
-
-
-class Judge:
-    """A trained classifier: labels and features of uint8 images."""
-
-    def __init__(self, directory: pathlib.Path, flag: str = "--classifier"):
-        config = workdir.read_config(directory, flag)
-        if config.task != "classifier":
-            raise ValueError(
-                f"{flag}={directory} holds a run with task={config.task!r}: name one of "
-                "configs/digits_classifier.py"
-            )
-        self.data = config.data.name
-        saved = restore_params(directory / "checkpoints", ("params", "ema"))
-        params = {**saved.items["params"], **saved.items["ema"]}["classifier"]
-        network = build.task(config).network
-        self.hash = saved.hash
-
-        @jax.jit
-        def run(image):
-            x = image.astype(jnp.float32) / 127.5 - 1
-            variables = {"params": params}
-            logits = network.apply(variables, x)
-            return logits.argmax(-1), network.apply(variables, x, method="features")
-
-        self._run = run
-
-    def __call__(self, images: np.ndarray, batch: int = 250) -> tuple[np.ndarray, np.ndarray]:
-        parts = [self._run(images[i : i + batch]) for i in range(0, len(images), batch)]
-        labels, features = zip(*parts)
-        return np.concatenate(labels).astype(np.int32), np.concatenate(features)
-
-
-class Subject:
-    """A run under evaluation; what several metrics need is made once, when it is asked for."""
-
-    def __init__(
-        self,
-        directory: pathlib.Path,
-        classifier: pathlib.Path | None = None,
-        num: int = 1000,
-        num_held_out: int = 250,
-        seed: int = 0,
-        which: str = "ema",
-        **options: Any,
-    ):
-        if num < 1:
-            raise ValueError(f"--num={num} must be at least 1")
-        self.directory, self.classifier, self.which = directory, classifier, which
-        self.num, self.num_held_out, self.seed = num, num_held_out, seed
-        self.options = options
-
-    @functools.cached_property
-    def model(self) -> generate.Model:
-        return generate.load(self.directory, self.which)
-
-    @functools.cached_property
-    def judge(self) -> Judge:
-        if self.classifier is None:
-            raise ValueError(
-                "--classifier is missing: adherence and frechet_distance need the run of "
-                "configs/digits_classifier.py, or of another classifier of the same data"
-            )
-        judge = Judge(self.classifier)
-        if judge.data != self.image_config.data.name:
-            raise ValueError(
-                f"--classifier={self.classifier} was trained on {judge.data!r}, but "
-                f"--workdir={self.directory} on {self.image_config.data.name!r}: name one of that"
-            )
-        return judge
-
-    @functools.cached_property
-    def image_config(self) -> ConfigDict:
-        """The run's config, its data that of the images which its latents were made of."""
-        config = ConfigDict(workdir.read_config(self.directory).to_dict())
-        if "latents" in config:
-            config.data.dir, config.data.name = config.latents.data_dir, config.latents.data_name
-        return config
-
-    @functools.cached_property
-    def captioned(self) -> bool:
-        return "text_encoder" in self.model.config.model
-
-    def images(self, num: int, held_out: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Samples, and what their prompts asked for (nothing where there are no prompts)."""
-        prompts, wanted = None, {}
-        if self.captioned:
-            prompts, wanted = compose.prompts(num, self.seed, held_out)
-        batches = generate.images(self.model, num, prompts, self.seed, **self.options)
-        return np.concatenate(list(batches)), wanted
-
-    @functools.cached_property
-    def samples(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        return self.images(self.num)
-
-    def data(self, split: str, num: int | None = None) -> np.ndarray:
-        """Images of the data set, in compositions that no training run reads."""
-        source, steps = runs.open_images(self.image_config, split)
-        index = np.arange(min(num or len(source), len(source)))
-        return loader.fetch(source, index, np.full_like(index, UNSEEN_EPOCH), index, steps)["image"]
-
-    def identity(self) -> dict[str, Any]:
-        """What the numbers depend on, of the parts that were used."""
-        found: dict[str, Any] = {}
-        if "judge" in self.__dict__:
-            found["classifier"] = self.judge.hash
-        if "model" in self.__dict__:
-            found |= {"weights": self.which, "step": self.model.step}
-            found["checkpoint"] = self.model.checkpoint_hash
-        if "samples" in self.__dict__:
-            sample = self.model.config.sample
-            chosen = {k: v if v is not None else sample[k] for k, v in self.options.items()}
-            found |= {"sample": chosen, "samples": self.num}
-        return found
+__all__ = ["METRICS", "Judge", "Subject", "attributes", "measure"]
 
 
 # -- the metrics ---------------------------------------------------------------------------------
 
 
 def adherence(subject: Subject) -> dict[str, Any]:
-    if subject.image_config.data.name != "captioned_digits" or not subject.captioned:
-        raise ValueError(
-            f"--metrics=adherence is for captioned digits, not --workdir={subject.directory}"
-        )
-    results = {}
-    sets = {"adherence": subject.samples, "adherence_held_out": None}
-    for key, made in sets.items():
-        images, wanted = made or subject.images(subject.num_held_out, held_out=True)
-        results[key] = adherence_metric.adherence(attributes(images, subject.judge), wanted)
-    return results
+    results = {"adherence": _adherence(subject.rows["attributes"], subject.prompts(subject.num)[1])}
+    images, wanted = subject.images(subject.num_held_out, held_out=True)
+    found = attributes(images, subject.judge)
+    return {**results, "adherence_held_out": _adherence(found, wanted)}
 
 
-def attributes(
-    images: np.ndarray, judge: Judge, colours: Mapping[str, Any] = compose.COLOURS
-) -> dict[str, np.ndarray]:
-    """Every attribute of each image, as positions in the tables of `compose`."""
-    large = np.array(compose.OFFSETS["large"]) + compose.SIZES["large"] / 2
-    # The larger digit's centres: the smaller one's lie further out, nearer to no other place.
-    places = {
-        name: tuple(large[list(place)] / compose.CANVAS) for name, place in compose.PLACES.items()
-    }
-    found = adherence_metric.measure(
-        images,
-        colours=colours,
-        backgrounds=compose.BACKGROUNDS,
-        places=places,
-        sizes=compose.SIZES,
-    )
-    return {**found, "digit": judge(images)[0]}
+def _adherence(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, Any]:
+    return adherence_metric.adherence(found, wanted)
 
 
-def frechet_distance(subject: Subject) -> dict[str, Any]:
-    features = subject.judge(subject.samples[0])[1]
-    reference = frechet.feature_statistics(subject.judge(subject.data("train"))[1])
-    warning = frechet.sample_count_warning(len(features), features.shape[1])
-    if warning:
-        print(f"note: {warning}", flush=True)
-    distance = frechet.frechet_distance(frechet.feature_statistics(features), reference)
-    return {"frechet_distance": distance, "frechet_distance_samples": len(features)}
+def clip_score(subject: Subject) -> dict[str, Any]:
+    found = mean_interval(subject.rows["clip"]["score"])
+    return {"clip_score": found.value, "intervals": {"clip_score": [found.low, found.high]}}
 
 
 def bits_per_dim(subject: Subject) -> dict[str, Any]:
@@ -246,7 +112,7 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
 
 
 def motion(subject: Subject) -> dict[str, Any]:
-    videos = {"samples": subject.samples[0], "data": subject.data("test", subject.num)}
+    videos = {"samples": subject.samples, "data": subject.data("test", subject.num)}
     if videos["data"].ndim != 5:
         raise ValueError(
             f"--metrics=motion is of videos, but --workdir={subject.directory} makes none: name a "
@@ -268,7 +134,7 @@ def motion(subject: Subject) -> dict[str, Any]:
 
 
 def spectrum(subject: Subject) -> dict[str, Any]:
-    made, real = subject.samples[0], subject.data("test", subject.num)
+    made, real = subject.samples, subject.data("test", subject.num)
     if real.ndim != 3:
         raise ValueError(
             f"--metrics=spectrum is of series, but --workdir={subject.directory} makes none: name "
@@ -294,7 +160,7 @@ def spectrum(subject: Subject) -> dict[str, Any]:
 
 
 def psnr(subject: Subject) -> dict[str, Any]:
-    directory, config = subject.directory, subject.image_config
+    directory, config = subject.run, subject.image_config
     if config.task == "autoencoder":
         saved = restore_params(directory / "checkpoints", ("params", "ema"))
         params = {**saved.items["params"], **saved.items["ema"]}["autoencoder"]
@@ -316,25 +182,102 @@ def psnr(subject: Subject) -> dict[str, Any]:
         pixels = np.asarray(reconstruct(batch["image"]))
         value = reconstruction.psnr(batch["image"], pixels, reconstruction.UINT8)
         values.append(np.asarray(value)[batch["valid"]])
-    mean = float(np.concatenate(values).mean())
-    return {"autoencoder": {"psnr": mean, "count": len(source)}}
+    found = mean_interval(np.concatenate(values))
+    interval = {"psnr": [found.low, found.high]}
+    return {"autoencoder": {"psnr": found.value, "interval": interval, "count": len(source)}}
 
 
 def reconstruction_quality(subject: Subject) -> dict[str, Any]:
-    stage = first_stage.load(subject.directory)
-    judge = subject.judge if subject.classifier is not None else None
-    features = None if judge is None else lambda images: judge(images)[1]
+    stage = first_stage.load(subject.run)
+    tools = subject.tools
+    network = subject.network if tools.classifier or tools.features else None
+    features = None if network is None else lambda images: network.run(images)["pool"]
     batches = first_stage.test_images(stage, subject.num)
     found = first_stage.measure(stage, batches, features)
+    if network is not None and network.public:
+        found["rfid"] = found.pop("frechet_distance")
     return {"reconstruction": found, "first_stage": stage.hash, "first_stage_step": stage.step}
 
 
 METRICS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "adherence": adherence,
-    "frechet_distance": frechet_distance,
+    "fid": distributions.frechet,
+    "sfid": distributions.spatial_frechet,
+    "kid": distributions.kernel_distance,
+    "inception_score": distributions.classifier_score,
+    "precision_recall": distributions.neighbours,
+    "frechet_distance": distributions.frechet,
+    "kernel_distance": distributions.kernel_distance,
+    "clip_score": clip_score,
     "bits_per_dim": bits_per_dim,
     "motion": motion,
     "spectrum": spectrum,
     "reconstruction": reconstruction_quality,
     "psnr": psnr,
 }
+NEEDS = {  # what `Subject.rows` must hold
+    "adherence": "attributes",
+    "clip_score": "clip",
+    **dict.fromkeys(("fid", "sfid", "frechet_distance"), "features"),
+    **dict.fromkeys(("kid", "kernel_distance"), "features"),
+    **dict.fromkeys(("inception_score", "precision_recall"), "features"),
+}
+FRECHET = ("fid", "sfid", "frechet_distance")
+OF_POINTS = ("kid", "kernel_distance", "precision_recall")  # compare single vectors
+OF_IMAGES = (*FRECHET, *OF_POINTS, "inception_score")  # need no run
+OF_FIRST_STAGE = ("reconstruction", "psnr")  # which has its own weights
+
+
+def prepare(subject: Subject, metrics: list[str]) -> None:
+    """Refuses what can be refused before any sample is made; opens networks and the reference."""
+    unknown = sorted(set(metrics) - set(METRICS))
+    if unknown or not metrics:
+        raise ValueError(f"--metrics={','.join(metrics)} must name some of {', '.join(METRICS)}")
+    if "adherence" in metrics:
+        _check_digits(subject)
+    subject.needs = tuple(sorted({NEEDS[name] for name in metrics if name in NEEDS}))
+    subject.tools.spatial |= "sfid" in metrics
+    subject.tools.vectors |= bool(set(OF_POINTS) & set(metrics))
+    if "features" in subject.needs:
+        _check_network(subject, metrics)
+    if "clip" in subject.needs:
+        _ = subject.tools.clip
+    if set(metrics) & {*FRECHET, *OF_POINTS}:
+        _ = subject.reference
+
+
+def _check_digits(subject: Subject) -> None:
+    if subject.image_config.data.name != "captioned_digits" or not subject.captioned:
+        raise ValueError(
+            f"--metrics=adherence is for captioned digits, not --workdir={subject.directory}"
+        )
+    _ = subject.judge
+
+
+def _check_network(subject: Subject, metrics: list[str]) -> None:
+    network = subject.network
+    if subject.directory is not None and subject.image_shape is None:
+        raise ValueError(
+            f"--workdir={subject.directory} makes no images, which --metrics={metrics[0]} is of"
+        )
+    if network.name != "inception":
+        for name in ("fid", "sfid", "kid"):
+            if name in metrics:
+                raise ValueError(
+                    f"--metrics={name} is of Inception, not of {network.name}: give "
+                    "--features=inception, or ask for frechet_distance"
+                )
+    for name in set(metrics) & set(FRECHET):
+        dim = 2023 if name == "sfid" else network.dim
+        frechet.sample_count_warning(subject.count, dim, strict=subject.strict)
+
+
+def measure(subject: Subject, metrics: list[str]) -> dict[str, Any]:
+    """Numbers by name, with "intervals" of those that have one."""
+    results: dict[str, Any] = {}
+    intervals: dict[str, list[float]] = {}
+    for name in metrics:
+        found = METRICS[name](subject)
+        intervals |= found.pop("intervals", {})
+        results |= found
+    return {**results, "intervals": intervals}

@@ -16,14 +16,15 @@ from ml_collections import ConfigDict
 
 from diffusion.training.parallel import to_host
 from diffusion.training.state import TrainState
-from experiments import cluster, first_stage, measures, runs
+from experiments import cluster, first_stage, runs
+from experiments.features import Judge
 
 KEYS = ("frechet_distance", "lpips")
 
 
 @functools.lru_cache(maxsize=1)
-def _judge(directory: str, data: str) -> measures.Judge:
-    judge = measures.Judge(pathlib.Path(directory), "--config.evaluation.classifier")
+def _judge(directory: str, data: str) -> Judge:
+    judge = Judge(pathlib.Path(directory), flag="--config.evaluation.classifier")
     if judge.data != data:
         raise ValueError(
             f"--config.evaluation.classifier={directory} was trained on {judge.data!r}, but this "
@@ -32,7 +33,7 @@ def _judge(directory: str, data: str) -> measures.Judge:
     return judge
 
 
-def judge(config: ConfigDict) -> measures.Judge | None:
+def judge(config: ConfigDict) -> Judge | None:
     """The classifier; None where none is named. ValueError for one that does not fit."""
     named = config.evaluation.classifier
     if not named or config.task == "denoiser":  # whose samples `preview.py` judges

@@ -14,6 +14,10 @@ their spread is taken,
 
 with q the quantiles of the replicates. The interval says how much another sample of the same size
 would move the number; it does not correct the bias itself.
+
+A mean of independent values x has the normal interval
+
+    mean ± z s / sqrt(n),    s² = sum (x - mean)² / (n - 1).                                    (3)
 """
 
 from collections.abc import Callable
@@ -51,6 +55,16 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
     low, high = (centre - half) / scale, (centre + half) / scale
     # At k = 0 and k = n the bound is exactly 0 or 1; rounding must not put the value outside.
     return Estimate(p, min(max(low, 0.0), p), max(min(high, 1.0), p), confidence)
+
+
+def mean_interval(values: Float[np.ndarray, "n"], confidence: float = 0.95) -> Estimate:
+    """Mean of independent values with the interval of eq. (3), which is NaN for a single value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, float("nan"), float("nan"), confidence)
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    half = float(z * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return Estimate(mean, mean - half, mean + half, confidence)
 
 
 def centred(

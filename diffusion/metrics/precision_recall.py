@@ -22,6 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from diffusion.metrics.intervals import Estimate, mean_interval, wilson
+
 
 class PrecisionRecall(NamedTuple):
     """The four numbers of eqs. (1) and (2)."""
@@ -52,6 +54,42 @@ def balls_holding(
     return np.concatenate([(d <= radii).sum(axis=1) for d in _squared(points, centres, block)])
 
 
+class PerPoint(NamedTuple):
+    """What each point adds to the four numbers, which are the means of these."""
+
+    precision: Float[np.ndarray, "samples"]  # whether a sample lies in a real ball
+    recall: Float[np.ndarray, "references"]  # whether a real point lies in a sample's ball
+    density: Float[np.ndarray, "samples"]  # real balls that hold a sample, over k
+    coverage: Float[np.ndarray, "references"]  # whether a sample lies in a real point's ball
+
+
+def per_point(
+    samples: Float[np.ndarray, "samples dim"],
+    reference: Float[np.ndarray, "references dim2"],
+    *,
+    k: int = 3,
+    k_density: int = 5,
+    block: int = 1024,
+) -> PerPoint:
+    """The terms of eqs. (1) and (2); arguments and errors as for `precision_recall`."""
+    if samples.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"features of {samples.shape[1]} and {reference.shape[1]} dimensions: take samples and "
+            "reference through the same feature network"
+        )
+    # Centring keeps |x|² + |y|² - 2 x·y from cancelling where features lie far from 0.
+    centre = np.mean(reference, axis=0, dtype=np.float64)
+    fake, real = (np.asarray(a, np.float64) - centre for a in (samples, reference))
+    real_radii = neighbour_radii(real, k, block)
+    precision = balls_holding(fake, real, real_radii, block) > 0
+    recall = balls_holding(real, fake, neighbour_radii(fake, k, block), block) > 0
+    wide = real_radii if k == k_density else neighbour_radii(real, k_density, block)
+    density = balls_holding(fake, real, wide, block) / k_density
+    nearest = np.concatenate([d.min(axis=1) for d in _squared(real, fake, block)])
+    terms = (precision, recall, density, nearest <= wide)
+    return PerPoint(*(term.astype(np.float64) for term in terms))
+
+
 def precision_recall(
     samples: Float[np.ndarray, "samples dim"],
     reference: Float[np.ndarray, "references dim2"],
@@ -65,22 +103,22 @@ def precision_recall(
     Raises:
       ValueError: features of different dimensions, or too few points for the neighbourhoods.
     """
-    if samples.shape[1] != reference.shape[1]:
-        raise ValueError(
-            f"features of {samples.shape[1]} and {reference.shape[1]} dimensions: take samples and "
-            "reference through the same feature network"
+    terms = per_point(samples, reference, k=k, k_density=k_density, block=block)
+    return PrecisionRecall(*(float(term.mean()) for term in terms))
+
+
+def with_intervals(terms: PerPoint, confidence: float = 0.95) -> dict[str, Estimate]:
+    """Each of the four with an interval, given the balls: Wilson's for fractions, else eq. (3) of
+    `intervals`. It says what other points, not other balls, would change."""
+    found = {}
+    for name, term in terms._asdict().items():
+        fraction = name != "density"
+        found[name] = (
+            wilson(int(term.sum()), term.size, confidence)
+            if fraction
+            else mean_interval(term, confidence)
         )
-    # Centring keeps |x|² + |y|² - 2 x·y from cancelling where features lie far from 0.
-    centre = np.mean(reference, axis=0, dtype=np.float64)
-    fake, real = (np.asarray(a, np.float64) - centre for a in (samples, reference))
-    real_radii = neighbour_radii(real, k, block)
-    precision = (balls_holding(fake, real, real_radii, block) > 0).mean()
-    recall = (balls_holding(real, fake, neighbour_radii(fake, k, block), block) > 0).mean()
-    wide = real_radii if k == k_density else neighbour_radii(real, k_density, block)
-    density = balls_holding(fake, real, wide, block).mean() / k_density
-    nearest = np.concatenate([d.min(axis=1) for d in _squared(real, fake, block)])
-    coverage = (nearest <= wide).mean()
-    return PrecisionRecall(float(precision), float(recall), float(density), float(coverage))
+    return found
 
 
 def _squared(x: np.ndarray, y: np.ndarray, block: int):

@@ -75,8 +75,14 @@ def test_latents(job, tmp_path, two):
 
 
 def test_evaluation(job, tmp_path, two):
-    argv = [f"--workdir={job}/ldm", "--metrics=psnr"]
+    argv = [f"--workdir={job}/ldm", "--metrics=frechet_distance,psnr", "--steps=2", "--num=80"]
+    argv += [f"--classifier={job}/classifier", "--weights=ema", "--replicates=0"]
     two("evaluate", *argv, f"--out={tmp_path}/two.json")
     assert run_here(evaluate.define, evaluate.main, [*argv, f"--out={tmp_path}/one.json"]) == 0
     one, both = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
     np.testing.assert_allclose(one["autoencoder"]["psnr"], both["autoencoder"]["psnr"], rtol=1e-5)
+    # Two processes see half of the images each; samples may differ by rounding to 8 bits.
+    np.testing.assert_allclose(one["frechet_distance"], both["frechet_distance"], rtol=1e-3)
+    for key in ("count", "data_sha256", "features"):
+        assert one["reference"][key] == both["reference"][key]
+    assert one["samples"] == both["samples"] == 80

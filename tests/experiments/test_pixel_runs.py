@@ -17,7 +17,7 @@ def config_of(file, arg, root, **data):
 
 
 def measured(directory, metric, *flags):
-    argv = [f"--workdir={directory}", f"--metrics={metric}", *flags]
+    argv = [f"--workdir={directory}", f"--metrics={metric}", "--weights=ema", *flags]
     assert cli.run(evaluate.define, evaluate.main, argv) == 0
     return json.loads((directory / "evaluation.json").read_text())
 

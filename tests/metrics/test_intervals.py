@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion.metrics.intervals import bootstrap, centred, wilson
+from diffusion.metrics.intervals import bootstrap, centred, mean_interval, wilson
 
 
 def test_wilson_matches_published_values():
@@ -47,3 +47,13 @@ def test_centred_removes_the_bias_of_the_replicates():
 def test_bootstrap_needs_two_examples():
     with pytest.raises(ValueError, match="count=1"):
         bootstrap(lambda rows: 0.0, 1)
+
+
+def test_a_mean_of_normal_values_has_its_interval():
+    rng = np.random.default_rng(0)
+    inside = [
+        found.low < 2 < found.high
+        for found in (mean_interval(2 + 3 * rng.standard_normal(50)) for _ in range(1000))
+    ]
+    assert 0.92 < np.mean(inside) < 0.97
+    assert np.isnan(mean_interval(np.ones(1)).low)

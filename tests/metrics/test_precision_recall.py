@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from diffusion.metrics.precision_recall import neighbour_radii, precision_recall
+from diffusion.metrics.precision_recall import (
+    neighbour_radii,
+    per_point,
+    precision_recall,
+    with_intervals,
+)
 
 
 def by_definition(fake, real, k, k_density):
@@ -57,3 +62,18 @@ def test_bad_sets_are_refused():
         precision_recall(np.zeros((9, 3)), np.zeros((9, 4)))
     with pytest.raises(ValueError, match="k=3 with 3 points"):
         precision_recall(np.zeros((9, 3)), np.zeros((3, 3)))
+
+
+def test_intervals_hold_the_values_and_are_as_wide_as_the_spread():
+    rng = np.random.default_rng(1)
+    real = rng.standard_normal((300, 2))
+    draws = [per_point(1.3 * rng.standard_normal((300, 2)), real) for _ in range(100)]
+    found = with_intervals(draws[0])
+    assert found.keys() == {"precision", "recall", "density", "coverage"}
+    for name, estimate in found.items():
+        assert estimate.low < estimate.value < estimate.high
+        assert estimate.value == getattr(draws[0], name).mean()
+    for name in ("precision", "density"):  # the balls are those of the reference, which stays
+        spread = np.std([getattr(draw, name).mean() for draw in draws])
+        width = found[name].high - found[name].low
+        assert width == pytest.approx(2 * 1.96 * spread, rel=0.35), name

@@ -107,9 +107,7 @@ def inception(
 class Judge:
     """A trained classifier: labels and features of uint8 images."""
 
-    def __init__(
-        self, directory: pathlib.Path, batch: int = 250, flag: str = "--classifier"
-    ):
+    def __init__(self, directory: pathlib.Path, batch: int = 250, flag: str = "--classifier"):
         config = workdir.read_config(directory, flag)
         if config.task != "classifier":
             raise ValueError(

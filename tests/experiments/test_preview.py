@@ -88,7 +88,7 @@ def test_looking_changes_nothing_and_is_heard_by_every_writer(watched, job, tmp_
     # The same numbers, from the checkpoint of that step.
     judge = Judge(job / "classifier")
     real = frechet.feature_statistics(judge(Subject(directory).data("train"))[1])
-    prompts, asked = compose.prompts(SAMPLES, 0)
+    prompts, asked = compose.prompts(SAMPLES, 0, held_out=False)
     for which in ("ema", "raw"):
         model = generate.load(directory, which)
         images = np.concatenate(list(generate.images(model, SAMPLES, prompts)))

@@ -187,14 +187,14 @@ def test_what_files_say_is_text(tmp_path):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     run = make_run(tmp_path / "<b>bold", [{"step": s, evil: s} for s in (1, 2)], task=evil)
     (run / "evaluation.json").write_text(json.dumps({"device": evil, evil: 1.5}))
-    other = make_run(tmp_path / "{{title}}", optim__name=evil)
+    other = make_run(tmp_path / "{{data}}", optim__name=evil)
     picture(run / 'x" onerror="alert(3).png')
     page = written([run, other], tmp_path)
     assert len(page.scripts) == 2 and not page.all("b")
     assert not any("onerror" in attributes for _, attributes in page.elements)
     assert list(page.data["charts"])[-1] == evil
     differing = next(rows for name, rows in page.tables.items() if "differ" in name)
-    assert differing[0] == ["key", "<b>bold", "{{title}}"]
+    assert differing[0] == ["key", "<b>bold", "{{data}}"]
     assert ["optim.name", "adam", evil] in differing and ["task", evil, "denoiser"] in differing
     numbers = next(rows for name, rows in page.tables.items() if name.startswith("Evaluations"))
     assert [evil, "1.5"] in numbers and ["device", evil] in numbers

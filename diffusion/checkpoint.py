@@ -59,7 +59,6 @@ __all__ = [
 ]
 
 _NONE = -1  # "no step", where processes exchange step numbers
-
 log = logging.getLogger(__name__)
 
 
@@ -166,9 +165,7 @@ def restore_params(
     root = pathlib.Path(directory).absolute()
     chosen = newest_good(root, step, set_aside=False)
     if chosen is None:
-        raise ValueError(
-            f"{root} holds no finished checkpoint; train first, or name another workdir"
-        )
+        raise ValueError(f"{root} holds no finished checkpoint: train first")
     folder = root / str(chosen)
     manifest, saved = read_manifest(folder), _saved_leaves(folder)
     wanted = {p: np.empty(x.shape, x.dtype) for p, x in saved.items() if p[0] in items}
@@ -194,9 +191,10 @@ def _from_first(value: int) -> int:
 class Checkpoints:
     """The checkpoints of one run, in `directory`; a context manager.
 
-    Keeps the newest `keep_last`, every step that `keep_every_steps` divides, and, with
-    `keep_best="name"`, the one whose `metadata["name"]` is lowest. Opening it removes what killed
-    saves left, so only the run that writes a directory opens it: to read, use `restore_params`.
+    Keeps the newest `keep_last`, every step that `keep_every_steps` divides, with
+    `keep_best="name"` the one whose `metadata["name"]` is lowest, and the newest whose
+    `metadata["sound"]` is not False. Opening it removes what killed saves left, so only the run
+    that writes a directory opens it: to read, use `restore_params`.
 
     Raises ValueError for impossible retention, OSError when the directory cannot be made.
     """
@@ -259,6 +257,8 @@ class Checkpoints:
         if _from_first(step in finished(self.directory)):
             log.info("step %d is already saved", step)
             return False
+        if self._first and not self.directory.is_dir():  # Orbax would make it again, elsewhere
+            raise self._failed(folder, FileNotFoundError(f"{self.directory} is gone"))
         context = ocp.Context()  # made in the background, a folder that fails is waited for 300 s
         context.asynchronous.create_directories_asynchronously = False
         try:
@@ -279,7 +279,7 @@ class Checkpoints:
             response.result()
             if self._first:
                 write_manifest(folder, body)
-                prune(self.directory, *self._retention)
+                prune(self.directory, *self._retention, written=body["step"])
         except Exception as error:
             self._error = self._failed(folder, error)
             self._error.__cause__ = error

@@ -38,6 +38,7 @@ from diffusion.manifest import (
     MANIFEST,
     TEMPORARY,
     CorruptError,
+    check_same,
     clean,
     finished,
     latest_step,
@@ -218,7 +219,7 @@ class Checkpoints:
         self._error: Exception | None = None
         self._first = jax.process_index() == 0
         if self._first:
-            clean(self.directory)
+            self._inode = clean(self.directory)
         _from_first(0)
 
     def __enter__(self) -> "Checkpoints":
@@ -257,11 +258,11 @@ class Checkpoints:
         if _from_first(step in finished(self.directory)):
             log.info("step %d is already saved", step)
             return False
-        if self._first and not self.directory.is_dir():  # Orbax would make it again, elsewhere
-            raise self._failed(folder, FileNotFoundError(f"{self.directory} is gone"))
         context = ocp.Context()  # made in the background, a folder that fails is waited for 300 s
         context.asynchronous.create_directories_asynchronously = False
         try:
+            if self._first:
+                check_same(self.directory, self._inode)
             with context:
                 response = ocp.save_async(str(folder), _nest(_flatten(state)), overwrite=True)
         except Exception as error:
@@ -270,14 +271,13 @@ class Checkpoints:
             target=self._finish, args=(folder, response, body), name="checkpoint", daemon=True
         )
         self._thread.start()
-        if not self._async:
-            self.wait()
-        return True
+        return self._async or self.wait() is None
 
     def _finish(self, folder: pathlib.Path, response: Any, body: dict[str, Any]) -> None:
         try:
             response.result()
             if self._first:
+                check_same(self.directory, self._inode)
                 write_manifest(folder, body)
                 prune(self.directory, *self._retention, written=body["step"])
         except Exception as error:

@@ -145,8 +145,17 @@ def _set_aside(path: pathlib.Path, suffix: str) -> None:
     log.error("%s was set aside as %s", path, target.name)
 
 
-def clean(directory: pathlib.Path) -> None:
-    """Removes what killed saves left behind.
+def check_same(directory: pathlib.Path, inode: int) -> None:
+    """OSError where `directory` is gone or another than `clean` saw: moved or unmounted.
+
+    Orbax would make it again, and what is then written there is not all of a checkpoint.
+    """
+    if not directory.is_dir() or directory.stat().st_ino != inode:
+        raise FileNotFoundError(f"{directory} is gone or another than it was")
+
+
+def clean(directory: pathlib.Path) -> int:
+    """Removes what killed saves left behind; the directory's inode number.
 
     A committed step whose manifest is missing goes too, unless nothing better exists: then it is
     renamed, because it may be the arrays of the only checkpoint there ever was.
@@ -160,6 +169,7 @@ def clean(directory: pathlib.Path) -> None:
         elif unfinished or TEMPORARY in path.name:
             log.warning("removing %s, which a save that did not end left behind", path)
             shutil.rmtree(path, ignore_errors=True)
+    return directory.stat().st_ino
 
 
 def newest_good(root: pathlib.Path, step: int | None, set_aside: bool) -> int | None:

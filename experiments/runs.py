@@ -7,6 +7,7 @@ written.
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ from diffusion.interop.perceptual import SOURCES, load_lpips
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
 from diffusion.training.state import TrainState
 from experiments import bounds, build, captions, pretrained
+
+log = logging.getLogger(__name__)
 
 # -- data ----------------------------------------------------------------------------------------
 
@@ -127,10 +130,16 @@ def build_run(config: ConfigDict) -> Run:
     """Opens the data and makes the task. Raises ValueError for whatever does not fit."""
     bounds.check(config)
     _check_numbers(config)
-    placed = parallel(config)
-    if config.data.name == "latents":
-        return _latent_run(config, placed)
-    return _image_run(config, placed)
+    try:
+        placed = parallel(config)
+        make = _latent_run if config.data.name == "latents" else _image_run
+        return make(config, placed)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of a network, a schedule, ... that no check of ours foresaw
+        log.debug("no run", exc_info=True)
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ValueError(f"the config builds no run ({reason}): undo what was set last") from error
 
 
 def _image_run(config: ConfigDict, placed: Parallel) -> Run:

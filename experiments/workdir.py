@@ -9,6 +9,7 @@ DIR/tokenizer.json  of a run that reads captions
 DIR/README.md       the model card
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -141,6 +142,9 @@ def write_whole(path: pathlib.Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written ({error.strerror}): free space, or mend the folder"
+        ) from error

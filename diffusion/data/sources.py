@@ -121,7 +121,11 @@ def open_image(file: Any) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise ValueError(f"{image.width} x {image.height} pixels are over {MAX_PIXELS}")
-    image.load()
+    try:
+        image.load()
+    except BaseException:
+        image.close()
+        raise
     return image
 
 

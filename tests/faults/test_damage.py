@@ -4,10 +4,11 @@ import pathlib
 import random
 import shutil
 
+import jax.numpy as jnp
 import pytest
 
-from diffusion.checkpoint import latest_step, restore_params
-from diffusion.manifest import MANIFEST, newest_good
+from diffusion.checkpoint import Checkpoints, latest_step, restore_params
+from diffusion.manifest import MANIFEST, SOUND, newest_good
 
 
 def flip(path: pathlib.Path, draw: random.Random):
@@ -73,3 +74,40 @@ def test_every_file_of_a_run_damaged_is_found_out_and_fallen_back_from(trials, t
 @pytest.mark.parametrize("way", ["denoiser, fsdp", "first stage", "denoiser, two processes"])
 def test_every_file_of_other_runs(way, trials, tmp_path):
     trials.report({"damage": way, **damage_all(trials, tmp_path, way)})
+
+
+# -- retention -------------------------------------------------------------------------------------
+
+
+def save(directory, steps, metadata=None, **retention):
+    with Checkpoints(directory, **retention) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, {"w": jnp.full(3, step)}, {}, (metadata or {}).get(step, {}))
+
+
+def kept(directory):
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def test_retention_counts_no_step_that_cannot_be_read(tmp_path):
+    """Newer steps whose manifests are damaged would fill `keep_last`; none good would be left."""
+    save(tmp_path, [1, 8, 9])
+    for step in (8, 9):
+        flip(tmp_path / str(step) / MANIFEST, random.Random(3))
+    save(tmp_path, [2], keep_last=1)  # goes on without restoring first
+    assert kept(tmp_path) == [2, 8, 9]
+    assert restore_params(tmp_path, ("w",)).step == 2
+
+
+def test_retention_keeps_what_was_just_written_and_the_newest_sound_one(tmp_path):
+    bad = {SOUND: False}
+    save(tmp_path / "a", [5], keep_last=1)
+    save(tmp_path / "a", [3], keep_last=1)  # an older step, written later
+    assert kept(tmp_path / "a") == [3, 5]
+    save(tmp_path / "b", range(1, 7), {4: bad, 5: bad, 6: bad}, keep_last=1)
+    assert kept(tmp_path / "b") == [3, 6]
+    scores = {n: {"eval_loss": abs(n - 2.0), SOUND: True} for n in range(1, 7)}
+    save(
+        tmp_path / "c", range(1, 7), scores, keep_last=1, keep_every_steps=5, keep_best="eval_loss"
+    )
+    assert kept(tmp_path / "c") == [2, 5, 6]

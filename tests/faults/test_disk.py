@@ -91,10 +91,11 @@ def test_a_workdir_that_vanishes(trials, tmp_path):
     fault = {"at": "vanish", "n": 5}
     assert trials.run_way(workdir, "denoiser", fault=fault) == [2]
     error = error_of(trials, workdir)
-    assert "checkpoints is gone" in error
-    assert not workdir.exists()
+    assert "checkpoints is gone or another" in error
+    # What the save of step 3 was still writing may have made the folder again; it is no checkpoint.
+    assert latest_step(workdir / "checkpoints") is None
+    shutil.rmtree(workdir, ignore_errors=True)
     shutil.move(tmp_path / "run.gone", workdir)
-    assert latest_step(workdir / "checkpoints") == 3
     assert trials.digest(workdir, "denoiser") == trials.unbroken("denoiser")
 
 
@@ -104,9 +105,9 @@ def test_metrics_on_a_full_disk_keep_whole_lines(disk):
     writer = Jsonl(path)
     writer.scalars(1, {"loss": 1.0})
     fill(folder)
-    with pytest.raises(OSError, match=r"metrics\.jsonl.*space.*step"):
+    with pytest.raises(OSError, match=r"metrics\.jsonl: no space for .*step"):
         for step in range(2, 1000):
-            writer.scalars(step, {"loss": 1.0, "name": "x" * 50})
+            writer.scalars(step, {"loss": 1.0})
     writer.close()
     lines = path.read_text()
     assert lines.endswith("\n") and [json.loads(line)["step"] for line in lines.splitlines()]

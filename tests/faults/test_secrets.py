@@ -31,5 +31,5 @@ def test_no_file_of_a_run_holds_a_secret(trials, tmp_path, one_device, capsys):
         assert not [s for s in SECRETS if s.encode() in data], path
     shown = capsys.readouterr()
     assert not [s for s in SECRETS if s in shown.out + shown.err]
-    assert workdir.read_config(tmp_path / "run").hub.list == ("kept",)
+    assert list(workdir.read_config(tmp_path / "run").hub.list) == ["kept"]
     assert cli.flat(config)["hub.api_key"] == "hunter2"  # the run itself had them

@@ -86,7 +86,7 @@ def test_a_hundred_kills(name, trials, tmp_path):
         _, found = kills.until_done(name, draw, at_most=min(4, KILLS[name] - kills.kills))
         assert found == wanted
     counts = {"kills": kills.kills, "runs": kills.runs, "moments": kills.moments, "equal": True}
-    trials.report({"kills": name, **counts})
+    trials.report({"way": name, **counts})
 
 
 def test_a_kill_amid_the_first_files_leaves_a_run_that_goes_on(trials, tmp_path):

@@ -14,7 +14,6 @@ and a fault is one of
     {"at": "save", "n": N, "secs": T, "signal": S}   T after the N-th save began
     {"at": "secs", "secs": T, "signal": S}     T after the start, from outside
     {"at": "step", "n": N, "signal": S}        before batch N is read
-    {"at": "count"}                            no fault: operations are counted, into digest
     {"at": "nan", "steps": [...]}              NaN in one example of these batches
     {"at": "vanish", "n": N}                   workdir is renamed before batch N is read
     {"at": "hang_fetch" or "hang_step", "n": N}    batch or step N takes for ever, and
@@ -155,11 +154,11 @@ def hang_step(n: int) -> None:
     parallel.Parallel.step = hanging
 
 
-def break_it(fault: dict, workdir: str) -> Operations | None:
+def break_it(fault: dict, workdir: str) -> None:
     at, number = fault.get("at"), fault.get("signal", signal.SIGKILL)
-    if at in ("operation", "count"):
-        return Operations(workdir, fault.get("n", 0), number)
-    if at == "save":
+    if at == "operation":
+        Operations(workdir, fault["n"], number)
+    elif at == "save":
         at_save(fault["n"], fault["secs"], number)
     elif at == "step":
         before_batch(fault["n"], lambda: os.kill(os.getpid(), number))
@@ -171,7 +170,6 @@ def break_it(fault: dict, workdir: str) -> Operations | None:
         before_batch(fault["n"], lambda: os.rename(workdir, workdir + ".gone"))
     elif at == "hang_step":
         hang_step(fault["n"])
-    return None
 
 
 # -- processes -------------------------------------------------------------------------------------
@@ -185,14 +183,8 @@ def child(job: dict, place: list[str], fault: dict) -> None:
     try:
         jax.config.update("jax_num_cpu_devices", job["devices"])
         guards.ONE_REQUEST_SECS = 0.2
-        operations = break_it(fault, job["workdir"])
+        break_it(fault, job["workdir"])
         status = cli.run(train.define, train.main, [*job["argv"], *place])
-        if status == 0 and job.get("digest") and jax.process_index() == 0:
-            found = digest(job["workdir"])
-            if fault.get("at") == "count":
-                found["operations"] = operations.count
-            with open(job["digest"], "w") as file:
-                json.dump(found, file)
     except BaseException:
         import traceback
 
@@ -201,6 +193,17 @@ def child(job: dict, place: list[str], fault: dict) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def write_digest(job: dict) -> None:
+    """In a process of its own, which is alone: the run's own may be one of several."""
+    if not (pid := os.fork()):
+        try:
+            with open(job["digest"], "w") as file:
+                json.dump(digest(job["workdir"]), file)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
 
 
 def places(job: dict) -> list[list[str]]:
@@ -240,6 +243,8 @@ def serve(job: dict) -> dict:
             for pid in running:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
+    if job.get("digest") and set(statuses.values()) == {0}:
+        write_digest(job)
     return {
         "statuses": [statuses[i] for i in sorted(statuses)],
         "secs": time.monotonic() - began,

@@ -38,6 +38,7 @@ from diffusion.manifest import (
     MANIFEST,
     TEMPORARY,
     CorruptError,
+    check_same,
     clean,
     finished,
     latest_step,
@@ -59,7 +60,6 @@ __all__ = [
 ]
 
 _NONE = -1  # "no step", where processes exchange step numbers
-
 log = logging.getLogger(__name__)
 
 
@@ -166,9 +166,7 @@ def restore_params(
     root = pathlib.Path(directory).absolute()
     chosen = newest_good(root, step, set_aside=False)
     if chosen is None:
-        raise ValueError(
-            f"{root} holds no finished checkpoint; train first, or name another workdir"
-        )
+        raise ValueError(f"{root} holds no finished checkpoint: train first")
     folder = root / str(chosen)
     manifest, saved = read_manifest(folder), _saved_leaves(folder)
     wanted = {p: np.empty(x.shape, x.dtype) for p, x in saved.items() if p[0] in items}
@@ -194,9 +192,10 @@ def _from_first(value: int) -> int:
 class Checkpoints:
     """The checkpoints of one run, in `directory`; a context manager.
 
-    Keeps the newest `keep_last`, every step that `keep_every_steps` divides, and, with
-    `keep_best="name"`, the one whose `metadata["name"]` is lowest. Opening it removes what killed
-    saves left, so only the run that writes a directory opens it: to read, use `restore_params`.
+    Keeps the newest `keep_last`, every step that `keep_every_steps` divides, with
+    `keep_best="name"` the one whose `metadata["name"]` is lowest, and the newest whose
+    `metadata["sound"]` is not False. Opening it removes what killed saves left, so only the run
+    that writes a directory opens it: to read, use `restore_params`.
 
     Raises ValueError for impossible retention, OSError when the directory cannot be made.
     """
@@ -220,7 +219,7 @@ class Checkpoints:
         self._error: Exception | None = None
         self._first = jax.process_index() == 0
         if self._first:
-            clean(self.directory)
+            self._inode = clean(self.directory)
         _from_first(0)
 
     def __enter__(self) -> "Checkpoints":
@@ -262,6 +261,8 @@ class Checkpoints:
         context = ocp.Context()  # made in the background, a folder that fails is waited for 300 s
         context.asynchronous.create_directories_asynchronously = False
         try:
+            if self._first:
+                check_same(self.directory, self._inode)
             with context:
                 response = ocp.save_async(str(folder), _nest(_flatten(state)), overwrite=True)
         except Exception as error:
@@ -270,16 +271,15 @@ class Checkpoints:
             target=self._finish, args=(folder, response, body), name="checkpoint", daemon=True
         )
         self._thread.start()
-        if not self._async:
-            self.wait()
-        return True
+        return self._async or self.wait() is None
 
     def _finish(self, folder: pathlib.Path, response: Any, body: dict[str, Any]) -> None:
         try:
             response.result()
             if self._first:
+                check_same(self.directory, self._inode)
                 write_manifest(folder, body)
-                prune(self.directory, *self._retention)
+                prune(self.directory, *self._retention, written=body["step"])
         except Exception as error:
             self._error = self._failed(folder, error)
             self._error.__cause__ = error

@@ -69,9 +69,10 @@ def write_manifest(folder: pathlib.Path, body: dict[str, Any]) -> None:
         file.flush()
         _fsync(file.fileno())
     temporary.rename(folder / MANIFEST)
-    descriptor = os.open(folder, os.O_RDONLY)
-    _fsync(descriptor)
-    os.close(descriptor)
+    for made in (folder, folder.parent):  # the names too: of the manifest, and of the step
+        descriptor = os.open(made, os.O_RDONLY)
+        _fsync(descriptor)
+        os.close(descriptor)
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         if claimed != _digest(body):
             raise ValueError("its own SHA-256 does not match")
         newer = body["format"] > FORMAT
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{path} is not a whole manifest: {error}") from error
     if newer:  # not damaged: somebody else's, to be left alone
         raise ValueError(f"{path} has format {body['format']}; this code reads up to {FORMAT}")
@@ -144,8 +145,17 @@ def _set_aside(path: pathlib.Path, suffix: str) -> None:
     log.error("%s was set aside as %s", path, target.name)
 
 
-def clean(directory: pathlib.Path) -> None:
-    """Removes what killed saves left behind.
+def check_same(directory: pathlib.Path, inode: int) -> None:
+    """OSError where `directory` is gone or another than `clean` saw: moved or unmounted.
+
+    Orbax would make it again, and what is then written there is not all of a checkpoint.
+    """
+    if not directory.is_dir() or directory.stat().st_ino != inode:
+        raise FileNotFoundError(f"{directory} is gone or another than it was")
+
+
+def clean(directory: pathlib.Path) -> int:
+    """Removes what killed saves left behind; the directory's inode number.
 
     A committed step whose manifest is missing goes too, unless nothing better exists: then it is
     renamed, because it may be the arrays of the only checkpoint there ever was.
@@ -159,6 +169,7 @@ def clean(directory: pathlib.Path) -> None:
         elif unfinished or TEMPORARY in path.name:
             log.warning("removing %s, which a save that did not end left behind", path)
             shutil.rmtree(path, ignore_errors=True)
+    return directory.stat().st_ino
 
 
 def newest_good(root: pathlib.Path, step: int | None, set_aside: bool) -> int | None:
@@ -181,27 +192,38 @@ def newest_good(root: pathlib.Path, step: int | None, set_aside: bool) -> int | 
     return None
 
 
+SOUND = "sound"  # in a checkpoint's metadata; False: saved amid steps that were skipped
+
+
 def prune(
-    directory: pathlib.Path, keep_last: int, keep_every_steps: int | None, keep_best: str | None
+    directory: pathlib.Path,
+    keep_last: int,
+    keep_every_steps: int | None,
+    keep_best: str | None,
+    written: int,
 ) -> None:
-    """Deletes finished steps but the newest `keep_last`, the multiples of `keep_every_steps` and
-    the one whose `metadata[keep_best]` is lowest."""
-    steps = finished(directory)
-    keep = set(steps[:keep_last])
+    """Deletes finished steps but the newest `keep_last`, the multiples of `keep_every_steps`, the
+    one whose `metadata[keep_best]` is lowest, the newest sound one and `written`.
+
+    A step whose manifest cannot be read counts for nothing and is left to whoever restores.
+    """
+    metadata = {step: manifest["metadata"] or {} for step, manifest in _readable(directory)}
+    keep = {written, *list(metadata)[:keep_last]}
     if keep_every_steps:
-        keep |= {step for step in steps if step % keep_every_steps == 0}
-    if keep_best and (scores := _scores(directory, keep_best)):
+        keep |= {step for step in metadata if step % keep_every_steps == 0}
+    if keep_best and (scores := _scores(metadata, keep_best)):
         keep.add(min(scores, key=scores.__getitem__))
-    for step in set(steps) - keep:
+    keep |= set([step for step, known in metadata.items() if known.get(SOUND, True)][:1])
+    for step in metadata.keys() - keep:
         folder = directory / str(step)
         (folder / MANIFEST).unlink()  # first: a step half deleted is then an unfinished one
         shutil.rmtree(folder)
 
 
-def _scores(directory: pathlib.Path, name: str) -> dict[int, float]:
-    scores = {}
-    for step, manifest in _readable(directory):
-        score = (manifest["metadata"] or {}).get(name)
-        if isinstance(score, int | float) and math.isfinite(score):
-            scores[step] = score
-    return scores
+def _scores(metadata: Mapping[int, Any], name: str) -> dict[int, float]:
+    found = {step: known.get(name) for step, known in metadata.items()}
+    return {
+        step: score
+        for step, score in found.items()
+        if isinstance(score, int | float) and math.isfinite(score)
+    }

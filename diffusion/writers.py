@@ -133,9 +133,11 @@ class Jsonl(Writer):
         record = {"step": int(step)} | {name: _finite(value) for name, value in values.items()}
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         size = os.fstat(self._file).st_size
-        if os.write(self._file, line) < len(line):  # the disk filled up within the line
-            os.ftruncate(self._file, size)
-            raise OSError(f"{self.path}: no space for the metrics of step {step}; free some")
+        with contextlib.suppress(OSError):
+            if os.write(self._file, line) == len(line):
+                return
+            os.ftruncate(self._file, size)  # the disk filled up within the line
+        raise OSError(f"{self.path}: no space for the metrics of step {step}; free some")
 
     def close(self) -> None:
         if self._file >= 0:

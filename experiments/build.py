@@ -179,7 +179,8 @@ def optimizer(config: ConfigDict, networks: tuple[str, ...], clip_apart: bool = 
     if clip_apart and section.clip_norm:
         make = optax.chain(optax.clip_by_global_norm(section.clip_norm), make)
     clip_norm = 0.0 if clip_apart else section.clip_norm
-    return Optimizer({name: make for name in networks}, rate, clip_norm)
+    spikes = config.train.max_loss_deviations
+    return Optimizer({name: make for name in networks}, rate, clip_norm, spikes)
 
 
 def ema(config: ConfigDict, networks: tuple[str, ...]) -> Ema:

@@ -1,21 +1,27 @@
-"""What ends a run from outside its loop: signals, and steps that hang.
+"""What ends a run from outside its loop: signals, steps that hang, steps that are skipped.
 
 Exit statuses, for whatever starts runs: 0 finished, 2 refused (`experiments/cli.py`), 75 saved
 after a signal, 76 hung, 77 another process was lost (`experiments/cluster.py`). After 75 to 77, and
-after the 134 of a process that its runtime aborted, the same command goes on where it stood.
+after the 134 of a process that its runtime aborted, the same command goes on where it stood. A
+signal before the command has read its config ends it as it ends any program: nothing is lost yet.
 """
 
+import collections
 import faulthandler
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 INTERRUPTED = 75  # exit status: saved after a signal; the same command goes on
 HUNG = 76  # exit status: a step took longer than the limit; the same command goes on
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+NAMED = 64  # examples of a batch, in a message
+BAD_STEP = "its loss or gradient is not finite, or a spike"
 ONE_REQUEST_SECS = 1.0  # a terminal and a launcher may both pass one Ctrl-C on
 
 
@@ -45,6 +51,45 @@ class StopOnSignal:
         elif now - self._since > ONE_REQUEST_SECS:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
+
+
+class SkippedSteps:
+    """Ends a run that skips step after step, naming the examples of the last batch.
+
+    A step's count of skipped steps in a row is read when the step is done, `late` steps after it
+    was started, so that the host waits for no step that it would not wait for anyway.
+    """
+
+    def __init__(self, limit: int, late: int, read: Callable[[Any], int], say: Callable):
+        self._limit, self._late, self._read, self._say = limit, late, read, say
+        self._open: collections.deque[tuple[int, Any, Any]] = collections.deque()
+        self.in_a_row = 0
+
+    def step(self, done: int, in_a_row: Any, examples: Any) -> None:
+        """Step `done` was started: its count, on the device, and its examples' indices."""
+        self._open.append((done, in_a_row, examples))
+        while len(self._open) > self._late:
+            self._look()
+
+    def settle(self) -> None:
+        """Waits for all that was started. ValueError as `step`'s: so many in a row were skipped."""
+        while self._open:
+            self._look()
+
+    def _look(self) -> None:
+        done, count, examples = self._open.popleft()
+        self.in_a_row = self._read(count)
+        if not self.in_a_row:
+            return
+        named = ", ".join(map(str, examples[:NAMED])) + (", ..." if len(examples) > NAMED else "")
+        self._say(f"step {done:,} was skipped: {BAD_STEP}; its examples are {named}")
+        if self.in_a_row >= self._limit:
+            raise ValueError(
+                f"{self.in_a_row} steps in a row up to step {done} were skipped: {BAD_STEP} "
+                f"(train.max_skipped_in_a_row={self._limit}); the last one's examples are {named}; "
+                "parameters are as before them, and the last checkpoint before them is kept: "
+                "lower optim.learning_rate or look at the data"
+            )
 
 
 class Watchdog:

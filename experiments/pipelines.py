@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from diffusion import interop
+from diffusion.data import sources
 from diffusion.models import lora
 from diffusion.models.controlnet import ControlNet
 from diffusion.process import guidance
@@ -39,9 +39,9 @@ def read_image(path: str | pathlib.Path, size: Sequence[int], flag: str, mode: s
     Raises ValueError naming flag and file for what is no image, or of another shape.
     """
     try:
-        with Image.open(path) as opened:
+        with sources.open_image(path) as opened:
             image = opened.convert(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except sources.NO_IMAGE as error:
         raise ValueError(f"{flag}={path} is no image that can be read: {error}") from error
     height, width = size
     if image.size != (width, height):

@@ -7,6 +7,7 @@ written.
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,7 +31,9 @@ from diffusion.data.tokenizers import Tokenizer
 from diffusion.interop.perceptual import SOURCES, load_lpips
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
 from diffusion.training.state import TrainState
-from experiments import build, captions, pretrained
+from experiments import bounds, build, captions, pretrained
+
+log = logging.getLogger(__name__)
 
 # -- data ----------------------------------------------------------------------------------------
 
@@ -125,11 +128,18 @@ def parallel(config: ConfigDict) -> Parallel:
 
 def build_run(config: ConfigDict) -> Run:
     """Opens the data and makes the task. Raises ValueError for whatever does not fit."""
+    bounds.check(config)
     _check_numbers(config)
-    placed = parallel(config)
-    if config.data.name == "latents":
-        return _latent_run(config, placed)
-    return _image_run(config, placed)
+    try:
+        placed = parallel(config)
+        make = _latent_run if config.data.name == "latents" else _image_run
+        return make(config, placed)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of a network, a schedule, ... that no check of ours foresaw
+        log.debug("no run", exc_info=True)
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ValueError(f"the config builds no run ({reason}): undo what was set last") from error
 
 
 def _image_run(config: ConfigDict, placed: Parallel) -> Run:
@@ -226,10 +236,14 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
 
     def write_files(workdir: pathlib.Path) -> None:
         begun.write(config, workdir)
+        if tokens and not (workdir / "tokenizer.json").exists():
+            Tokenizer.load(directory / "tokenizer.json").save(workdir / "tokenizer.json")
         if not (workdir / "first_stage" / weights.WEIGHTS).exists():
-            shutil.copytree(directory / "first_stage", workdir / "first_stage", dirs_exist_ok=True)
-            if tokens:
-                shutil.copy(directory / "tokenizer.json", workdir / "tokenizer.json")
+            copy = workdir / ".first_stage.tmp"  # killed amid the copy, it is made again
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(directory / "first_stage", copy)
+            shutil.rmtree(workdir / "first_stage", ignore_errors=True)
+            copy.rename(workdir / "first_stage")
 
     def init(key):
         return made.init(key, jnp.asarray(source.shift), jnp.asarray(source.scale))
@@ -280,6 +294,11 @@ def _check_numbers(config: ConfigDict) -> None:
     for key in ("steps", "batch_size", "accumulate", "log_every_steps", "save_every_steps"):
         if config.train[key] < 1:
             raise ValueError(f"train.{key}={config.train[key]} must be at least 1")
+    if config.train.keep_best and not config.evaluation.every_steps:
+        raise ValueError(
+            f"train.keep_best={config.train.keep_best!r} needs evaluations: set "
+            "evaluation.every_steps, best to train.save_every_steps"
+        )
 
 
 def _check_image(source: Any, steps: list, shape: tuple[int, ...]) -> None:

@@ -10,7 +10,6 @@ A task has `init(key, ...)`, `train_step(state, batch, frozen, axis_name)` and
 `eval_step(state, batch, frozen)`; nothing here knows which one it runs.
 """
 
-import collections
 import dataclasses
 import json
 import pathlib
@@ -23,9 +22,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from diffusion.checkpoint import Checkpoints
+from diffusion.manifest import SOUND
 from diffusion.writers import make_writer
 from experiments import cli, cluster, preview, runs, watched, workdir
-from experiments.guards import INTERRUPTED, StopOnSignal, Watchdog
+from experiments.guards import INTERRUPTED, SkippedSteps, StopOnSignal, Watchdog
 
 # Steps handed to the device before the host waits: enough to keep it busy, and so few that a signal
 # is answered, or a hang seen, within a few steps.
@@ -38,8 +38,11 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
     Returns the last logged metrics, or None when a signal stopped it. Whatever is wrong with the
     input raises ValueError before anything in the directory is changed.
     """
-    directory = pathlib.Path(directory)
+    with StopOnSignal() as stop:
+        return _train(config, pathlib.Path(directory), stop)
 
+
+def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, float] | None:
     # ---------------------------------------------------------------- check, build, place
     def check_and_build() -> runs.Run:
         workdir.check(directory, config)
@@ -71,11 +74,14 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
             run.write_files(directory)
 
     cluster.together(claim)
-    keep = config.train.keep_checkpoints
-    limits = config.watchdog
+    keep, limits = config.train, config.watchdog
     with (
-        StopOnSignal() as stop,
-        Checkpoints(directory / "checkpoints", keep_last=keep) as checkpoints,
+        Checkpoints(
+            directory / "checkpoints",
+            keep_last=keep.keep_checkpoints,
+            keep_every_steps=keep.keep_every_steps or None,
+            keep_best=keep.keep_best or None,
+        ) as checkpoints,
         Watchdog(limits.start_secs, limits.step_secs) as watchdog,
     ):
         return _loop(config, directory, run, key, abstract, checkpoints, stop, watchdog)
@@ -114,29 +120,35 @@ def _loop(
     train_step = parallel.step(run.task.train_step)
     log = _Log(writer, config, parallel, start)
     peers = cluster.Peers(config.parallel.agree_every_steps)
-    in_flight: collections.deque[jax.Array] = collections.deque()
+    skipped = SkippedSteps(
+        config.train.max_skipped_in_a_row,
+        RUN_AHEAD_STEPS,
+        lambda count: int(parallel.scalars({"": count})[""]),
+        writer.message,
+    )
 
     # ---------------------------------------------------------------- the loop
     try:
+        if stop.requested and peers.count == 1:
+            return None  # a checkpoint would say nothing new
         for step in range(start, config.train.steps):
             # 1. data  2. step  3. log (one step late)  4. evaluate  5. agree  6. save  7. stop
             waited = time.perf_counter()
-            batch = parallel.batch(next(batches))
+            read = next(batches)
+            batch = parallel.batch(read)
             log.waited_secs += time.perf_counter() - waited
             state, metrics = train_step(state, batch, frozen)
-            in_flight.append(metrics["loss"])
-            if len(in_flight) > RUN_AHEAD_STEPS:
-                jax.block_until_ready(in_flight.popleft())
+            skipped.step(step + 1, metrics["skipped_in_a_row"], read["index"])
             done, last = step + 1, step + 1 == config.train.steps
             log.step(done, metrics, last)
             watchdog.doing(f"step {done + 1} or its data")
-            every = config.evaluation.every_steps
+            every, measured = config.evaluation.every_steps, {}
             if every and (done % every == 0 or last):
                 watchdog.doing(f"the evaluation at step {done}")
                 whole = parallel.whole(state)
-                values = run.evaluate(whole, parallel.whole(frozen))
-                values |= watched.measure(run, whole) | glimpse.numbers(whole)
-                log.evaluation(done, values)
+                measured = run.evaluate(whole, parallel.whole(frozen))
+                measured |= watched.measure(run, whole) | glimpse.numbers(whole)
+                log.evaluation(done, measured)
                 glimpse.show(done, whole, writer)
             report = peers.exchange(done, stop.requested, log.waited_secs_per_step(done))
             stopping = report is not None and report.stop
@@ -145,7 +157,9 @@ def _loop(
             if stopping or last or done % config.train.save_every_steps == 0:
                 watchdog.doing(f"the save at step {done}")
                 log.flush()  # a step that is saved is never logged again
-                checkpoints.save(done, parallel.gather(state), batches.get_state(), {})
+                skipped.settle()
+                known = {**measured, SOUND: skipped.in_a_row == 0}
+                checkpoints.save(done, parallel.gather(state), batches.get_state(), known)
                 watchdog.doing(f"step {done + 1} or its data")
             if stopping:
                 checkpoints.wait()
@@ -201,13 +215,6 @@ class _Log:
         self.since, self.logged_step, self.waited_secs, self.pending = now, done, 0.0, None
         self.latest.update(values)
         self.writer.scalars(done, values)
-        limit = self.config.train.max_skipped_in_a_row
-        if values.get("skipped_in_a_row", 0) >= limit:
-            raise ValueError(
-                f"{int(values['skipped_in_a_row'])} steps in a row up to step {done} had a loss or "
-                f"gradient that is not finite (train.max_skipped_in_a_row={limit}); parameters are "
-                "as before them: lower optim.learning_rate or look at the data"
-            )
 
     def evaluation(self, done: int, metrics: dict[str, float]) -> None:
         self.latest.update(metrics)

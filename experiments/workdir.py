@@ -11,6 +11,7 @@ DIR/devices.json    what it ran on, last
 DIR/README.md       the model card
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -26,7 +27,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.log_every_steps",
     "train.save_every_steps",
-    "train.keep_checkpoints",
+    "train.keep_",
     "train.tensorboard",
     "data.dir",
     "parallel.",
@@ -36,6 +37,9 @@ MAY_CHANGE = (
     "perceptual.",
     "sample.",
 )
+
+
+TEMPORARY = ".{}.tmp"  # a file before its rename
 
 
 def to_json(config: ConfigDict) -> str:
@@ -52,7 +56,8 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> bool:
     if not path.exists():
         if workdir.exists() and not workdir.is_dir():
             raise ValueError(f"--workdir={workdir} is a file: name a folder")
-        strangers = [p.name for p in workdir.iterdir()] if workdir.exists() else []
+        found = [p.name for p in workdir.iterdir()] if workdir.exists() else []
+        strangers = [name for name in found if name != TEMPORARY.format("config.json")]
         if strangers:
             raise ValueError(
                 f"--workdir={workdir} holds {sorted(strangers)[0]!r} but no config.json, so it is "
@@ -72,8 +77,9 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> bool:
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Writes config.json and the model card; the run is this config's from here on."""
     workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(workdir / "README.md", model_card(config))
+    # First: killed after it, the folder is a run; killed before it, it is empty.
     write_whole(workdir / "config.json", to_json(config))
+    write_whole(workdir / "README.md", model_card(config))
 
 
 # Where a data set's pictures come from, and on what terms.
@@ -108,8 +114,10 @@ def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:
         raise ValueError(f"{flag}={workdir} holds no run (no config.json): train one first")
     try:
         found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): restore it from a copy") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no object of settings: restore it from a copy")
     task = found.get("task")
     known = common.denoiser() if task == "denoiser" else common.base(task)
     return ConfigDict(_completed(found, json.loads(to_json(known)))).lock()
@@ -129,6 +137,16 @@ def _completed(found: dict, known: dict) -> dict:
 
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file so that a reader sees all of it or none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary = path.with_name(TEMPORARY.format(path.name))
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written ({error.strerror}): free space, or mend the folder"
+        ) from error

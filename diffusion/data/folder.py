@@ -13,10 +13,11 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from diffusion.data.builders.local_files import readers
-from diffusion.data.sources import Batch, decode_image
+from diffusion.data.sources import NO_IMAGE, Batch, decode_image, open_image
+
+DECODERS = 4  # threads, each with an image of at most `sources.MAX_PIXELS`
 
 log = logging.getLogger(__name__)
 
@@ -77,32 +78,36 @@ def open_folder(
     if split not in listed:
         raise ValueError(f"data.dir={str(root)!r} has no split {split!r}: it has {[*listed]}")
     rows = listed[split]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        good = list(pool.map(lambda row: _opens(row["path"]), rows))
-    bad = tuple(row["path"] for row, fine in zip(rows, good) if not fine)
-    for number, path in enumerate(bad, 1):
-        log.warning("%s is no image: skipped (%d of %d)", path, number, len(rows))
+    with concurrent.futures.ThreadPoolExecutor(DECODERS) as pool:  # bounds memory as well
+        reasons = list(pool.map(lambda row: _why_not(row["path"]), rows))
+    bad = {row["path"]: reason for row, reason in zip(rows, reasons) if reason}
+    for number, (path, reason) in enumerate(bad.items(), 1):
+        log.warning("%s is no image (%s): skipped (%d of %d)", path, reason, number, len(rows))
     if len(bad) > max_bad_images:
+        (path, reason), *_ = bad.items()
         raise ValueError(
-            f"{bad[0]} is no image, one of {len(bad)} of {len(rows)}, more than "
+            f"{path} is no image ({reason}), one of {len(bad)} of {len(rows)}, more than "
             f"data.max_bad_images={max_bad_images}: remove them, or raise the limit"
         )
+    if len(bad) == len(rows):
+        raise ValueError(f"{root} holds no file that is an image: give a folder of images")
     if bad:
-        print(f"note: {len(bad)} of {len(rows)} files are no image, such as {bad[0]}", flush=True)
-    kept = [row for row, fine in zip(rows, good) if fine]
+        such = next(iter(bad))
+        print(f"note: {len(bad)} of {len(rows)} files are no image, such as {such}", flush=True)
+    kept = [row for row, why in zip(rows, reasons) if not why]
     classes = sorted({row["label"] for row in kept if "label" in row})
     kept = [
         {**row, "label": classes.index(row["label"])} if "label" in row else row for row in kept
     ]
     made_from = {"name": "folder", "directory": str(root), "split": split, "images": len(kept)}
-    return FolderSource(kept, channels, image_size, made_from, bad)
+    return FolderSource(kept, channels, image_size, made_from, tuple(bad))
 
 
-def _opens(path: pathlib.Path) -> bool:
-    """Whether the whole file decodes."""
+def _why_not(path: pathlib.Path) -> str:
+    """Why the file is no image; "" where all of it decodes and its size is not absurd."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
-    return True
+        with open_image(path) as image:
+            image.convert("RGB")
+    except NO_IMAGE as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""

@@ -10,6 +10,8 @@ lock while it decodes).
 import dataclasses
 import io
 import pathlib
+import struct
+import zlib
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -102,6 +104,29 @@ def crop_resize(image: Image.Image, image_size: int) -> Image.Image:
     if side == image_size:
         return image
     return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+
+
+# What Pillow raises for a file that is no image, or one that it takes for a decompression bomb.
+NO_IMAGE = (
+    *(OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, struct.error),
+    *(zlib.error, IndexError, KeyError, NotImplementedError, ZeroDivisionError, AttributeError),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError, RuntimeError),
+)
+MAX_PIXELS = 2**26  # of an image, 67 million: 200 MB as RGB, more than any camera's but the largest
+
+
+def open_image(file: Any) -> Image.Image:
+    """A decoded image; one of `NO_IMAGE` where it is none, or of more than MAX_PIXELS."""
+    image = Image.open(file)  # reads the header alone
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width} x {image.height} pixels are over {MAX_PIXELS}")
+    try:
+        image.load()
+    except BaseException:
+        image.close()
+        raise
+    return image
 
 
 def decode_image(data: bytes, channels: int, image_size: int | None) -> np.ndarray:

@@ -16,6 +16,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from diffusion.data import provenance
+
 # The captions of a batch are few: a thread pool over them costs more than it saves, on the cores
 # that compute, and it makes every later fork of the process print a warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -60,7 +62,7 @@ class Tokenizer:
         return cls(serialised, 0 if pad is None else pad)
 
     def save(self, path: str | pathlib.Path) -> None:
-        pathlib.Path(path).write_text(self.serialised, encoding="utf-8")
+        provenance.write_whole(pathlib.Path(path), self.serialised.encode())
 
     @functools.cached_property
     def backend(self) -> tokenizers.Tokenizer:

@@ -9,6 +9,15 @@ Exponential moving average (DDPM section 4, LDM `ema.py`):
     (1) ema_n = d_n ema_{n-1} + (1 - d_n) params_n,   n = 1, 2, ...
     (2) d_n = decay for n > 1 and d_1 = 0             (DDPM: starts at the weights after step 1)
     (3) d_n = min(decay, (1 + n) / (10 + n))          (LDM: `ramp`)
+
+Guard: a step is skipped whose loss or gradient is not finite and, with `max_loss_deviations` = k,
+one whose loss l leaps above what the steps taken so far had (n of them, from the 101st on):
+
+    (4) l > m_n + k sqrt(v_n)
+    (5) m_n = m_{n-1} + a_n (l_n - m_{n-1}),  v_n = (1 - a_n) (v_{n-1} + a_n (l_n - m_{n-1})^2),
+        a_n = max(1 / n, 1 / 100)
+
+the sample's mean and variance over the first 100, exponential averages afterwards.
 """
 
 import dataclasses
@@ -20,13 +29,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 Params = dict[str, Any]  # one entry a network: {"unet": ..., "text_encoder": ...}
 Metrics = dict[str, Array]
 
 # What a key is folded with before each purpose, so that no two draws of a step share a key.
 DATA, TIMES, DROPOUT, CAPTION, POSTERIOR = range(5)
+
+LOSSES = "loss_statistics"  # in `extra`: m_n and v_n of equation 5
+SPIKE_STEPS = 100  # 1 / a_n at most, and how many steps equation 4 waits for
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -71,12 +83,20 @@ class Ema:
 class Optimizer:
     """One optax transformation for each network, and what surrounds the update.
 
-    `clip_norm` bounds the global norm over all networks of one `apply_gradients` (0: off).
+    `clip_norm` bounds the global norm over all networks of one `apply_gradients` (0: off);
+    `max_loss_deviations` is k of equation 4 (0: off).
     """
 
     transforms: Mapping[str, optax.GradientTransformation]
     learning_rate: Callable[[Array], Array]
     clip_norm: float = 0.0
+    max_loss_deviations: float = 0.0
+
+    def __post_init__(self):
+        if not self.max_loss_deviations >= 0:
+            raise ValueError(
+                f"train.max_loss_deviations={self.max_loss_deviations} must be 0 (off) or more"
+            )
 
     def init(self, params: Params) -> dict[str, Any]:
         return {name: tx.init(params[name]) for name, tx in self.transforms.items()}
@@ -86,6 +106,8 @@ def create_state(
     key: Key[Array, ""], params: Params, optimizer: Optimizer, ema: Ema, extra: dict[str, Any]
 ) -> TrainState:
     """The state before the first step; `key` becomes the key of all the run's draws."""
+    if optimizer.max_loss_deviations:
+        extra = {LOSSES: {"mean": jnp.zeros(()), "variance": jnp.zeros(())}, **extra}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         rng=jax.random.key_data(key),
@@ -156,6 +178,24 @@ def mean_over_devices(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else lax.pmean(tree, axis_name)
 
 
+def is_spike(
+    statistics: dict[str, Array], loss: Float[Array, ""], taken: Int[Array, ""], deviations: float
+) -> Bool[Array, ""]:
+    """Equation 4, after `taken` steps."""
+    bound = statistics["mean"] + deviations * jnp.sqrt(statistics["variance"])
+    return (taken >= SPIKE_STEPS) & (loss > bound)
+
+
+def loss_statistics(
+    statistics: dict[str, Array], loss: Float[Array, ""], n: Int[Array, ""]
+) -> dict[str, Array]:
+    """Equation 5 for the n-th loss, n = 1, 2, ..."""
+    rate = jnp.maximum(1 / n.astype(jnp.float32), 1 / SPIKE_STEPS)
+    difference = loss - statistics["mean"]
+    variance = (1 - rate) * (statistics["variance"] + rate * difference**2)
+    return {"mean": statistics["mean"] + rate * difference, "variance": variance}
+
+
 def apply_gradients(
     state: TrainState,
     grads: Params,
@@ -165,11 +205,19 @@ def apply_gradients(
 ) -> tuple[TrainState, Metrics]:
     """One guarded update of the networks in `grads`; the step count advances by one.
 
-    A step whose loss or gradient norm is not finite changes no parameter, optimiser state or
-    average: it is counted in `extra["skipped_steps"]` and `extra["skipped_in_a_row"]`.
+    A step whose loss or gradient norm is not finite, or whose loss is a spike, changes no
+    parameter, optimiser state or average: it is counted in `extra["skipped_steps"]` and
+    `extra["skipped_in_a_row"]`.
     """
     norm = optax.tree.norm(grads)
     ok = jnp.isfinite(norm) & jnp.isfinite(loss)
+    updates_done = state.step + 1 - state.extra["skipped_steps"]
+    extra = dict(state.extra)
+    if optimizer.max_loss_deviations:
+        known = extra[LOSSES]
+        ok &= ~is_spike(known, loss, updates_done - 1, optimizer.max_loss_deviations)
+        new = loss_statistics(known, loss, updates_done)
+        extra[LOSSES] = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, known)
     if optimizer.clip_norm:
         scale = optimizer.clip_norm / jnp.maximum(norm, optimizer.clip_norm)
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -181,7 +229,6 @@ def apply_gradients(
         )
         params[name] = optax.apply_updates(state.params[name], updates)
 
-    updates_done = state.step + 1 - state.extra["skipped_steps"]
     decay = ema.decay_at(updates_done)
     averages = dict(state.ema)
     for name in set(grads) & set(state.ema):
@@ -195,7 +242,7 @@ def apply_gradients(
     bad = (~ok).astype(jnp.int32)
     skipped = state.extra["skipped_steps"] + bad
     in_a_row = (state.extra["skipped_in_a_row"] + 1) * bad
-    extra = {**state.extra, "skipped_steps": skipped, "skipped_in_a_row": in_a_row}
+    extra |= {"skipped_steps": skipped, "skipped_in_a_row": in_a_row}
     metrics = {
         "grad_norm": norm,
         "param_norm": optax.tree.norm(state.params),

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffusion.data import sources
+
 Example = dict[str, Any]  # "image": bytes of a PNG or JPEG file; "label": int; "caption": str
 
 log = logging.getLogger(__name__)
@@ -195,12 +197,11 @@ def _as_stored(data: bytes) -> bytes | None:
     The whole of it is decoded, so that a truncated file is found now and not in training.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
+        with sources.open_image(io.BytesIO(data)) as image:
             if image.format in ("PNG", "JPEG"):
                 return data
             return png(np.asarray(image.convert("RGB")))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except sources.NO_IMAGE:
         return None
 
 
@@ -257,10 +258,7 @@ def _list(folder: pathlib.Path) -> list[dict[str, Any]]:
         if not all(captioned):
             lacking = paths[captioned.index(False)]
             raise ValueError(f"{lacking} has no caption file {lacking.with_suffix('.txt').name}")
-        return [
-            {"path": path, "caption": path.with_suffix(".txt").read_text("utf-8").strip()}
-            for path in paths
-        ]
+        return [{"path": path, "caption": _caption_file(path)} for path in paths]
     if all(path.parent.parent == folder for path in paths):
         return [{"path": path, "label": path.parent.name} for path in paths]
     return [{"path": path} for path in paths]
@@ -268,21 +266,55 @@ def _list(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def _metadata(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
     lines = (folder / METADATA).read_bytes().splitlines()
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"{folder / METADATA} is empty: give a line for each image, or remove it")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            path, text = folder / row["file_name"], row["text"]
-            if not isinstance(text, str):
-                raise ValueError(f"text is {text!r}, no string")
-        except (ValueError, KeyError, TypeError) as error:
+            path, text = _inside(folder, row["file_name"]), _caption(row["text"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{folder / METADATA}, line {number}, is no object with file_name and text: {error}"
             ) from error
-        if not path.is_file():
-            raise ValueError(f"{folder / METADATA}, line {number}: {path} does not exist")
         yield {"path": path, "caption": text}
+
+
+MAX_CAPTION = 2**14  # characters; text encoders read some hundred
+
+
+def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """An image of `folder` by the name that metadata gives it; what leads out of it is refused."""
+    relative = pathlib.PurePosixPath(name.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts:
+        raise ValueError(f"file_name {name[:200]!r} leads out of the folder")
+    try:
+        there = (folder / relative).is_file()
+    except OSError:  # a name longer than the file system has
+        there = False
+    if not there:
+        raise ValueError(f"{str(folder / relative)[:500]} does not exist")
+    return folder / relative
+
+
+def _caption(text: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"text is {text!r:.80}, no string")
+    if len(text) > MAX_CAPTION:
+        raise ValueError(f"text has {len(text)} characters, more than {MAX_CAPTION}: cut it")
+    text.encode()  # a lone surrogate is no text: UnicodeEncodeError, a ValueError
+    return text
+
+
+def _caption_file(image: pathlib.Path) -> str:
+    path = image.with_suffix(".txt")
+    try:
+        if path.stat().st_size > 4 * MAX_CAPTION:
+            raise ValueError(f"{path.stat().st_size} bytes are more than {MAX_CAPTION} characters")
+        return _caption(path.read_text("utf-8").strip())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no caption ({error}): mend or remove it") from error
 
 
 def _folder_examples(

@@ -103,6 +103,13 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     return entry, found
 
 
+def _called(line: str) -> list[str]:
+    """Names of the computations that an instruction runs; of a conditional, every branch."""
+    one = r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+    several = re.findall(r"branch_computations=\{([^}]*)\}", line)
+    return re.findall(one, line) + re.findall(r"[\w.\-]+", " ".join(several))
+
+
 def collectives(text: str) -> dict[str, dict[str, int]]:
     """{kind: {"count", "bytes"}} of one step on one device, from `compiled.as_text()`."""
     entry, computations = _computations(text)
@@ -120,7 +127,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
                 found["bytes"] += times * _result_bytes(head[1])
             count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
             inner = times * int(count[1]) if count and kind == "while" else times
-            for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
+            for called in _called(line):
                 if kind not in KINDS:
                     visit(called, inner)
 

@@ -218,26 +218,31 @@ def apply_gradients(
         ok &= ~is_spike(known, loss, updates_done - 1, optimizer.max_loss_deviations)
         new = loss_statistics(known, loss, updates_done)
         extra[LOSSES] = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, known)
-    if optimizer.clip_norm:
-        scale = optimizer.clip_norm / jnp.maximum(norm, optimizer.clip_norm)
-        grads = jax.tree.map(lambda g: g * scale, grads)
-
-    params, opt_state = dict(state.params), dict(state.opt_state)
-    for name, network_grads in grads.items():
-        updates, opt_state[name] = optimizer.transforms[name].update(
-            network_grads, state.opt_state[name], state.params[name]
-        )
-        params[name] = optax.apply_updates(state.params[name], updates)
-
     decay = ema.decay_at(updates_done)
-    averages = dict(state.ema)
-    for name in set(grads) & set(state.ema):
-        averages[name] = jax.tree.map(
-            lambda e, p: e * decay + p.astype(e.dtype) * (1 - decay), state.ema[name], params[name]
-        )
 
-    def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+    def update(old):
+        params, opt_state, averages = (dict(part) for part in old)
+        clipped = grads
+        if optimizer.clip_norm:
+            scale = optimizer.clip_norm / jnp.maximum(norm, optimizer.clip_norm)
+            clipped = jax.tree.map(lambda g: g * scale, grads)
+        for name, network_grads in clipped.items():
+            updates, opt_state[name] = optimizer.transforms[name].update(
+                network_grads, opt_state[name], params[name]
+            )
+            params[name] = optax.apply_updates(params[name], updates)
+        for name in set(grads) & set(averages):
+            averages[name] = jax.tree.map(
+                lambda e, p: e * decay + p.astype(e.dtype) * (1 - decay),
+                averages[name],
+                params[name],
+            )
+        return params, opt_state, averages
+
+    # A branch and no `where` over the state: old buffers are then updated in place, where choosing
+    # between old and new copies them (experiments/results/speed: a quarter of the time).
+    old = (state.params, state.opt_state, state.ema)
+    params, opt_state, averages = lax.cond(ok, update, lambda old: old, old)
 
     bad = (~ok).astype(jnp.int32)
     skipped = state.extra["skipped_steps"] + bad
@@ -245,16 +250,16 @@ def apply_gradients(
     extra |= {"skipped_steps": skipped, "skipped_in_a_row": in_a_row}
     metrics = {
         "grad_norm": norm,
-        "param_norm": optax.tree.norm(state.params),
+        "param_norm": optax.tree.norm(params),  # of the old ones it would keep them alive
         "learning_rate": optimizer.learning_rate(updates_done - 1),
         "skipped_steps": skipped,
         "skipped_in_a_row": in_a_row,
     }
     state = state.replace(
         step=state.step + 1,
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
-        ema=keep(averages, state.ema),
+        params=params,
+        opt_state=opt_state,
+        ema=averages,
         extra=extra,
     )
     return state, metrics

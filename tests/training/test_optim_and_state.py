@@ -77,7 +77,7 @@ def test_gradients_are_clipped_to_their_global_norm():
     grads = {"net": {"w": jnp.array([30.0, 40.0])}}
     new, metrics = ts.apply_gradients(state, grads, jnp.float32(1), optimizer, ema)
     np.testing.assert_allclose(metrics["grad_norm"], 50.0)
-    np.testing.assert_allclose(metrics["param_norm"], 5.0)
+    np.testing.assert_allclose(metrics["param_norm"], 4.9, rtol=1e-6)  # after the update
     np.testing.assert_allclose(new.params["net"]["w"], [3.0 - 0.06, 4.0 - 0.08], rtol=1e-6)
 
 

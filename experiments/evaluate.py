@@ -129,7 +129,8 @@ def _point(part: Subject, metrics: list[str], curve: str) -> dict[str, Any]:
     where = {"guidance_scale": sample["guidance_scale"], "steps": sample["steps"]}
     where |= {key: made_from[key] for key in ("step", "checkpoint")}
     shown = {name: float(f"{value[0]:.4g}") for name, value in tradeoff.numbers(found).items()}
-    print(f"{curve} {where[curve]:g} {part.which}: {shown}", flush=True)
+    if cluster.is_first():
+        print(f"{curve} {where[curve]:g} {part.which}: {shown}", flush=True)
     return {**where, **found}
 
 
@@ -240,6 +241,11 @@ def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> pat
     given = [name for name in swept if values[name].value]
     if values.samples and given:
         raise ValueError(f"--{given[0]} makes samples, but --samples={values.samples} names some")
+    curves = [name for name in given if name not in ("checkpoint_step", "keep")]
+    if curves and set(metrics) <= set(OF_FIRST_STAGE):
+        raise ValueError(
+            f"--{curves[0]} is of samples, but --metrics={','.join(metrics)} of a first stage"
+        )
     if values.samples and (other := sorted(set(metrics) - {*OF_IMAGES})):
         raise ValueError(
             f"--metrics={other[0]} needs the run that makes the samples: leave --samples out"
@@ -279,10 +285,11 @@ def main(values: flags.FlagValues) -> None:
         results["preset"] = {"name": values.preset, **presets.beside(preset)}
     if not cluster.is_first():
         return
+    workdir.write_whole(out, json.dumps(results, indent=2) + "\n")
     for name, points in curves.items():
         across = tuple(dict.fromkeys(point["curve"] for point in points))
-        tradeoff.plot(out.with_name(f"{out.stem}_{name}.png"), points, across)
-    workdir.write_whole(out, json.dumps(results, indent=2) + "\n")
+        if any(tradeoff.numbers(point) for point in points):  # not those of a spectrum, say
+            tradeoff.plot(out.with_name(f"{out.stem}_{name}.png"), points, across)
     print(json.dumps(results, indent=2))
 
 

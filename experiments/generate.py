@@ -6,7 +6,6 @@ fold_in(key(seed), i), so neither batch size nor device count changes it.
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -266,7 +265,3 @@ def encode(model: Model, prompts: Sequence[str] | None) -> np.ndarray | None:
     if cut.any():
         print(f"note: {int(cut.sum())} prompts were longer than the text encoder reads", flush=True)
     return tokens
-
-
-def image_hash(pixels: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]

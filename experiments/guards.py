@@ -82,11 +82,12 @@ class SkippedSteps:
         if not self.in_a_row:
             return
         named = ", ".join(map(str, examples[:NAMED])) + (", ..." if len(examples) > NAMED else "")
-        self._say(f"step {done:,} was skipped: {BAD_STEP}; its examples are {named}")
+        named = f"examples on this process are {named}"
+        self._say(f"step {done:,} was skipped: {BAD_STEP}; its {named}")
         if self.in_a_row >= self._limit:
             raise ValueError(
                 f"{self.in_a_row} steps in a row up to step {done} were skipped: {BAD_STEP} "
-                f"(train.max_skipped_in_a_row={self._limit}); the last one's examples are {named}; "
+                f"(train.max_skipped_in_a_row={self._limit}); the last one's {named}; "
                 "parameters are as before them, and the last checkpoint before them is kept: "
                 "lower optim.learning_rate or look at the data"
             )

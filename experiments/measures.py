@@ -28,15 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import weights
-from diffusion.checkpoint import restore_params
 from diffusion.data import loader
 from diffusion.metrics import adherence as adherence_metric
 from diffusion.metrics import frechet, reconstruction
 from diffusion.metrics import motion as motion_metric
 from diffusion.metrics.intervals import mean_interval
 from diffusion.process import gaussian, guidance, likelihood
-from experiments import build, distributions, first_stage, generate, runs
+from experiments import build, distributions, first_stage, runs
 from experiments.features import Judge, attributes
 from experiments.subject import Subject
 
@@ -161,25 +159,13 @@ def spectrum(subject: Subject) -> dict[str, Any]:
 
 def psnr(subject: Subject) -> dict[str, Any]:
     directory, config = subject.run, subject.image_config
-    if config.task == "autoencoder":
-        saved = restore_params(directory / "checkpoints", ("params", "ema"))
-        params = {**saved.items["params"], **saved.items["ema"]}["autoencoder"]
-    elif "autoencoder" in config.model:
-        params = weights.load_weights(directory / "first_stage")[0]
-    else:
+    if "autoencoder" not in config.model:
         raise ValueError(f"--metrics=psnr needs a first stage, and --workdir={directory} has none")
-    network = build.autoencoder(config.model.autoencoder)
-
-    @jax.jit
-    def reconstruct(image):
-        x = image.astype(jnp.float32) / 127.5 - 1
-        z = network.apply({"params": params}, x, method="encode").mean
-        return generate.to_uint8(network.apply({"params": params}, z, method="decode"))
-
+    reconstruct = first_stage.reconstructor(first_stage.load(directory, subject.step))
     source, steps = runs.open_images(config, "test")
     values = []
     for batch in loader.one_pass(source, 250, steps):
-        pixels = np.asarray(reconstruct(batch["image"]))
+        pixels, _ = reconstruct(batch["image"])
         value = reconstruction.psnr(batch["image"], pixels, reconstruction.UINT8)
         values.append(np.asarray(value)[batch["valid"]])
     found = mean_interval(np.concatenate(values))
@@ -188,7 +174,7 @@ def psnr(subject: Subject) -> dict[str, Any]:
 
 
 def reconstruction_quality(subject: Subject) -> dict[str, Any]:
-    stage = first_stage.load(subject.run)
+    stage = first_stage.load(subject.run, subject.step)
     tools = subject.tools
     network = subject.network if tools.classifier or tools.features else None
     features = None if network is None else lambda images: network.run(images)["pool"]

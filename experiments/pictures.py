@@ -61,7 +61,7 @@ def captioned(path: pathlib.Path, pixels: np.ndarray, captions: Sequence[str], c
     """A grid with each image's caption under it."""
     import textwrap
 
-    plt = _pyplot()
+    plt = pyplot()
     rows = -(-len(pixels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.95 * rows), squeeze=False)
     for axis in axes.flat:
@@ -76,7 +76,7 @@ def captioned(path: pathlib.Path, pixels: np.ndarray, captions: Sequence[str], c
 
 def curves(path: pathlib.Path, runs: Mapping[str, pathlib.Path], key: str = "loss") -> None:
     """`key` of each run's metrics.jsonl against the step, one panel a run."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.2), squeeze=False)
     for axis, (name, directory) in zip(axes.flat, runs.items()):
         lines = (directory / "metrics.jsonl").read_text().splitlines()
@@ -96,7 +96,7 @@ def panels(
     mark: int | None = None,
 ) -> None:
     """Keys of `rows` against their "step", one panel a title; `mark`: a step to draw a line at."""
-    plt = _pyplot()
+    plt = pyplot()
     columns = 3
     figure, axes = plt.subplots(
         -(-len(shown) // columns), columns, figsize=(4.2 * columns, 2.7 * -(-len(shown) // columns))
@@ -116,7 +116,7 @@ def panels(
     plt.close(figure)
 
 
-def _pyplot():
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")

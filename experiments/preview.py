@@ -28,7 +28,7 @@ from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import to_host
 from diffusion.training.state import TrainState
 from diffusion.writers import Writer
-from experiments import build, cluster, generate, runs, workdir
+from experiments import build, cluster, generate, runs, watched
 from experiments import pictures as sheets
 from experiments.measures import Judge, Subject, attributes
 
@@ -53,14 +53,12 @@ def check(config: ConfigDict) -> None:
             f"{CLASSIFIER} is empty, but evaluation.samples={wanted.samples}: name the run of a "
             "classifier on the same data, or set evaluation.samples=0"
         )
-    directory = pathlib.Path(wanted.classifier)
-    workdir.read_config(directory, f"--config.{CLASSIFIER}")
-    judged, own = Judge(directory).data, _data_name(config)
-    if judged != own:
+    if "text_encoder" in config.model and _data_name(config) != "captioned_digits":
         raise ValueError(
-            f"{CLASSIFIER}={directory} was trained on {judged!r}, but the run trains on {own!r}: "
-            "name one of that"
+            f"evaluation.samples={wanted.samples} knows the captions of captioned_digits alone: "
+            "set it to 0"
         )
+    watched.classifier(wanted.classifier, _data_name(config))
 
 
 def _data_name(config: ConfigDict) -> str:
@@ -155,7 +153,8 @@ class Preview:
 
     @functools.cached_property
     def _judge(self) -> Judge:
-        return Judge(pathlib.Path(self.run.config.evaluation.classifier))
+        config = self.run.config
+        return watched.classifier(config.evaluation.classifier, _data_name(config))
 
     @functools.cached_property
     def _reference(self) -> frechet.FeatureStatistics:

@@ -52,6 +52,8 @@ def report(
     found = report_runs.read([pathlib.Path(directory) for directory in directories])
     runs = [run for run in found if run.kind == "run"]
     swept = any(run.kind == "sweep" for run in found)
+    if highest and metric is None:
+        raise ValueError("--highest is of a --metric: give --metric=...")
     by = report_tables.ranking(runs, metric, highest) if swept or metric else None
     workdir.write_whole(out, page(found, by))
     return out

@@ -291,9 +291,22 @@ def null_tokens(config: ConfigDict, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _check_numbers(config: ConfigDict) -> None:
-    for key in ("steps", "batch_size", "accumulate", "log_every_steps", "save_every_steps"):
-        if config.train[key] < 1:
-            raise ValueError(f"train.{key}={config.train[key]} must be at least 1")
+    at_least_one = ("steps", "batch_size", "accumulate", "log_every_steps", "save_every_steps")
+    for section, keys, least in (
+        ("train", (*at_least_one, "keep_checkpoints"), 1),
+        ("train", ("keep_every_steps",), 0),
+        ("evaluation", ("batch_size",), 1),
+        ("evaluation", ("every_steps", "examples", "preview"), 0),
+    ):
+        for key in keys:
+            if config[section][key] < least:
+                raise ValueError(f"{section}.{key}={config[section][key]} must be at least {least}")
+    spikes = config.train.max_loss_deviations
+    if spikes and config.task == "autoencoder" and config.loss.adversarial:
+        raise ValueError(
+            f"train.max_loss_deviations={spikes} takes the discriminator's start, a leap that "
+            "lasts, for a spike: set it to 0"
+        )
     if config.train.keep_best and not config.evaluation.every_steps:
         raise ValueError(
             f"train.keep_best={config.train.keep_best!r} needs evaluations: set "

@@ -5,14 +5,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.pictures import _pyplot
+from experiments.pictures import pyplot
 
 LABELS = {
     "guidance_scale": "guidance scale",
     "steps": "sampler steps",
     "step": "training step",
 }
-Curve = list[tuple[float, float, float, float]]  # x, value, low, high
 COLUMNS = 4
 SKIPPED = ("guidance_scale", "steps", "step", "samples", "num_held_out")
 
@@ -40,7 +39,7 @@ def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], across: Sequen
 
     A point belongs to the panels of its "curve".
     """
-    plt = _pyplot()
+    plt = pyplot()
     names = list(dict.fromkeys(name for point in points for name in numbers(point)))
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)

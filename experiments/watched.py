@@ -23,7 +23,8 @@ KEYS = ("frechet_distance", "lpips")
 
 
 @functools.lru_cache(maxsize=1)
-def _judge(directory: str, data: str) -> Judge:
+def classifier(directory: str, data: str) -> Judge:
+    """`evaluation.classifier`. ValueError for no such run, and for one of other data."""
     judge = Judge(pathlib.Path(directory), flag="--config.evaluation.classifier")
     if judge.data != data:
         raise ValueError(
@@ -43,7 +44,7 @@ def judge(config: ConfigDict) -> Judge | None:
             f"evaluation.classifier={named} is for tasks 'autoencoder' and 'denoiser', not "
             f"{config.task!r}: leave it empty"
         )
-    return _judge(named, config.data.name)
+    return classifier(named, config.data.name)
 
 
 def measure(run: runs.Run, state: TrainState) -> dict[str, float]:
@@ -61,7 +62,8 @@ def measure(run: runs.Run, state: TrainState) -> dict[str, float]:
     stage = first_stage.Stage(config, run.task.network, params, 0, "")
     features = None if judged is None else lambda images: judged(images)[1]
     found = first_stage.measure(stage, _images(run), features)
-    return {f"eval_{key}": found[key] for key in KEYS if key in found}
+    keys = KEYS if unused else KEYS[:1]  # the task logs the LPIPS of its loss itself
+    return {f"eval_{key}": found[key] for key in keys if key in found}
 
 
 def _images(run: runs.Run) -> Iterator[np.ndarray]:

@@ -110,7 +110,7 @@ def _side(work, prepared, ceiling, rounds, cold) -> dict[str, Any]:
         "examples_per_sec": per_sec,
         "step_secs": secs,
         "round_medians": [summary(one["secs"])["median"] for one in rounds],
-        "first_step_secs": {k: summary(v)["median"] for k, v in firsts.items()},
+        "first_step_secs": {k: summary(v)["median"] for k, v in firsts.items() if v},
         # Compiling takes memory too: of the rounds that find the compilation cache filled.
         "peak_bytes": max(one["peak_bytes"] for one in rounds[1:] or rounds),
         "resident_bytes": max(one["resident_bytes"] for one in rounds[1:] or rounds),

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.pictures import pyplot
+
 
 def table(found: dict[str, Any]) -> str:
     if "rows" in found:
@@ -45,11 +47,7 @@ def plot(path: pathlib.Path, found: dict[str, Any]) -> None:
     """Examples a second of each side, p10 to p90."""
     if "sides" not in found:
         raise ValueError("--plot draws the sides of train, sample, autoencoder and compile")
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rates = {name: side["examples_per_sec"] for name, side in found["sides"].items()}
     medians = np.array([r["median"] for r in rates.values()])
     low = medians - [r["p10"] for r in rates.values()]

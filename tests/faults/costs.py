@@ -80,7 +80,7 @@ def of_update(task, state) -> tuple[float, float]:
         return seconds(one, 12)
 
     guarded = measured()
-    with mock.patch.object(ts.jnp, "isfinite", lambda x: jnp.bool_(True)):  # XLA drops the selects
+    with mock.patch.object(ts.jnp, "isfinite", lambda x: jnp.bool_(True)):  # XLA drops the branch
         plain = measured()
     return guarded, plain
 

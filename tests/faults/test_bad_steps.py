@@ -92,7 +92,7 @@ def test_too_many_in_a_row_end_the_run_and_name_the_examples(trials, tmp_path):
     assert "3 steps in a row up to step 7 were skipped" in error
     assert "train.max_skipped_in_a_row=3" in error
     source = np.concatenate([batch_of(step) for step in range(1, 11)]).reshape(10, 8)
-    assert f"examples are {', '.join(map(str, source[6]))};" in error
+    assert f"examples on this process are {', '.join(map(str, source[6]))};" in error
     assert "Traceback" not in trials.log(workdir)
     kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
     assert 4 in kept and max(kept) < 8

@@ -298,7 +298,7 @@ def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     return folder / relative
 
 
-def _caption(text: str) -> str:
+def _caption(text: Any) -> str:
     if not isinstance(text, str):
         raise ValueError(f"text is {text!r:.80}, no string")
     if len(text) > MAX_CAPTION:

@@ -15,14 +15,14 @@ Not trained here: time not measured. Here images are centre crops; there, ImageN
 random ones. Losses and their healthy ranges: diffusion/training/{autoencoder,adversarial}.py.
 """
 
-from configs import common
+from configs import common, common_ldm
 
 STEPS = {"f4": 176_991, "f8": 246_803, "f16": 442_998, "f32": 406_763}
 
 
 def get_config(arg=None):
     stage, smoke = common.parse(arg, ("f8", "f4", "f16", "f32"))
-    config = common.ldm_first_stage(f"kl_{stage}")
+    config = common_ldm.ldm_first_stage(f"kl_{stage}")
     config.loss.adversarial_weight = 0.5
     config.loss.adversarial_start_steps = 50_001
     config.train.steps = STEPS[stage]
@@ -30,4 +30,4 @@ def get_config(arg=None):
     config.train.accumulate = 2
     # LDM's rule: 4.5e-6 times the images of a step, here 24. It is not applied to other batches.
     config.optim.learning_rate = 1.08e-4
-    return common.smoke_first_stage(config) if smoke else config
+    return common_ldm.smoke_first_stage(config) if smoke else config

@@ -19,7 +19,7 @@ Not trained here: time not measured. Batch and rate are f16's, the only ones tha
 codes that nothing used for so long (LDM has no such thing).
 """
 
-from configs import common
+from configs import common, common_ldm
 
 # steps in all, the discriminator's first one, its weight and its layers
 SETTINGS = {
@@ -33,7 +33,7 @@ SETTINGS = {
 
 def get_config(arg=None):
     stage, smoke = common.parse(arg, tuple(SETTINGS))
-    config = common.ldm_first_stage(f"vq_{stage}")
+    config = common_ldm.ldm_first_stage(f"vq_{stage}")
     steps, start, weight, layers = SETTINGS[stage]
     config.loss.adversarial_weight = weight
     config.loss.adversarial_start_steps = start
@@ -42,4 +42,4 @@ def get_config(arg=None):
     config.train.batch_size = 14
     # LDM's rule: 4.5e-6 times the images of a step, here 14. It is not applied to other batches.
     config.optim.learning_rate = 6.3e-5
-    return common.smoke_first_stage(config) if smoke else config
+    return common_ldm.smoke_first_stage(config) if smoke else config

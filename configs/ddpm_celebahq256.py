@@ -8,17 +8,17 @@ Settings of the authors' `scripts/run_celebahq.py` (hojonathanho/diffusion): 113
 30,000 images are in one split, "train".
 """
 
-from configs import common
+from configs import common, common_ddpm
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.ddpm("celeb_a_hq/256", flip=True)
+    config = common_ddpm.ddpm("celeb_a_hq/256", flip=True)
     config.data.image_size = 256
     config.data.eval_split = "train[:1%]"  # there is no other split
-    config.model.unet = common.ddpm_unet_256()
+    config.model.unet = common_ddpm.ddpm_unet_256()
     config.train.steps = 500_000
     config.train.batch_size = 64
     config.optim.learning_rate = 2e-5
     config.process.variance = "fixed_small"
-    return common.smoke_ddpm(config) if smoke else config
+    return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -11,15 +11,15 @@ against the training images; official weights, measured by others: 3.21 averaged
 One deviation: the gradient is clipped after the mean over devices, not before.
 """
 
-from configs import common
+from configs import common, common_ddpm
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.ddpm("cifar10", flip=True)
-    config.model.unet = common.ddpm_unet()
+    config = common_ddpm.ddpm("cifar10", flip=True)
+    config.model.unet = common_ddpm.ddpm_unet()
     config.train.steps = 800_000
     config.train.batch_size = 128
     config.optim.learning_rate = 2e-4
     config.process.variance = "fixed_large"
-    return common.smoke_ddpm(config) if smoke else config
+    return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -8,15 +8,15 @@ block a level and three levels, in small batches with a decaying learning rate, 
 one core. Not mirrored: every shoe of the data points left. Numbers: experiments/results/.
 """
 
-from configs import common
+from configs import common, common_ddpm
 
 
 def get_config(arg=None):
     kind, smoke = common.parse(arg, ("gpu", "cpu"))
-    config = common.ddpm("fashion_mnist", flip=False)
+    config = common_ddpm.ddpm("fashion_mnist", flip=False)
     config.data.channels = 1
     config.data.fit = "pad"
-    config.model.unet = common.ddpm_unet() | {"out_channels": 1}
+    config.model.unet = common_ddpm.ddpm_unet() | {"out_channels": 1}
     config.train.steps = 20_000
     config.train.batch_size = 128
     config.optim.learning_rate = 2e-4
@@ -43,4 +43,4 @@ def get_config(arg=None):
         config.optim.warmup_steps = 500
         config.optim.decay = "cosine"
         config.optim.decay_steps = 14_000
-    return common.smoke_ddpm(config) if smoke else config
+    return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -9,7 +9,7 @@ here). Cats are not mirrored in training. The released church weights are of ste
 paper says 1.2 million (pesser/pytorch_diffusion#2).
 """
 
-from configs import common
+from configs import common, common_ddpm
 
 SCENES = {  # name in tensorflow-datasets, steps
     "church": ("church_outdoor", 1_200_000),
@@ -21,12 +21,12 @@ SCENES = {  # name in tensorflow-datasets, steps
 def get_config(arg=None):
     scene, smoke = common.parse(arg, tuple(SCENES))
     name, steps = SCENES[scene]
-    config = common.ddpm(f"lsun/{name}", flip=scene != "cat")
+    config = common_ddpm.ddpm(f"lsun/{name}", flip=scene != "cat")
     config.data.image_size = 256
     config.data.eval_split = "train[:1%]" if scene == "cat" else "validation"
-    config.model.unet = common.ddpm_unet_256()
+    config.model.unet = common_ddpm.ddpm_unet_256()
     config.train.steps = steps
     config.train.batch_size = 64
     config.optim.learning_rate = 2e-5
     config.process.variance = "fixed_small"
-    return common.smoke_ddpm(config) if smoke else config
+    return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -7,14 +7,14 @@ batches, since the number of steps is what counts. `--config.loss.adversarial=hi
 discriminator from half-way. Time and PSNR: experiments/results/digits/.
 """
 
-from configs import common
+from configs import common, common_digits
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.digits_data(common.first_stage("kl"))
+    config = common_digits.digits_data(common.first_stage("kl"))
     config.model.dtype = "float32"
-    config.model.autoencoder = common.digits_first_stage()
+    config.model.autoencoder = common_digits.digits_first_stage()
     config.model.discriminator.update({"channels": 32, "layers": 2})
     config.loss.reconstruction = "l2"
     config.loss.kl_weight = 3.6e-3

@@ -6,12 +6,12 @@ Trained on the training digits in all colours, held-out pairs too: it judges sha
 the composed test digits is `eval_accuracy` in metrics.jsonl; see experiments/results/digits/.
 """
 
-from configs import common
+from configs import common, common_digits
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.digits_data(common.base("classifier"))
+    config = common_digits.digits_data(common.base("classifier"))
     config.data.compose_held_out = True
     config.model.classifier = {"widths": (32, 64, 96), "feature_dim": 64, "dropout": 0.3}
     config.train.steps = 1500

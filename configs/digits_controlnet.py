@@ -8,13 +8,13 @@ condition is the edges of the training picture, white on black, at its 32x32 pix
 (arXiv:2302.05543). Numbers and pictures: experiments/results/digits_controlnet/.
 """
 
-from configs import common
+from configs import common, common_digits, common_ldm
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.digits_adapter()
-    common.controlnet(config, (16, 32, 64))
+    config = common_digits.digits_adapter()
+    common_ldm.controlnet(config, (16, 32, 64))
     config.conditioning.drop = 0.2
     config.train.steps = 800
     config.optim.decay_steps = 800

@@ -7,7 +7,7 @@ Needs a first stage (configs/digits_autoencoder.py) at `latents.first_stage`;
 `./launch/quickstart.sh` runs all of it. Time and adherence: experiments/results/digits/README.md.
 """
 
-from configs import common
+from configs import common, common_digits
 
 
 def get_config(arg=None):
@@ -28,7 +28,7 @@ def get_config(arg=None):
         "shard_size": 4500,
         "batch_size": 250,
     }
-    common.digits_networks(config)
+    common_digits.digits_networks(config)
     config.train.steps = 12000
     config.train.batch_size = 16
     config.train.log_every_steps = 250

@@ -11,15 +11,15 @@ meaning (as DreamBooth names its subject, arXiv:2208.12242). Numbers and picture
 experiments/results/digits_lora/.
 """
 
-from configs import common
+from configs import common, common_digits, common_ldm
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.digits_adapter()
+    config = common_digits.digits_adapter()
     config.data.name = "recoloured_digits"
     config.data.colour = "yellow"  # of every other picture; the others are as they were
-    common.lora(config, rank=8)
+    common_ldm.lora(config, rank=8)
     # This U-Net attends in its middle alone; its pooled caption speaks through these.
     config.model.lora.targets = (*config.model.lora.targets, "pool_proj", "time_emb_proj")
     config.optim.learning_rate = 2e-3

@@ -5,12 +5,12 @@
 The paper's U-Net at a quarter of its width; linear schedule, T = 1000, epsilon prediction.
 """
 
-from configs import common
+from configs import common, common_digits
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.digits_data(common.denoiser())
+    config = common_digits.digits_data(common.denoiser())
     config.model.dtype = "float32"
     config.model.unet = {
         "out_channels": 3,

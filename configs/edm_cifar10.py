@@ -9,15 +9,15 @@ FID is 1.97, the least of three sets of samples, with what is not here: the DDPM
 the same width and depth in ADM's blocks) and the augmentation pipeline (12%). Mirroring stays.
 """
 
-from configs import common
+from configs import common, common_ddpm
 
 BATCH = 512
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.ddpm("cifar10", flip=True)
-    config.model.unet = common.ddpm_unet() | {
+    config = common_ddpm.ddpm("cifar10", flip=True)
+    config.model.unet = common_ddpm.ddpm_unet() | {
         "multipliers": (2, 2, 2),
         "blocks": 4,
         "attention": (False, True, False),
@@ -40,4 +40,4 @@ def get_config(arg=None):
     config.sample.sampler = "heun"
     config.sample.steps = 18
     config.sample.clip = False
-    return common.smoke_ddpm(config) if smoke else config
+    return common_ddpm.smoke_ddpm(config) if smoke else config

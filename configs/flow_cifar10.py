@@ -8,13 +8,13 @@ DDPM's network and the training settings of atong01/conditional-flow-matching's 
 project reports FIDs about 3.5 with an adaptive solver; this config samples with 100 Euler steps.
 """
 
-from configs import common
+from configs import common, common_ddpm
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.ddpm("cifar10", flip=True)
-    config.model.unet = common.ddpm_unet()
+    config = common_ddpm.ddpm("cifar10", flip=True)
+    config.model.unet = common_ddpm.ddpm_unet()
     config.process.prediction = "velocity"
     config.process.schedule = {"name": "flow"}
     config.train.steps = 400_000
@@ -23,4 +23,4 @@ def get_config(arg=None):
     config.sample.sampler = "euler"
     config.sample.steps = 100
     config.sample.clip = False
-    return common.smoke_ddpm(config) if smoke else config
+    return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -12,12 +12,12 @@ trained with the U-Net, LDM's at about a sixth of its parameters. Reproduces no 
 time not measured.
 """
 
-from configs import common
+from configs import common, common_ldm
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.online_latents("kl_f8", 0.18215)
+    config = common_ldm.online_latents("kl_f8", 0.18215)
     config.init_from = "runs/kl_f8"
     config.model.unet.update(
         {
@@ -46,6 +46,6 @@ def get_config(arg=None):
     config.sample.steps = 50
     config.sample.guidance_scale = 5.0
     if smoke:
-        common.latent_smoke(config)
+        common_ldm.latent_smoke(config)
         config.model.text_encoder.update({"vocab_size": 512, "width": 32, "layers": 1, "heads": 2})
     return config

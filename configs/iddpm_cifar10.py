@@ -11,13 +11,13 @@ simple has a fixed variance; hybrid adds 0.001 of the bound, for the learned var
 the bound, its t drawn by the second moments of the losses seen.
 """
 
-from configs import common
+from configs import common, common_ddpm
 
 
 def get_config(arg=None):
     kind, smoke = common.parse(arg, ("hybrid", "simple", "vlb"))
-    config = common.ddpm("cifar10", flip=True)
-    config.model.unet = common.ddpm_unet() | {
+    config = common_ddpm.ddpm("cifar10", flip=True)
+    config.model.unet = common_ddpm.ddpm_unet() | {
         "out_channels": 3 if kind == "simple" else 6,
         "blocks": 3,
         "attention": (False, True, True, False),
@@ -42,4 +42,4 @@ def get_config(arg=None):
     config.optim.warmup_steps = 0
     config.optim.clip_norm = 0.0
     config.sample.steps = 4000
-    return common.smoke_ddpm(config) if smoke else config
+    return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -10,12 +10,12 @@ rate here. Expected: FID 5.11, precision 0.72, recall 0.49 from 50,000 samples, 
 (that repository's README); 410k steps as the paper has it. Not trained here: time not measured.
 """
 
-from configs import common
+from configs import common, common_ldm
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.latent_diffusion("vq_f4", "celeb_a_hq/256")
+    config = common_ldm.latent_diffusion("vq_f4", "celeb_a_hq/256")
     config.model.unet.update(
         {
             "channels": 224,
@@ -27,4 +27,4 @@ def get_config(arg=None):
     config.train.steps = 410_000
     config.train.batch_size = 48
     config.optim.learning_rate = 9.6e-5
-    return common.latent_smoke(config) if smoke else config
+    return common_ldm.latent_smoke(config) if smoke else config

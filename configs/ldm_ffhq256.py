@@ -11,12 +11,12 @@ batch on one GPU is the rate here. Expected: FID 4.98, IS 4.50, precision 0.73, 
 trained here: time not measured.
 """
 
-from configs import common
+from configs import common, common_ldm
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.latent_diffusion("vq_f4", "ffhq")
+    config = common_ldm.latent_diffusion("vq_f4", "ffhq")
     config.model.unet.update(
         {
             "channels": 224,
@@ -29,4 +29,4 @@ def get_config(arg=None):
     config.train.batch_size = 42
     config.optim.learning_rate = 8.4e-5
     config.sample.options.eta = 1.0
-    return common.latent_smoke(config) if smoke else config
+    return common_ldm.latent_smoke(config) if smoke else config

@@ -14,12 +14,12 @@ precision 0.87, recall 0.48; f8 unguided FID 15.82, IS 78.8. 178k steps of batch
 as the paper has it. Not trained here: time not measured.
 """
 
-from configs import common
+from configs import common, common_ldm
 
 
 def get_config(arg=None):
     which, smoke = common.parse(arg, ("f4", "f8"))
-    config = common.latent_diffusion(f"vq_{which}", "imagenet2012")
+    config = common_ldm.latent_diffusion(f"vq_{which}", "imagenet2012")
     config.model.unet.transformer_depth = 1
     config.model.class_embedder = {"num_classes": 1001, "width": 512}  # the last is the null one
     config.conditioning.drop = 0.1
@@ -51,5 +51,5 @@ def get_config(arg=None):
         config.optim.learning_rate = 6.4e-5
     if smoke:
         config.model.class_embedder.width = 16
-        common.latent_smoke(config)
+        common_ldm.latent_smoke(config)
     return config

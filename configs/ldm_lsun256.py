@@ -13,7 +13,7 @@ FID 4.02, 0.64, 0.52 (400 steps, eta 0); 1.9M and 500k steps as the paper has it
 every image twice. Not trained here: time not measured.
 """
 
-from configs import common
+from configs import common, common_ldm
 
 
 def get_config(arg=None):
@@ -21,11 +21,11 @@ def get_config(arg=None):
     config = _beds() if which == "beds" else _churches()
     config.data.flip = True
     config.latents.epochs = 2  # as it is, and mirrored
-    return common.latent_smoke(config) if smoke else config
+    return common_ldm.latent_smoke(config) if smoke else config
 
 
 def _beds():
-    config = common.latent_diffusion("vq_f4", "lsun/bedroom")
+    config = common_ldm.latent_diffusion("vq_f4", "lsun/bedroom")
     config.model.unet.update(
         {
             "channels": 224,
@@ -42,7 +42,7 @@ def _beds():
 
 
 def _churches():
-    config = common.latent_diffusion("kl_f8", "lsun/church_outdoor")
+    config = common_ldm.latent_diffusion("kl_f8", "lsun/church_outdoor")
     config.model.unet.update(
         {
             "channels": 192,

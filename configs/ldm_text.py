@@ -13,12 +13,12 @@ configs/latent-diffusion/txt2img-1p4B-eval.yaml (5e-5 there; the paper trained w
 MS-COCO with guidance 1.5, 250 steps, as the paper has it. Not trained here: time not measured.
 """
 
-from configs import common
+from configs import common, common_ldm
 
 
 def get_config(arg=None):
     _, smoke = common.parse(arg)
-    config = common.latent_diffusion("kl_f8", "captioned_images")
+    config = common_ldm.latent_diffusion("kl_f8", "captioned_images")
     config.latents.update({"tokenizer": "runs/bert-base-uncased", "scale": 0.18215})
     config.model.unet.update(
         {
@@ -51,5 +51,5 @@ def get_config(arg=None):
     if smoke:
         config.model.text_encoder.update({"vocab_size": 512, "width": 32, "layers": 2})
         config.model.text_encoder.update({"heads": 2, "head_dim": 16, "max_length": 16})
-        common.latent_smoke(config)
+        common_ldm.latent_smoke(config)
     return config

@@ -6,7 +6,7 @@ The same U-Net, loss and trainer as for images (arXiv:2006.11239); the data is d
 `diffusion/data/synthetic.py`. Minutes on a CPU; pictures and numbers: experiments/results/axes/.
 """
 
-from configs import common
+from configs import common, common_ddpm
 
 
 def get_config(arg=None):
@@ -39,4 +39,4 @@ def get_config(arg=None):
     config.sample.steps = 250
     config.sample.clip = True
     config.evaluation.preview = 4
-    return common.smoke_ddpm(config) if smoke else config
+    return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -15,12 +15,12 @@ that card's rate for a batch of 2048, 1e-5 for a small one the usual one. No num
 not trained here: time not measured.
 """
 
-from configs import common
+from configs import common, common_ldm
 
 
 def get_config(arg=None):
     which, switches, smoke = common.parse_switches(arg, ("v1", "v2"), ("lora", "controlnet"))
-    config = common.online_latents("kl_f8", 0.18215)
+    config = common_ldm.online_latents("kl_f8", 0.18215)
     config.init_from = f"runs/sd_{which}"
     config.data.image_size = 512 if which == "v1" else 768
     config.model.unet.update(
@@ -53,11 +53,11 @@ def get_config(arg=None):
     config.sample.steps = 50
     config.sample.guidance_scale = 7.5
     if "lora" in switches:
-        common.lora(config, rank=4)
+        common_ldm.lora(config, rank=4)
     if "controlnet" in switches:
-        common.controlnet(config, (16, 32, 96, 256))
+        common_ldm.controlnet(config, (16, 32, 96, 256))
     if smoke:
-        common.latent_smoke(config)
+        common_ldm.latent_smoke(config)
         config.model.unet.update({"heads": 2, "head_dim": None})
         config.model.text_encoder.update({"vocab_size": 1024, "width": 32, "layers": 2, "heads": 2})
         if "controlnet" in switches:

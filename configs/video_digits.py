@@ -8,7 +8,7 @@ over (frame, row, column); the data is described in `diffusion/data/synthetic.py
 pictures and the straightness of the motion: experiments/results/axes/.
 """
 
-from configs import common
+from configs import common, common_ddpm
 
 
 def get_config(arg=None):
@@ -41,4 +41,4 @@ def get_config(arg=None):
     config.sample.steps = 100
     config.sample.clip = True
     config.evaluation.preview = 4
-    return common.smoke_ddpm(config) if smoke else config
+    return common_ddpm.smoke_ddpm(config) if smoke else config

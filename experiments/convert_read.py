@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, common_ldm
 from diffusion import interop
 from diffusion.data import tokenizer_files
 from diffusion.data.tokenizers import Tokenizer
@@ -165,7 +165,7 @@ def json_object(path: pathlib.Path) -> dict[str, Any]:
 
 def _config(unet: Any, first_stage: Any, described: scheduler.Scheduler) -> ConfigDict:
     """A config of sampling, and of training on a folder of images."""
-    config = common.online_latents("kl_f8", 1.0) if first_stage else common.denoiser()
+    config = common_ldm.online_latents("kl_f8", 1.0) if first_stage else common.denoiser()
     config.model.dtype = "float32"
     config.model.unet = _fields(unet)
     if first_stage is not None:

@@ -11,7 +11,7 @@ from experiments import build, plan
 NAMES = sorted(
     path.stem
     for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
-    if path.stem not in ("__init__", "common")
+    if path.stem != "__init__" and not path.stem.startswith("common")
 )
 # The parameters of the first, its default, argument and of the others.
 ARGUMENTS = {

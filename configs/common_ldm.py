@@ -1,0 +1,196 @@
+"""What the configs of latent diffusion share: its first stages, and denoisers on their latents."""
+
+from ml_collections import ConfigDict
+
+from configs.common import denoiser, first_stage, smoke
+
+# LDM's first stages (https://arxiv.org/abs/2112.10752, table 8), as their own configs have them.
+FIRST_STAGES = {
+    "kl_f4": {"name": "kl", "multipliers": (1, 2, 4), "z_channels": 3},
+    "kl_f8": {"name": "kl", "multipliers": (1, 2, 4, 4), "z_channels": 4},
+    "kl_f16": {
+        "name": "kl",
+        "multipliers": (1, 1, 2, 2, 4),
+        "attention": (False, False, False, False, True),
+        "z_channels": 16,
+    },
+    "kl_f32": {
+        "name": "kl",
+        "multipliers": (1, 1, 2, 2, 4, 4),
+        "attention": (False, False, False, False, True, True),
+        "z_channels": 64,
+    },
+    "vq_f4": {"name": "vq", "multipliers": (1, 2, 4), "z_channels": 3, "num_codes": 8192},
+    "vq_f4_noattn": {
+        "name": "vq",
+        "multipliers": (1, 2, 4),
+        "mid_attention": False,
+        "z_channels": 3,
+        "num_codes": 8192,
+    },
+    "vq_f8": {
+        "name": "vq",
+        "multipliers": (1, 2, 2, 4),
+        "attention": (False, False, False, True),
+        "z_channels": 4,
+        "num_codes": 16384,
+    },
+    "vq_f8_n256": {
+        "name": "vq",
+        "multipliers": (1, 2, 2, 4),
+        "attention": (False, False, False, True),
+        "z_channels": 4,
+        "num_codes": 256,
+    },
+    "vq_f16": {
+        "name": "vq",
+        "multipliers": (1, 1, 2, 2, 4),
+        "attention": (False, False, False, False, True),
+        "z_channels": 8,
+        "num_codes": 16384,
+    },
+}
+
+
+def latent_diffusion(stage: str, data_name: str) -> ConfigDict:
+    """LDM on stored latents of `data_name` at 256 pixels, through the first stage `stage`.
+
+    CompVis's habits: AdamW with PyTorch's defaults, no clipping, an average of the U-Net alone,
+    latents of a VQ stage as they are.
+    """
+    config = denoiser()
+    config.data.name = "latents"
+    config.data.dir = f"runs/latents/{data_name}_{stage}"
+    config.data.image_size = 256
+    config.latents = {
+        "first_stage": f"runs/{stage}",  # the workdir of its run, or of a converted one
+        "data_name": data_name,
+        "data_dir": "runs/data",
+        "epochs": 1,  # variants stored of each image
+        "tokenizer": "",  # "word", "bpe": trained on the captions; or a folder of its files
+        "scaling": "fixed",
+        "scale": 1.0,
+        "scaling_examples": 0,
+        "shard_size": 10_000,
+        "batch_size": 32,
+    }
+    config.model.dtype = "float32"
+    config.model.autoencoder = {"channels": 128, "blocks": 2, **FIRST_STAGES[stage]}
+    config.model.unet = {
+        "out_channels": config.model.autoencoder.z_channels,
+        "blocks": 2,
+        "heads": None,
+        "head_dim": None,
+        "transformer_depth": 0,
+        "epsilon": 1e-5,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    }
+    config.process.schedule = {
+        "name": "scaled_linear",
+        "num_steps": 1000,
+        "beta_start": 0.0015,
+        "beta_end": 0.0195,
+    }
+    config.optim.name = "adamw"
+    config.optim.weight_decay = 1e-2
+    config.ema.decay = 0.9999
+    config.ema.ramp = True
+    config.ema.networks = ("unet",)
+    config.train.save_every_steps = 5000
+    config.train.log_every_steps = 100
+    config.sample.sampler = "ddim"
+    config.sample.steps = 200
+    config.sample.options = {"eta": 0.0, "spacing": "leading", "steps_offset": 1, "final": "first"}
+    config.sample.batch_size = 16
+    config.evaluation.examples = 2000
+    return config
+
+
+def online_latents(stage: str, scale: float) -> ConfigDict:
+    """As `latent_diffusion`, but on a folder of images that the frozen first stage encodes while
+    training: no latents are stored. Text encoder and tokenizer come from `init_from`, if it has
+    any."""
+    config = latent_diffusion(stage, "folder")
+    del config.latents
+    config.data.name = "folder"
+    config.data.dir = ""
+    config.data.eval_split = "train"
+    config.data.max_bad_images = 0  # files that are no image to skip before it is an error
+    config.online = {
+        "scale": scale,  # of the latents, where `init_from` does not say
+        "tokenizer": "bpe",  # trained on the captions ("word", "bpe"), or a folder of its files
+    }
+    config.conditioning.drop = 0.1
+    return config
+
+
+def lora(config: ConfigDict, rank: int) -> ConfigDict:
+    """Train low-rank updates of the frozen U-Net's attention (https://arxiv.org/abs/2106.09685)."""
+    config.model.lora = {
+        "rank": rank,
+        "alpha": float(rank),  # the update is alpha / rank times the product
+        "targets": ("to_q", "to_k", "to_v", "to_out"),  # dense layers of attention
+    }
+    config.optim.learning_rate = 1e-4
+    config.ema.update({"decay": 0.0, "networks": ()})
+    return config
+
+
+def controlnet(config: ConfigDict, hint_widths: tuple[int, ...]) -> ConfigDict:
+    """Train a ControlNet (https://arxiv.org/abs/2302.05543) beside the frozen U-Net."""
+    config.model.controlnet = {
+        "hint_widths": hint_widths,  # of the convolutions on the condition; all but one halve it
+    }
+    config.conditioning.control = "edges"
+    config.ema.update({"decay": 0.0, "networks": ()})
+    return config
+
+
+def latent_smoke(config: ConfigDict) -> ConfigDict:
+    """`smoke` of a latent diffusion: the same shape of network, some hundred times narrower."""
+    config.data.image_size = 128
+    if "latents" in config:
+        config.latents.update({"shard_size": 500, "batch_size": 8})
+    config.model.autoencoder.update({"channels": 8, "groups": 4, "blocks": 1})
+    config.model.unet.update({"channels": 16, "groups": 8, "blocks": 1})
+    if config.model.unet.head_dim is not None:
+        config.model.unet.head_dim = 8
+    config.sample.update({"steps": 2, "batch_size": 8})
+    return smoke(config)
+
+
+def ldm_first_stage(stage: str) -> ConfigDict:
+    """One of `FIRST_STAGES` as LDM trains it, at 256 pixels, on any folder of images."""
+    config = first_stage(FIRST_STAGES[stage]["name"])
+    config.data.name = "images"
+    config.data.dir = "runs/data"
+    config.data.eval_split = "validation"
+    config.data.image_size = 256
+    config.model.dtype = "float32"
+    config.model.autoencoder = {"channels": 128, "blocks": 2, **FIRST_STAGES[stage]}
+    config.model.discriminator.norm = "batch"
+    config.loss.perceptual_weight = 1.0
+    config.loss.adversarial = "hinge"
+    config.optim.b1 = 0.5
+    config.optim.b2 = 0.9
+    config.train.log_every_steps = 100
+    config.train.save_every_steps = 5000
+    config.evaluation.every_steps = 10_000
+    config.evaluation.examples = 1000
+    config.evaluation.batch_size = 10
+    config.evaluation.preview = 8
+    return config
+
+
+def smoke_first_stage(config: ConfigDict) -> ConfigDict:
+    """A run of seconds: the same kind of network, tiny, with both networks training; no LPIPS."""
+    config.data.image_size = 64
+    config.model.autoencoder.update({"channels": 8, "blocks": 1, "groups": 4})
+    if config.model.autoencoder.name == "vq":
+        config.model.autoencoder.num_codes = 32
+    config.model.discriminator.update({"channels": 8, "groups": 4})
+    config.loss.update({"perceptual_weight": 0.0, "adversarial_start_steps": 1})
+    config.evaluation.update({"every_steps": 0, "examples": 16})
+    return smoke(config)

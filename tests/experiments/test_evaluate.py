@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from diffusion.interop import inception as inception_files
 from diffusion.interop.files import to_tensors
 from diffusion.metrics import frechet
-from experiments import cli, evaluate, presets, sample_sets
+from experiments import cli, evaluate, generate, presets, sample_sets
 from experiments.features import Judge
 
 FAST = ("--steps=2", "--num=80", "--num_held_out=8", "--replicates=10")
@@ -118,7 +118,7 @@ def test_again_it_reads_what_it_kept(whole, monkeypatch):
     def never(*_, **__):
         raise AssertionError("samples are made again")
 
-    monkeypatch.setattr(evaluate.measures.generate, "make_sampler", never)
+    monkeypatch.setattr(generate, "make_sampler", never)
     short = [a for a in argv if "sweep" not in a and "every" not in a and "adherence" not in a]
     assert run(*short, "--metrics=frechet_distance", f"--out={root}/again.json") == 0
     again = json.loads((root / "again.json").read_text())
@@ -132,7 +132,7 @@ def test_an_interrupted_evaluation_goes_on(whole, tmp_path, monkeypatch):
     short = [a for a in short if "keep" not in a and "out=" not in a]
     short += ["--metrics=kernel_distance", f"--keep={tmp_path}/kept", "--weights=ema"]
     short += ["--num=90", f"--out={tmp_path}/out.json", f"--reference={root}/reference.npz"]
-    monkeypatch.setattr(evaluate.measures.generate, "sampling_batch", lambda *_: 40)
+    monkeypatch.setattr(generate, "sampling_batch", lambda *_: 40)
     write, written = sample_sets._write_shard, []
 
     def full_disk(file, batch):
@@ -382,7 +382,7 @@ def test_a_model_that_diverged_is_refused_not_black():
 
 def test_nan_samples_end_the_command(job, tmp_path, capsys, monkeypatch):
     black = np.full((80, 32, 32, 3), np.nan, np.float32)
-    monkeypatch.setattr(evaluate.measures.generate, "images", lambda *_, **__: iter([black]))
+    monkeypatch.setattr(generate, "images", lambda *_, **__: iter([black]))
     out = tmp_path / "out.json"
     out.write_text("an earlier result")
     argv = [f"--workdir={job}/ldm", f"--classifier={job}/classifier", f"--out={out}"]
@@ -401,8 +401,6 @@ def test_weights_of_another_hash_are_refused(job, tmp_path, capsys):
 
 
 def test_rounding_is_that_of_sampling():
-    from experiments import generate
-
     x = np.random.default_rng(0).uniform(-1.2, 1.2, (2, 9, 9, 3)).astype(np.float32)
     known = generate.to_uint8(jnp.asarray(x))
     again = sample_sets.to_uint8(np.clip((x + 1) / 2, 0, 1), "nearest")

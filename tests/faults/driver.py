@@ -15,7 +15,8 @@ and a fault is one of
     {"at": "secs", "secs": T, "signal": S}     T after the start, from outside
     {"at": "step", "n": N, "signal": S}        before batch N is read
     {"at": "nan", "steps": [...]}              NaN in one example of these batches
-    {"at": "vanish", "n": N}                   workdir is renamed before batch N is read
+    {"at": "vanish", "n": N}                   workdir is renamed before batch N is read, its
+                                               first checkpoint written
     {"at": "hang_fetch" or "hang_step", "n": N}    batch or step N takes for ever, and
                                                "signals" come to a fetch that does
 """
@@ -23,6 +24,7 @@ and a fault is one of
 import hashlib
 import json
 import os
+import pathlib
 import signal
 import socket
 import sys
@@ -154,6 +156,15 @@ def hang_step(n: int) -> None:
     parallel.Parallel.step = hanging
 
 
+def vanish(workdir: str) -> None:
+    """Not amid a save: Orbax's threads would print tracebacks of their own."""
+    deadline = time.time() + 60
+    while not list(pathlib.Path(workdir).glob("checkpoints/*/manifest.json")):
+        assert time.time() < deadline, "no checkpoint was finished"
+        time.sleep(0.01)
+    os.rename(workdir, workdir + ".gone")
+
+
 def break_it(fault: dict, workdir: str) -> None:
     at, number = fault.get("at"), fault.get("signal", signal.SIGKILL)
     if at == "operation":
@@ -167,7 +178,7 @@ def break_it(fault: dict, workdir: str) -> None:
     elif at == "hang_fetch":
         before_batch(fault["n"], lambda: hang(fault.get("signals", [])))
     elif at == "vanish":
-        before_batch(fault["n"], lambda: os.rename(workdir, workdir + ".gone"))
+        before_batch(fault["n"], lambda: vanish(workdir))
     elif at == "hang_step":
         hang_step(fault["n"])
 

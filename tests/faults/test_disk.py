@@ -92,8 +92,8 @@ def test_a_workdir_that_vanishes(trials, tmp_path):
     assert trials.run_way(workdir, "denoiser", fault=fault) == [2]
     error = error_of(trials, workdir)
     assert "checkpoints is gone or another" in error
-    # What the save of step 3 was still writing may have made the folder again; it is no checkpoint.
     assert latest_step(workdir / "checkpoints") is None
+    assert latest_step(workdir.with_name("run.gone") / "checkpoints") == 3
     shutil.rmtree(workdir, ignore_errors=True)
     shutil.move(tmp_path / "run.gone", workdir)
     assert trials.digest(workdir, "denoiser") == trials.unbroken("denoiser")

@@ -81,7 +81,10 @@ WAYS = {
     "fsdp8": (meshes(1, 8), {}),
     "data2_fsdp4": (meshes(2, 4), {}),
     "pmap": (lambda: Parallel("pmap", make_mesh()), {}),
-    "accumulate": (meshes(8, 1), {"accumulate": 2}),
+    "accumulate": (
+        lambda: Parallel("jit", make_mesh(devices=jax.devices()[:4])),
+        {"accumulate": 4},
+    ),
     "remat": (single, {"remat": "conv"}),
 }
 

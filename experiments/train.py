@@ -148,6 +148,7 @@ def _loop(
                 whole = parallel.whole(state)
                 measured = run.evaluate(whole, parallel.whole(frozen))
                 measured |= watched.measure(run, whole) | glimpse.numbers(whole)
+                _check_best(config.train.keep_best, measured)
                 log.evaluation(done, measured)
                 glimpse.show(done, whole, writer)
             report = peers.exchange(done, stop.requested, log.waited_secs_per_step(done))
@@ -170,6 +171,14 @@ def _loop(
         batches.close()
         writer.close()
     return log.latest
+
+
+def _check_best(name: str, measured: dict[str, float]) -> None:
+    if name and name not in measured:
+        raise ValueError(
+            f"train.keep_best={name!r} is none of what evaluations measure: use one of "
+            f"{', '.join(sorted(measured))}"
+        )
 
 
 @dataclasses.dataclass

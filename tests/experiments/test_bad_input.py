@@ -58,6 +58,8 @@ PIXEL = "--config=configs/digits_pixel.py:smoke"
         (("--config.optim.name=lion",), ("lion", "adamw")),
         (("--config.ema.decay=1.5",), ("ema.decay=1.5",)),
         (("--config.task=dance",), ("dance", "denoiser")),
+        (("--config.train.keep_checkpoints=0",), ("train.keep_checkpoints=0", "1")),
+        (("--config.train.keep_best=eval_loss",), ("keep_best", "evaluation.every_steps")),
         (("--unknown=1",), ("unknown",)),
         (("stray",), ("stray",)),
     ],
@@ -68,6 +70,13 @@ def test_training_refuses(argv, words, job, tmp_path, capsys):
     assert run("train", PIXEL, f"--workdir={workdir}", *data, *argv) == 2
     refused(capsys, *words)
     assert not workdir.exists()
+
+
+def test_a_best_that_is_not_measured_is_named_at_the_first_evaluation(job, tmp_path, capsys):
+    argv = ("--config.train.keep_best=eval_los", "--config.evaluation.every_steps=1")
+    argv += (f"--workdir={tmp_path}/run", f"--config.data.dir={job}/data")
+    assert run("train", PIXEL, *argv) == 2
+    refused(capsys, "keep_best='eval_los'", "eval_loss")
 
 
 def test_a_missing_flag_is_named(capsys):

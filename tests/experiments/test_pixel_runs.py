@@ -73,7 +73,9 @@ def test_a_series_trains_samples_and_is_measured(job, tmp_path):
     assert made.shape == (3, 256, 1) and made.dtype == np.float32
     assert sampled(tmp_path) == 0
     assert picture_size(tmp_path) == (256, 96)
-    assert measured(tmp_path, "spectrum", "--num=8")["spectrum"]["relative_error"] > 0
+    found = measured(tmp_path, "spectrum", "--num=8", "--sweep_steps=2,3")
+    assert found["spectrum"]["relative_error"] > 0
+    assert [point["steps"] for point in found["sweep"]] == [2, 3]  # written, with nothing to plot
     argv = [f"--workdir={tmp_path}", "--metrics=bits_per_dim", "--num=2"]
     assert cli.run(evaluate.define, evaluate.main, argv) == 2
 

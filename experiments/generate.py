@@ -5,7 +5,6 @@ fold_in(key(seed), i), so neither batch size nor device count changes it.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -142,7 +141,7 @@ def make_sampler(
     scale = model.config.sample.guidance_scale if guidance_scale is None else guidance_scale
     task = model.task
 
-    @functools.partial(jax.jit, static_argnames=())
+    @jax.jit
     def run(params, indices, batch, seed):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
         first, noise = (jax.vmap(jax.random.fold_in, (0, None))(keys, i) for i in (0, 1))

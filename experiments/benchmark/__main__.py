@@ -19,7 +19,9 @@ attention    kernels by length, on accelerators that have more than one
 
 A ratio is ours/peer in examples a second, of medians over all timed calls of all rounds. MFU is the
 FLOPs of the traced program (3 x forward or so; `experiments/plan.py`) over the time and over the
-measured speed of a square matrix product on the same device.
+measured speed of a square matrix product on the same device. Peak memory is the device's; on CPU
+the growth of the resident set, XLA's compiler included, and beside it the bytes of all buffers of
+the compiled program (`buffer_bytes`): arguments, results and temporaries.
 """
 
 import json
@@ -65,6 +67,7 @@ def benchmark(work: dict[str, Any], peer: str | None, rounds: int) -> dict[str, 
         fast, slow = (results[n]["examples_per_sec"]["median"] for n in ("ours", peer))
         out["ratio"] = fast / slow
         out["memory_ratio"] = results["ours"]["peak_bytes"] / results[peer]["peak_bytes"]
+        out["buffer_ratio"] = results["ours"]["buffer_bytes"] / results[peer]["peak_bytes"]
     return out
 
 
@@ -114,6 +117,7 @@ def _side(work, prepared, ceiling, rounds, cold) -> dict[str, Any]:
         # Compiling takes memory too: of the rounds that find the compilation cache filled.
         "peak_bytes": max(one["peak_bytes"] for one in rounds[1:] or rounds),
         "resident_bytes": max(one["resident_bytes"] for one in rounds[1:] or rounds),
+        "buffer_bytes": rounds[0].get("buffer_bytes"),
         "mfu": prepared["flops"] / secs["median"] / ceiling["matmul_flops_per_sec"],
         "device": rounds[0]["device"],
         "versions": rounds[0]["versions"],

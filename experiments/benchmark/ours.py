@@ -211,11 +211,13 @@ def _call(work: dict[str, Any], config: ConfigDict, directory: pathlib.Path | No
         batch = jax.device_put(batch)
     if work["suite"] == "sample":
         run = sampling(work, config)
-        return functools.partial(run, count=work["batch"]), (state.params["unet"], batch)
+        return jax.jit(functools.partial(run, count=work["batch"])), (state.params["unet"], batch)
     batch |= {"position": jnp.arange(work["batch"], dtype=jnp.int32)}
     if "x" in batch:
         batch["image"] = batch.pop("x")
-    step = task.train_step if directory is None else placed.step(task.train_step)
+    step = task.train_step
+    if directory is not None:
+        step = placed.jitted(step, jax.tree.map(lambda x: x.sharding, state))
     return step, (state, batch, {})
 
 
@@ -236,9 +238,14 @@ def measure(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
     found = timed(once, lambda: jax.block_until_ready((held["result"], held["arguments"])), work)
     device = jax.devices()[0]
     memory = device.memory_stats() or {}
-    return found | {
+    found |= {
         "peak_bytes": memory.get("peak_bytes_in_use", resident_bytes() - before),
         "resident_bytes": resident_bytes(),
+    }
+    of = call.lower(*held["arguments"]).compile().memory_analysis()
+    buffers = of.argument_size_in_bytes + of.output_size_in_bytes + of.temp_size_in_bytes
+    return found | {
+        "buffer_bytes": buffers - of.alias_size_in_bytes,  # without the compiler's own memory
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
     }

@@ -27,7 +27,10 @@ def table(found: dict[str, Any]) -> str:
         errors = ", ".join(f"{k} {gate[k]:.1e}" for k in gate["limits"] if k in gate)
         lines.append(f"gate {'passed' if gate['passed'] else 'FAILED'}: {errors}")
     if "ratio" in found:
-        lines.append(f"ratio {found['ratio']:.2f} (memory {found['memory_ratio']:.2f})")
+        lines.append(
+            f"ratio {found['ratio']:.2f} (peak memory {found['memory_ratio']:.2f}, our buffers "
+            f"to its peak {found['buffer_ratio']:.2f})"
+        )
     return "\n".join(lines)
 
 

@@ -86,14 +86,19 @@ def denoise_fn(model: Model, params: Any, condition: Any, empty: Any, scale: flo
 
     if scale == 1.0 or empty is None:
         return clip(denoiser(condition))
-    both = denoiser(jax.tree.map(lambda c, u: jnp.concatenate([c, u]), condition, empty))
+    both = denoiser(jax.tree.map(paired, condition, empty))
 
     def guided(x_t, t):
-        halves = both(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]))
-        cond, uncond = (jax.tree.map(lambda h, i=i: jnp.split(h, 2)[i], halves) for i in (0, 1))
+        pairs = both(paired(x_t, x_t), paired(t, t))
+        cond, uncond = (jax.tree.map(lambda x, i=i: x[i::2], pairs) for i in (0, 1))
         return guidance.classifier_free(lambda *_: cond, lambda *_: uncond, scale)(x_t, t)
 
     return clip(guided)
+
+
+def paired(a: jax.Array, b: jax.Array) -> jax.Array:
+    """(n, ...) twice to (2 n, ...), a0 b0 a1 b1 ...: pairs stay on the device that holds them."""
+    return jnp.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])
 
 
 def decode(

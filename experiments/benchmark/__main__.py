@@ -35,6 +35,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from diffusion.training.parallel import check_batch
 from experiments import build, cli, workdir
 from experiments.benchmark import alone, show
 from experiments.benchmark.workload import describe, summary
@@ -75,9 +76,9 @@ def run(
     module: str, what: str, work: dict, directory: pathlib.Path, cache: pathlib.Path | None = None
 ) -> dict[str, Any]:
     """One side in a process of its own."""
-    caches = {}
+    environment = {"JAX_NUM_CPU_DEVICES": str(work["devices"])}  # where there is nothing better
     if cache is not None:
-        caches = {
+        environment |= {
             "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
@@ -88,7 +89,7 @@ def run(
         input=json.dumps(work),
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | caches,
+        env=os.environ | environment,
     )
     if done.returncode:
         raise ValueError(f"{module} {what} ended with status {done.returncode}; see above")
@@ -160,6 +161,7 @@ def define(add: cli.Flags) -> None:
     add.add("integer", "sample_steps", 50, "Of --suite=sample.")
     add.add("float", "guidance_scale", 7.5, "Of --suite=sample, where there is a context.")
     add.add("integer", "seed", 0, "Of weights and inputs.")
+    add.add("integer", "devices", 1, "That our side splits a batch over; CPUs: one a core, say.")
     modes = ["", "default", "reduce-overhead", "max-autotune"]
     add.add("enum", "peer_compile", "", "torch.compile's mode; empty: eager.", modes)
     add.add("bool", "peer_channels_last", False, "Channels-last memory for the peer.")
@@ -169,7 +171,7 @@ def define(add: cli.Flags) -> None:
 
 def main(values: flags.FlagValues) -> None:
     config = cli.require(values, "config")
-    for name in ("rounds", "repeats", "sync_every", "sample_steps"):
+    for name in ("rounds", "repeats", "sync_every", "sample_steps", "devices"):
         if values[name].value < 1:
             raise ValueError(f"--{name}={values[name].value} must be at least 1")
     if values.peer is not None and values.peer not in PEERS:
@@ -194,6 +196,7 @@ def _compared(config: ConfigDict, values: flags.FlagValues) -> dict[str, Any]:
         raise ValueError(
             f"--suite={values.suite} is of a config with task={wanted!r}, not {config.task!r}"
         )
+    check_batch(values.batch or config.train.batch_size, 1, values.devices)
     config, changed = fitted(config, values.peer)
     work = describe(
         config,
@@ -205,6 +208,7 @@ def _compared(config: ConfigDict, values: flags.FlagValues) -> dict[str, Any]:
         sample_steps=values.sample_steps,
         guidance_scale=values.guidance_scale,
         seed=values.seed,
+        devices=values.devices,
         peer_options={"compile": values.peer_compile, "channels_last": values.peer_channels_last},
     )
     return benchmark(work | {"changed": changed}, values.peer, values.rounds)

@@ -26,7 +26,7 @@ from diffusion.process import gaussian, guidance, samplers
 from diffusion.training import state as ts
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import Parallel, make_mesh
-from experiments import build, plan
+from experiments import build, generate, plan
 from experiments.benchmark.workload import (
     GRADIENTS,
     INPUTS,
@@ -154,7 +154,7 @@ def sampling(work: dict[str, Any], config: ConfigDict) -> Any:
         x, context = arrays["x"][:count], arrays.get("context")
         if context is not None and scale != 1:
             context = context[:count]
-            context = jnp.concatenate([context, jnp.zeros_like(context)])
+            context = generate.paired(context, jnp.zeros_like(context))
 
         def network(x_t, t):
             given = {} if context is None else {"context": context}
@@ -174,8 +174,8 @@ def _guided(both: Any, scale: float) -> Any:
     """Guidance of x0; with eps or v it is the same (`process/guidance.py`)."""
 
     def denoise(x_t, t):
-        halves = both(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]))
-        cond, uncond = jnp.split(halves, 2)
+        pairs = both(generate.paired(x_t, x_t), generate.paired(t, t))
+        cond, uncond = pairs[::2], pairs[1::2]
         return guidance.classifier_free(lambda *_: cond, lambda *_: uncond, scale)(x_t, t)
 
     return denoise
@@ -183,7 +183,10 @@ def _guided(both: Any, scale: float) -> Any:
 
 def _call(work: dict[str, Any], config: ConfigDict, directory: pathlib.Path | None) -> Any:
     """What is timed: a function and its arguments (shapes alone without a directory)."""
-    placed = Parallel("jit", make_mesh(1, 1, jax.devices()[:1]))
+    devices = jax.devices()[: work["devices"]]
+    if len(devices) < work["devices"]:
+        raise ValueError(f"--devices={work['devices']}, but there are {len(devices)}")
+    placed = Parallel("jit", make_mesh(devices=devices))
     if work["suite"] == "autoencoder":
         task = build.first_stage_task(config)
         init, name = task.init, "autoencoder"
@@ -208,11 +211,12 @@ def _call(work: dict[str, Any], config: ConfigDict, directory: pathlib.Path | No
         arrays = dict(np.load(directory / INPUTS))
         arrays["image"] = arrays["x"]
         batch = {k: arrays[k] for k in shapes}
-        batch = jax.device_put(batch)
+    batch |= {"position": np.arange(work["batch"], dtype=np.int32)}
+    if directory is not None:
+        batch = placed.batch(batch)
     if work["suite"] == "sample":
         run = sampling(work, config)
         return jax.jit(functools.partial(run, count=work["batch"])), (state.params["unet"], batch)
-    batch |= {"position": jnp.arange(work["batch"], dtype=jnp.int32)}
     if "x" in batch:
         batch["image"] = batch.pop("x")
     step = task.train_step

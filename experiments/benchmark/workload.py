@@ -16,7 +16,8 @@ WEIGHTS, GRADIENTS, INPUTS = "weights", "gradients", "inputs.npz"
 
 
 def describe(config: ConfigDict, suite: str, **sizes: Any) -> dict[str, Any]:
-    """The workload of a config. `sizes`: batch, warmup, repeats, sync_every, sample_steps, seed."""
+    """The workload of a config. `sizes`: batch, warmup, repeats, sync_every, sample_steps, seed,
+    devices."""
     optim = config.optim
     work = {
         "suite": suite,

@@ -7,6 +7,7 @@ A `ValueError` or `OSError` that reaches the top is printed to stderr as "error:
 status 2 and no traceback; so is whatever absl or ml_collections refuses on the command line.
 """
 
+import pathlib
 import sys
 import unittest.mock
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ def run(
         print(sys.modules[main.__module__].__doc__, declared.values.get_help(), sep="\n")
         return 0
     try:
+        _check_file(arguments)
         # ml_collections looks for overrides of a config in sys.argv, whatever it is handed.
         with unittest.mock.patch.object(sys, "argv", arguments):
             rest = declared.values(arguments)
@@ -63,14 +65,27 @@ def run(
             raise ValueError(f"unexpected argument {rest[1]!r}: flags are --name=value")
     except (KeyError, AttributeError) as error:
         # How ml_collections refuses an override; its text suggests the nearest key.
-        return refuse(ValueError(f"--config.KEY=... names a key the config lacks: {error.args[0]}"))
+        text = str(error.args[0]).strip("\"'").replace("\\n", " ").replace("\\'", "'")
+        return refuse(ValueError(f"--config.KEY=... names a key the config lacks: {text}"))
+    except flags.Error as error:
+        # absl puts a config file's whole traceback into the sentence; the last line says it all.
+        lines = str(error).strip().splitlines()
+        return refuse(ValueError(lines[-1] if "Traceback" in str(error) else str(error)))
     except Exception as error:
-        # absl raises flags.Error; a config file raises what it likes.
+        # A config file raises what it likes.
         return refuse(error)
     try:
         return main(declared.values, *([rest[1:]] if takes_words else [])) or 0
     except REFUSED as error:
         return refuse(error)
+
+
+def _check_file(arguments: Sequence[str]) -> None:
+    for word in arguments:
+        name, given, value = word.partition("=")
+        path = pathlib.Path(value.partition(":")[0])
+        if name == "--config" and given and not path.is_file():
+            raise ValueError(f"--config={value}: {path} is no file; name one of configs/")
 
 
 def refuse(error: BaseException) -> int:

@@ -235,7 +235,8 @@ def prepare(subject: Subject, metrics: list[str]) -> None:
 def _check_digits(subject: Subject) -> None:
     if subject.image_config.data.name != "captioned_digits" or not subject.captioned:
         raise ValueError(
-            f"--metrics=adherence is for captioned digits, not --workdir={subject.directory}"
+            "--metrics=adherence is for denoisers of captioned digits that read captions, not "
+            f"--workdir={subject.directory}"
         )
     _ = subject.judge
 

@@ -96,6 +96,9 @@ def main(values: flags.FlagValues) -> None:
     wanted, seeds = prompts(values), numbers(values, "seeds", int) or [values.seed]
     if values.strength is not None and not values.image:
         raise ValueError(f"--strength={values.strength} needs the --image that it changes")
+    out = pathlib.Path(values.out or directory / "samples")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file: name a folder")
     model = open_model(values)
     scales = numbers(values, "control_scale", float)
     given = pipelines.columns(model, values.image, values.mask, values.control or (), scales)
@@ -122,7 +125,6 @@ def main(values: flags.FlagValues) -> None:
         )
     ]
     pixels = np.concatenate(batches)
-    out = pathlib.Path(values.out or directory / "samples")
     out.mkdir(parents=True, exist_ok=True)
     if values.npz:
         if cluster.is_first():
@@ -146,6 +148,9 @@ def main(values: flags.FlagValues) -> None:
         return
     pictures.save_grid(out / "grid.png", pixels[:256], scale=max(1, 64 // min(pixels.shape[1:3])))
     print(f"{len(pixels)} images and grid.png in {out}")
+    earlier = [p for p in out.glob("*.png") if p.stem.isdigit() and int(p.stem) >= len(pixels)]
+    if earlier:
+        print(f"note: {out} holds {len(earlier)} more images of an earlier call")
 
 
 if __name__ == "__main__":

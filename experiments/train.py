@@ -115,6 +115,9 @@ def _loop(
         is_main=cluster.is_first(),
         tensorboard=config.train.tensorboard,
     )
+    if start and cluster.is_first():
+        done = start >= config.train.steps
+        print(f"finished at step {start:,}" if done else f"goes on from step {start:,}", flush=True)
     glimpse = preview.Preview(run, directory)
     frozen = parallel.replicate(run.frozen)
     train_step = parallel.step(run.task.train_step)
@@ -164,6 +167,7 @@ def _loop(
                 watchdog.doing(f"step {done + 1} or its data")
             if stopping:
                 checkpoints.wait()
+                writer.message(f"saved at step {done:,}; the same command goes on from there")
                 return None
         watchdog.doing("the last save")
         checkpoints.wait()

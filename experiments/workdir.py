@@ -65,12 +65,19 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> bool:
             )
         return False
     old, new = cli.flat(read_config(workdir)), cli.flat(ConfigDict(json.loads(to_json(config))))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
-            raise ValueError(
-                f"--workdir={workdir} holds a run with {key}={old.get(key)!r}, not "
-                f"{new.get(key)!r}: use another --workdir, or --config.{key}={old.get(key)}"
-            )
+    differ = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if differ:
+        key = differ[0]
+        more = f" and {len(differ) - 1} other keys" if len(differ) > 1 else ""
+        remedy = f", or --config.{key}={old.get(key)}" if len(differ) == 1 else ""
+        raise ValueError(
+            f"--workdir={workdir} holds a run with {key}={old.get(key)!r}, not {new.get(key)!r}"
+            f"{more}: use another --workdir{remedy}"
+        )
     return True
 
 

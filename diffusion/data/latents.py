@@ -106,7 +106,8 @@ class Plan:
         """
         if (self.directory / provenance.FILE).exists():
             remedy = f"delete {self.directory} and encode again"
-            provenance.check_provenance(provenance.read(self.directory, remedy), self.body())
+            found = provenance.read(self.directory, remedy)
+            provenance.check_provenance(found, self.body(), where=str(self.directory))
             return
         plan = self.directory / PLAN
         if plan.exists():
@@ -294,7 +295,7 @@ class LatentSource:
         """
         self.directory = pathlib.Path(directory)
         self.provenance = provenance.read(self.directory, REMEDY)
-        provenance.check_provenance(self.provenance, expected or {})
+        provenance.check_provenance(self.provenance, expected or {}, where=str(self.directory))
         self.shift = np.array(self.provenance["shift"], np.float32)
         self.scale = np.array(self.provenance["scale"], np.float32)
         self._dtype = record_dtype(self.provenance["fields"])

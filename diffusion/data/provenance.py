@@ -86,7 +86,10 @@ def read(directory: pathlib.Path, remedy: str) -> dict[str, Any]:
 
 
 def check_provenance(
-    found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = ""
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    prefix: str = "",
+    where: str = "the data",
 ) -> None:
     """Refuses data whose provenance is not what is `expected` of it (nested; other keys are free).
 
@@ -101,9 +104,9 @@ def check_provenance(
                 "make the data again"
             )
         if isinstance(value, Mapping) and isinstance(found[key], Mapping):
-            check_provenance(found[key], value, f"{name}.")
+            check_provenance(found[key], value, f"{name}.", where)
         elif found[key] != value:
             raise ValueError(
-                f"the data was made with {name}={found[key]!r}, but {name}={value!r} is asked for: "
-                "make the data again, or ask for what it holds"
+                f"{where} was made with {name}={found[key]!r}, but {name}={value!r} is asked for: "
+                "make it again, name another folder, or ask for what it holds"
             )

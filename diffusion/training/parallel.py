@@ -23,9 +23,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)
 MIN_SHARDED_SIZE = 2**12  # elements; below it a split costs more than it saves
-# By platform. XLA for CPU by default orders operations for concurrency, which keeps more of them
-# alive: 5% slower and 200 MB more for DDPM's CIFAR-10 step (experiments/results/speed).
-COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mesh:
@@ -216,12 +213,7 @@ class Parallel:
     def jitted(self, train_step: Callable, shardings: Any) -> Any:
         """A step under `jit`, its state donated and laid out as it came."""
         scalar = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(
-            train_step,
-            donate_argnums=0,
-            out_shardings=(shardings, scalar),
-            compiler_options=COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform),
-        )
+        return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, scalar))
 
     def step(self, train_step: Callable) -> Callable:
         """`train_step(state, batch, frozen, axis_name=...) -> (state, metrics)`, compiled.

@@ -11,7 +11,6 @@ alone, brought there as torch-fidelity does. On any other network, weights or pr
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -192,15 +191,3 @@ def attributes(
         sizes=compose.SIZES,
     )
     return {**found, "digit": judge(images)[0]}
-
-
-def images_per_second(
-    network: FeatureNetwork, side: int = 256, batch: int = 50, batches: int = 4
-) -> float:
-    """Throughput of a network on noise of `side` pixels, compilation left out."""
-    images = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3)).astype(np.uint8)
-    network.run(images)
-    started = time.perf_counter()
-    for _ in range(batches):
-        network.run(images)
-    return batch * batches / (time.perf_counter() - started)

@@ -13,6 +13,7 @@ train        the U-Net's whole step: noise, forward, backward, clipping, AdamW, 
 autoencoder  the first stage's whole step, without its discriminator and LPIPS
 sample       DDIM, all steps, guided where there is a context
 compile      the first step: with an empty compilation cache (cold) and with a filled one (warm)
+features     Inception's features of uint8 images, as FID takes them; --peer=pytorch-fid; no config
 data         the input pipeline of a config's prepared data, and the step fed by it
 checkpoint   saving and restoring the state, and what the hashes of the manifest add
 attention    kernels by length, on accelerators that have more than one
@@ -40,19 +41,24 @@ from experiments import build, cli, workdir
 from experiments.benchmark import alone, show
 from experiments.benchmark.workload import describe, summary
 
-PEERS = {"diffusers": "experiments.benchmark.peer"}
+PEERS = {
+    "diffusers": "experiments.benchmark.peer",
+    "pytorch-fid": "experiments.benchmark.features_peer",
+}
 OURS = "experiments.benchmark.ours"
 COMPARED = ("train", "sample", "autoencoder", "compile")
+FEATURES = "features"  # the suite, whose peer is pytorch-fid
 GATE = {"output": 1e-4, "gradient": 1e-3, "sampled": 1e-3}  # relative, float32
 
 
 def benchmark(work: dict[str, Any], peer: str | None, rounds: int) -> dict[str, Any]:
     """Gate, then `rounds` alternations; see the module's docstring."""
     cold = work["suite"] == "compile"
+    mine = "experiments.benchmark.features" if work["suite"] == FEATURES else OURS
     with tempfile.TemporaryDirectory() as folder:
         directory = pathlib.Path(folder)
-        sides = {"ours": OURS} | ({peer: PEERS[peer]} if peer else {})
-        prepared = run(OURS, "prepare", work, directory)
+        sides = {"ours": mine} | ({peer: PEERS[peer]} if peer else {})
+        prepared = run(mine, "prepare", work, directory)
         gate = _gate(run(PEERS[peer], "gate", work, directory), prepared) if peer else None
         found: dict[str, list] = {name: [] for name in sides}
         for i in range(rounds):
@@ -61,7 +67,7 @@ def benchmark(work: dict[str, Any], peer: str | None, rounds: int) -> dict[str, 
                 where = directory / f"cache_{i // 2 if cold else 0}"
                 found[name].append(run(module, "measure", work, directory, where))
                 print(f"round {i + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
-        ceiling = run(OURS, "ceiling", work, directory)
+        ceiling = run(mine, "ceiling", work, directory)
     results = {name: _side(work, prepared, ceiling, of, cold) for name, of in found.items()}
     out = {**_shown(work), **prepared, "gate": gate, "ceiling": ceiling, "sides": results}
     if peer and gate["passed"]:
@@ -97,7 +103,7 @@ def run(
 
 
 def _gate(found: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:
-    same = found["parameters"] == prepared["parameters"]
+    same = found.get("parameters", prepared["parameters"]) == prepared["parameters"]
     passed = same and all(found[k] < limit for k, limit in GATE.items() if k in found)
     return found | {"limits": GATE, "passed": passed}
 
@@ -150,7 +156,7 @@ def fitted(config: ConfigDict, peer: str | None) -> tuple[ConfigDict, dict[str, 
 
 def define(add: cli.Flags) -> None:
     add.config()
-    suites = [*COMPARED, *alone.SUITES]
+    suites = [*COMPARED, FEATURES, *alone.SUITES]
     add.add("enum", "suite", "train", "What is measured.", suites)
     add.add("string", "peer", None, f"{', '.join(PEERS)}: measured beside us.")
     add.add("integer", "batch", None, "Examples a call; default: the config's train.batch_size.")
@@ -161,6 +167,7 @@ def define(add: cli.Flags) -> None:
     add.add("integer", "sample_steps", 50, "Of --suite=sample.")
     add.add("float", "guidance_scale", 7.5, "Of --suite=sample, where there is a context.")
     add.add("integer", "seed", 0, "Of weights and inputs.")
+    add.add("integer", "side", 32, "Pixels a side of the images of --suite=features.")
     add.add("integer", "devices", 1, "That our side splits a batch over; CPUs: one a core, say.")
     modes = ["", "default", "reduce-overhead", "max-autotune"]
     add.add("enum", "peer_compile", "", "torch.compile's mode; empty: eager.", modes)
@@ -170,16 +177,22 @@ def define(add: cli.Flags) -> None:
 
 
 def main(values: flags.FlagValues) -> None:
-    config = cli.require(values, "config")
     for name in ("rounds", "repeats", "sync_every", "sample_steps", "devices"):
         if values[name].value < 1:
             raise ValueError(f"--{name}={values[name].value} must be at least 1")
     if values.peer is not None and values.peer not in PEERS:
         raise ValueError(f"--peer={values.peer} is unknown: use one of {', '.join(PEERS)}")
-    if values.suite in alone.SUITES:
+    if values.peer is not None and (values.peer == "pytorch-fid") != (values.suite == FEATURES):
+        raise ValueError(f"--peer={values.peer} does not measure --suite={values.suite}")
+    if values.suite == FEATURES:
+        work = _sizes(values) | {"suite": FEATURES, "batch": values.batch or 50}
+        work |= {"dtype": "float32", "side": values.side, "devices": 1}
+        found = benchmark(work, values.peer, values.rounds)
+    elif values.suite in alone.SUITES:
+        config = cli.require(values, "config")
         found = alone.SUITES[values.suite](config, values.batch, values.repeats)
     else:
-        found = _compared(config, values)
+        found = _compared(cli.require(values, "config"), values)
     found["command"] = " ".join(["python -m experiments.benchmark", *sys.argv[1:]])
     if values.out:
         workdir.write_whole(pathlib.Path(values.out), json.dumps(found, indent=2) + "\n")
@@ -188,6 +201,11 @@ def main(values: flags.FlagValues) -> None:
     print(show.table(found))
     if found.get("gate") and not found["gate"]["passed"]:
         raise ValueError(f"the two sides do not compute the same: {found['gate']}; no ratio")
+
+
+def _sizes(values: flags.FlagValues) -> dict[str, int]:
+    names = ("warmup", "repeats", "sync_every", "seed", "devices")
+    return {name: values[name].value for name in names}
 
 
 def _compared(config: ConfigDict, values: flags.FlagValues) -> dict[str, Any]:
@@ -202,13 +220,9 @@ def _compared(config: ConfigDict, values: flags.FlagValues) -> dict[str, Any]:
         config,
         values.suite,
         batch=values.batch or config.train.batch_size,
-        warmup=values.warmup,
-        repeats=values.repeats,
-        sync_every=values.sync_every,
         sample_steps=values.sample_steps,
         guidance_scale=values.guidance_scale,
-        seed=values.seed,
-        devices=values.devices,
+        **_sizes(values),
         peer_options={"compile": values.peer_compile, "channels_last": values.peer_channels_last},
     )
     return benchmark(work | {"changed": changed}, values.peer, values.rounds)

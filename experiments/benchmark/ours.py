@@ -240,13 +240,18 @@ def measure(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
         held["arguments"] = (state, batch, frozen)
 
     found = timed(once, lambda: jax.block_until_ready((held["result"], held["arguments"])), work)
+    return found | memory(before, call, held["arguments"])
+
+
+def memory(before: int, call: Any, arguments: Any) -> dict[str, Any]:
+    """What a jitted call took, and where it ran. `before`: the resident bytes before anything."""
     device = jax.devices()[0]
-    memory = device.memory_stats() or {}
-    found |= {
-        "peak_bytes": memory.get("peak_bytes_in_use", resident_bytes() - before),
+    stats = device.memory_stats() or {}
+    found = {
+        "peak_bytes": stats.get("peak_bytes_in_use", resident_bytes() - before),
         "resident_bytes": resident_bytes(),
     }
-    of = call.lower(*held["arguments"]).compile().memory_analysis()
+    of = call.lower(*arguments).compile().memory_analysis()
     buffers = of.argument_size_in_bytes + of.output_size_in_bytes + of.temp_size_in_bytes
     return found | {
         "buffer_bytes": buffers - of.alias_size_in_bytes,  # without the compiler's own memory

@@ -96,6 +96,16 @@ def test_timed_counts_calls_and_leaves_the_first_apart():
     assert len(found["secs"]) == 3
 
 
+@pytest.mark.slow  # half a minute of compiling Inception
+def test_inception_is_pytorch_fids_before_it_is_timed(tmp_path):
+    out = tmp_path / "features.json"
+    quick = ("--rounds=1", "--warmup=1", "--repeats=2", "--batch=2", "--side=64")
+    assert run("--suite=features", "--peer=pytorch-fid", *quick, f"--out={out}") == 0
+    found = json.loads(out.read_text())
+    assert 0 < found["gate"]["output"] < 1e-5
+    assert found["parameters"] > 2e7 and found["ratio"] > 0
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -103,6 +113,8 @@ def test_timed_counts_calls_and_leaves_the_first_apart():
         ((f"--config={CONFIG}", "--rounds=0"), "--rounds=0 must be at least 1"),
         ((f"--config={CONFIG}", "--suite=autoencoder"), "task='autoencoder', not 'denoiser'"),
         (("--suite=train",), "--config is missing"),
+        (("--suite=features", "--peer=diffusers"), "does not measure --suite=features"),
+        ((f"--config={CONFIG}", "--devices=3", "--batch=4"), "3 devices"),
         ((f"--config={CONFIG}", "--suite=everything"), "--suite=everything"),
     ],
 )

@@ -1,6 +1,6 @@
 """What the guarantees cost, on a state of realistic size: DDPM's U-Net of 35.7 million parameters.
 
-    python tests/faults/costs.py OUT.json [BATCH]
+    PYTHONPATH=. python tests/faults/costs.py OUT.json [BATCH]
 
 Parameters, average and Adam's moments are 571 MB. Measured on the default device: the time for
 which a save holds up the loop, the save's time in all, its hashing and its verification; a train

@@ -9,31 +9,14 @@ has them, and both packages read that. Then every metric of torch-fidelity on ra
 
 import pathlib
 import sys
-import warnings
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from lpips_reference import OPERATORS
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from experiments.benchmark.features_peer import import_alone, redraw
 
 SIZES = (32, 64, 256, 299)
-
-
-def redraw(network):
-    """Every weight and moment at random, none of them at a value that hides a mistake."""
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in network.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        drawn = torch.randn(tensor.shape, generator=generator)
-        if name.endswith(("bn.weight", "running_var")):
-            drawn = 1 + 0.2 * drawn.clamp(-2, 2)
-        elif tensor.ndim > 1:
-            drawn = drawn * (2 / tensor[0].numel()) ** 0.5
-        else:
-            drawn = 0.1 * drawn
-        tensor.copy_(drawn)
 
 
 def images(size):
@@ -103,15 +86,12 @@ def metrics(found):
 
 
 def main(packages, out):
-    library = torch.library.Library("torchvision", "DEF")
-    for name in OPERATORS:
-        library.define(f"{name}(Tensor x) -> Tensor")
-    sys.path.insert(0, packages)
-    warnings.simplefilter("ignore")
+    library = import_alone(packages)
     found = {}
     metrics(found)
     features(out, found)
     np.savez(out / "reference.npz", **found)
+    del library
 
 
 if __name__ == "__main__":

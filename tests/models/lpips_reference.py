@@ -9,25 +9,17 @@ the operators are wanted of that part.
 
 import pathlib
 import sys
-import warnings
 
 import numpy as np
 import torch
 
-OPERATORS = (
-    *("nms", "qnms", "roi_align", "_roi_align_backward", "ps_roi_align", "_ps_roi_align_backward"),
-    *("roi_pool", "_roi_pool_backward", "ps_roi_pool", "_ps_roi_pool_backward", "qroi_align"),
-    *("deform_conv2d", "_deform_conv2d_backward"),
-)
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from experiments.benchmark.features_peer import import_alone
 
 
 def model(packages):
     """LPIPS on VGG-16, all its weights redrawn; the heads' are none of them negative."""
-    library = torch.library.Library("torchvision", "DEF")
-    for name in OPERATORS:
-        library.define(f"{name}(Tensor x) -> Tensor")
-    sys.path.insert(0, packages)
-    warnings.simplefilter("ignore")
+    library = import_alone(packages)
     import lpips
 
     made = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval()

@@ -174,8 +174,6 @@ def parse_switches(
         choice, small = parse(rest, choices)
     except ValueError as error:
         raise ValueError(f"{error}; with it may go {', '.join(switches)}") from error
-    if len(on) > 1:
-        raise ValueError(f"config argument {arg!r}: give one of {', '.join(sorted(on))}")
     return choice, on, small
 
 

@@ -68,6 +68,7 @@ def latent_diffusion(stage: str, data_name: str) -> ConfigDict:
         "data_dir": "runs/data",
         "epochs": 1,  # variants stored of each image
         "tokenizer": "",  # "word", "bpe": trained on the captions; or a folder of its files
+        "contexts": False,  # of a frozen text encoder, its output for each caption as well
         "scaling": "fixed",
         "scale": 1.0,
         "scaling_examples": 0,
@@ -108,21 +109,28 @@ def latent_diffusion(stage: str, data_name: str) -> ConfigDict:
     return config
 
 
-def online_latents(stage: str, scale: float) -> ConfigDict:
-    """As `latent_diffusion`, but on a folder of images that the frozen first stage encodes while
-    training: no latents are stored. Text encoder and tokenizer come from `init_from`, if it has
-    any."""
+def stored_folder(stage: str, scale: float) -> ConfigDict:
+    """As `latent_diffusion`, on a folder of captioned images (`latents.data_dir`), what the frozen
+    text encoder of `init_from` makes of the captions stored beside the latents."""
     config = latent_diffusion(stage, "folder")
+    config.latents.update({"data_dir": "", "scale": scale, "contexts": True})
+    config.data.eval_split = "train"
+    config.data.max_bad_images = 0  # files that are no image to skip before it is an error
+    config.conditioning.drop = 0.1
+    return config
+
+
+def online_latents(stage: str, scale: float) -> ConfigDict:
+    """As `stored_folder`, but the images are encoded while training, and so are the captions:
+    nothing is stored. Text encoder and tokenizer come from `init_from`, if it has any."""
+    config = stored_folder(stage, scale)
     del config.latents
     config.data.name = "folder"
     config.data.dir = ""
-    config.data.eval_split = "train"
-    config.data.max_bad_images = 0  # files that are no image to skip before it is an error
     config.online = {
         "scale": scale,  # of the latents, where `init_from` does not say
         "tokenizer": "bpe",  # trained on the captions ("word", "bpe"), or a folder of its files
     }
-    config.conditioning.drop = 0.1
     return config
 
 

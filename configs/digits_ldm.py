@@ -25,6 +25,7 @@ def get_config(arg=None):
         "scaling": "channel",  # "channel", "std" or "fixed"; see diffusion/data/latents.py
         "scale": 1.0,  # of "fixed"
         "scaling_examples": 0,  # of "std"; 0: all
+        "contexts": False,  # the text encoder is trained: there is nothing to store
         "shard_size": 4500,
         "batch_size": 250,
     }

@@ -3,6 +3,7 @@
 A nested dict of arrays becomes flat names joined by "/". No code is stored and none is executed.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -28,6 +29,16 @@ def save_weights(directory: pathlib.Path, params: Any, config: dict[str, Any]) -
     safetensors.numpy.save_file(dict(sorted(flat.items())), temporary)
     os.replace(temporary, directory / WEIGHTS)
     return hash_file(directory / WEIGHTS)
+
+
+def params_hash(params: Any) -> str:
+    """SHA-256 of a network's parameters, wherever they are kept: names, types, shapes, values."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(flax.traverse_util.flatten_dict(params, sep="/").items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
 def load_weights(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any], str]:

@@ -4,7 +4,8 @@
 
 Reads `config.latents`: the data set, the first stage's workdir, how many epochs of compositions;
 writes shards, the tokenizer, a copy of the first stage and provenance.json to `config.data.dir`.
-Run again, it goes on with the shards that are missing.
+Run again, it goes on with the shards that are missing. With `latents.contexts` a shard also holds
+what the frozen text encoder of `init_from` makes of each caption, as float16.
 """
 
 import math
@@ -33,6 +34,8 @@ def encode(config: ConfigDict) -> dict:
     scaling = latents.Scaling(section.scaling, section.scale, section.scaling_examples)
     stage = find_first_stage(config)
     network, params = build.autoencoder(config.model.autoencoder), stage.params
+    begun = pretrained.begin(config)
+    identity = runs.latent_identity(config, begun)["made_from"]
     source, steps = runs.open_images(_image_config(config), "train")
     count = len(source) * section.epochs
     shape = build.sample_shape(config)
@@ -44,12 +47,16 @@ def encode(config: ConfigDict) -> dict:
         pipeline.append(transforms.FlipOddEpochs())
     if "text_encoder" in config.model:
         length = config.model.text_encoder.max_length
-        tokenizer = captions.make_tokenizer(section.tokenizer, source, steps)
-        runs.null_tokens(config, tokenizer)
+        tokenizer = begun.tokenizer if "text_encoder" in begun.frozen else None
+        tokenizer = tokenizer or captions.make_tokenizer(section.tokenizer, source, steps)
+        null = runs.null_tokens(config, tokenizer)
         captions.count_cut(source, steps, tokenizer, length)
         kind = "int16" if tokenizer.vocabulary_size < 2**15 else "int32"
         fields["tokens"], hashes = (kind, (length,)), {"tokenizer": tokenizer.sha256}
         pipeline.append(transforms.Tokenize(tokenizer, length))
+        if section.contexts:
+            fields["context"] = ("float16", (length, config.model.text_encoder.width))
+            text = build.denoiser(config, null).encode_text
     if build.null_label(config) is not None:
         fields["label"] = ("int32", ())
     plan = latents.Plan(
@@ -58,7 +65,7 @@ def encode(config: ConfigDict) -> dict:
         section.shard_size,
         fields,
         {
-            **runs.latent_identity(config)["made_from"],
+            **identity,
             "first_stage": stage.hash,
             **hashes,
             "data_sha256": source.provenance["sha256"],
@@ -79,23 +86,27 @@ def encode(config: ConfigDict) -> dict:
     # Each process encodes shards of its own, on its own devices.
     mesh = make_mesh(devices=[d for d in jax.devices() if d.process_index == jax.process_index()])
     size = math.ceil(section.batch_size / mesh.size) * mesh.size
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    frozen = {k: v for k, v in begun.frozen.items() if k == "text_encoder"}
+    params, frozen = jax.device_put((params, frozen), NamedSharding(mesh, PartitionSpec()))
 
     @jax.jit
-    def posterior(params, image):
-        x = image.astype(jnp.float32) / 127.5 - 1
+    def encoded(params, frozen, batch):
+        x = batch["image"].astype(jnp.float32) / 127.5 - 1
         found = network.apply({"params": params}, x, method="encode")
-        return found.mean, found.logvar
+        columns = {"mean": found.mean, "logvar": found.logvar}
+        if "context" in fields:
+            columns["context"] = text(frozen, batch["tokens"])["context"]
+        return columns
 
     for shard in plan.missing(jax.process_index(), jax.process_count()):
         rows = {name: [] for name in fields}
         for batch in loader.one_pass(
             source, size, pipeline, epochs=section.epochs, start=shard.start, stop=shard.stop
         ):
-            image = jax.device_put(batch["image"], NamedSharding(mesh, BATCH))
-            mean, logvar = posterior(params, image)
+            given = {k: batch[k] for k in ("image", "tokens") if k in batch}
+            given = jax.device_put(given, NamedSharding(mesh, BATCH))
             valid = batch["valid"]
-            columns = {**batch, "mean": mean, "logvar": logvar}
+            columns = {**batch, **encoded(params, frozen, given)}
             for name in fields:
                 rows[name].append(np.asarray(columns[name])[valid])
         latents.write_shard(plan, shard, {k: np.concatenate(v) for k, v in rows.items()})
@@ -124,6 +135,8 @@ def find_first_stage(config: ConfigDict) -> first_stage.Stage:
 
 def _image_config(config: ConfigDict) -> ConfigDict:
     """The config with its data section naming the images that the latents are made of."""
+    if not config.latents.data_dir:
+        raise ValueError("latents.data_dir is empty: give --config.latents.data_dir=IMAGES")
     images = ConfigDict(config.to_dict())
     images.data.name, images.data.dir = config.latents.data_name, config.latents.data_dir
     return images

@@ -3,11 +3,11 @@
     python -m experiments.plan --config=configs/X.py [--devices=N] [--json]
         [--mesh=data=32,fsdp=8 [--hardware=h100|h200|v5p|v6e]]
 
-Parameters per network, FLOPs of one example forward and in a training step (three forwards),
-bytes of parameters, averages and optimiser state on each of N devices (parallel.fsdp shards them).
-FLOPs are counted from the traced program: 2 m n k for each matrix product, and the like for
-convolutions; loops count once for each pass. What is not a product is not counted. --mesh compiles
-the real train step for that many fake devices, which takes minutes (`experiments/plan_mesh.py`).
+Parameters per network, FLOPs of one example forward and in a training step, bytes of parameters,
+averages and optimiser state on each of N devices (parallel.fsdp shards them). FLOPs are counted
+from the traced program, without what no result needs: 2 m n k for each matrix product, and the like
+for convolutions; loops count once for each pass. What is not a product is not counted. --mesh
+compiles the real train step for so many fake devices: minutes (`experiments/plan_mesh.py`).
 """
 
 import json
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.interpreters import partial_eval
 from ml_collections import ConfigDict
 
 from diffusion.interop import perceptual as lpips
@@ -31,8 +32,13 @@ def count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def flops(jaxpr: Any) -> int:
-    """Multiply-adds times two of every matrix product and convolution of a traced program."""
+def flops(call: Any, *arguments: Any) -> int:
+    """Multiply-adds times two of every matrix product and convolution of a call."""
+    jaxpr = jax.make_jaxpr(call)(*arguments).jaxpr
+    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _flops(jaxpr: Any) -> int:
     total = 0
     for equation in jaxpr.eqns:
         inner = [_inner(value) for value in equation.params.values()]
@@ -51,11 +57,11 @@ def flops(jaxpr: Any) -> int:
             taps = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
             total += 2 * math.prod(equation.outvars[0].aval.shape) * taps
         elif equation.primitive.name == "scan":
-            total += equation.params["length"] * sum(map(flops, nested))
+            total += equation.params["length"] * sum(map(_flops, nested))
         elif equation.primitive.name == "cond":
-            total += max(map(flops, nested), default=0)
+            total += max(map(_flops, nested), default=0)
         else:
-            total += sum(map(flops, nested))
+            total += sum(map(_flops, nested))
     return total
 
 
@@ -85,16 +91,12 @@ def plan(config: ConfigDict, devices: int = 1) -> dict[str, Any]:
     if devices < 1 or devices % fsdp:
         raise ValueError(f"--devices={devices} is not a multiple of parallel.fsdp={fsdp}")
     parallel.check_batch(config.train.batch_size, config.train.accumulate, devices)
-    task = build.task(config)
-    state = jax.eval_shape(task.init, jax.random.key(0))
-    frozen = frozen_shapes(config, task, state)
-    networks = {**state.params, **frozen}
-    per_example = forward_flops(config, task, state, frozen)
+    task, state, frozen = shapes(config)
     return {
         "task": config.task,
-        "networks": {name: {"parameters": count(tree)} for name, tree in networks.items()},
+        "networks": networks(config),
         "sample_shape": list(task.sample_shape),
-        "flops_per_example": {"forward": per_example, "train": 3 * per_example},
+        "flops_per_example": step_flops(config, task, state, frozen),
         "batch_size": config.train.batch_size,
         "devices": devices,
         "bytes_per_device": {
@@ -104,6 +106,20 @@ def plan(config: ConfigDict, devices: int = 1) -> dict[str, Any]:
             "state": state_bytes(state, fsdp),
         },
     }
+
+
+def shapes(config: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
+    """The task, the shapes of its state, and those of its frozen networks."""
+    task = build.task(config)
+    state = jax.eval_shape(task.init, jax.random.key(0))
+    return task, state, frozen_shapes(config, task, state)
+
+
+def networks(config: ConfigDict) -> dict[str, dict[str, int]]:
+    """Name -> {"parameters"} of every network, trained or frozen."""
+    _, state, frozen = shapes(config)
+    found = {**state.params, **frozen}
+    return {name: {"parameters": count(tree)} for name, tree in found.items()}
 
 
 def frozen_shapes(config: ConfigDict, task: Any, state: Any) -> dict[str, Any]:
@@ -138,6 +154,9 @@ def abstract_batch(config: ConfigDict, task: Any, size: int) -> dict[str, Any]:
     if "text_encoder" in config.model:
         length = config.model.text_encoder.max_length
         batch["tokens"] = jax.ShapeDtypeStruct((size, length), jnp.int32)
+        if "latents" in config and config.latents.contexts:
+            shape = (size, length, config.model.text_encoder.width)
+            batch["context"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     return batch
 
 
@@ -146,11 +165,12 @@ def judges(task: Any) -> dict[str, Any]:
     return {"perceptual": lpips.shapes()} if getattr(task, "perceptual", None) else {}
 
 
-def forward_flops(config: ConfigDict, task: Any, state: Any, frozen: dict[str, Any]) -> int:
-    """Of all that one example goes through while training, by the traced program."""
-    batch, frozen = abstract_batch(config, task, 1), frozen | judges(task)
-    traced = jax.make_jaxpr(task.eval_step)(state, batch, frozen)
-    return flops(traced.jaxpr)
+def step_flops(config: ConfigDict, task: Any, state: Any, frozen: dict[str, Any]) -> dict[str, int]:
+    """An example's share of an evaluation step ("forward") and of a training step ("train")."""
+    frozen, parts = frozen | judges(task), config.train.accumulate
+    whole = flops(task.train_step, state, abstract_batch(config, task, parts), frozen)
+    forward = flops(task.eval_step, state, abstract_batch(config, task, 1), frozen)
+    return {"forward": forward, "train": whole // parts}
 
 
 def define(add: cli.Flags) -> None:

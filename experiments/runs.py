@@ -227,9 +227,11 @@ def _check_hints(config: ConfigDict) -> None:
 
 
 def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
-    source = latents.LatentSource(config.data.dir, latent_identity(config))
-    directory = pathlib.Path(config.data.dir)
+    if "controlnet" in config.model:
+        raise ValueError("model.controlnet is given images, but data.name='latents' has none")
     begun, tokens = pretrained.begin(config), ()
+    source = latents.LatentSource(config.data.dir, latent_identity(config, begun))
+    directory = pathlib.Path(config.data.dir)
     if "text_encoder" in config.model:
         tokens = null_tokens(config, Tokenizer.load(directory / "tokenizer.json"))
     made = build.task(config, **({"null_tokens": tokens} if tokens else {}))
@@ -248,7 +250,8 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
     def init(key):
         return made.init(key, jnp.asarray(source.shift), jnp.asarray(source.scale))
 
-    keep = transforms.Keep(("mean", "logvar", "tokens", "label"))
+    context = ("context",) if config.latents.contexts else ()
+    keep = transforms.Keep(("mean", "logvar", "tokens", *context, "label"))
     return Run(
         config,
         made,
@@ -268,14 +271,24 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
     )
 
 
-def latent_identity(config: ConfigDict) -> dict[str, Any]:
+def latent_identity(config: ConfigDict, begun: pretrained.Beginning) -> dict[str, Any]:
     """What the provenance of a config's latents must say."""
-    made_from = {
+    made_from: dict[str, Any] = {
         "data": config.latents.data_name,
         "epochs": config.latents.epochs,
         "image_size": config.data.image_size,
         "autoencoder": json.loads(json.dumps(config.model.autoencoder.to_dict())),
     }
+    if text := begun.frozen.get("text_encoder"):
+        # Tokens are its tokenizer's, and what may be stored of it is its own.
+        made_from["tokenizer"] = begun.tokenizer.sha256 if begun.tokenizer else None
+        if config.latents.contexts:
+            made_from["text_encoder"] = weights.params_hash(text)
+    elif config.latents.contexts:
+        raise ValueError(
+            "latents.contexts=True is of a frozen text encoder, but the config has none: set it to "
+            "False"
+        )
     return {"made_from": made_from}
 
 

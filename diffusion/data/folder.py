@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion.data import provenance
 from diffusion.data.builders.local_files import readers
 from diffusion.data.sources import NO_IMAGE, Batch, decode_image, open_image
 
@@ -100,7 +101,15 @@ def open_folder(
         {**row, "label": classes.index(row["label"])} if "label" in row else row for row in kept
     ]
     made_from = {"name": "folder", "directory": str(root), "split": split, "images": len(kept)}
+    made_from["sha256"] = provenance.digest({"rows": [_identity(root, row) for row in kept]})
     return FolderSource(kept, channels, image_size, made_from, tuple(bad))
+
+
+def _identity(root: pathlib.Path, row: dict[str, Any]) -> list[Any]:
+    """What tells a row from another: its file's name and size, its caption or label."""
+    path = row["path"]
+    said = [row[name] for name in ("caption", "label") if name in row]
+    return [path.relative_to(root).as_posix(), path.stat().st_size, *said]
 
 
 def _why_not(path: pathlib.Path) -> str:

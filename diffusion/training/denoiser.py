@@ -254,8 +254,11 @@ class Denoiser:
             if drop is not None:
                 null = jnp.asarray(self.null_tokens, tokens.dtype)[None]
                 tokens = jnp.where(drop[:, None], null, tokens)
-            text_keys = ts.stream(keys, ts.DROPOUT) if train and keys is not None else None
-            condition = self.encode_text(params, tokens, text_keys)
+            if "context" in batch:
+                condition = self._masked(self._stored(params, batch["context"], drop), tokens)
+            else:
+                text_keys = ts.stream(keys, ts.DROPOUT) if train and keys is not None else None
+                condition = self.encode_text(params, tokens, text_keys)
         if self.null_label is not None:
             labels = batch["label"]
             labels = labels if drop is None else jnp.where(drop, self.null_label, labels)
@@ -276,13 +279,25 @@ class Denoiser:
     ) -> dict[str, Array]:
         """tau_theta: tokens to the U-Net's context, and its mask if padding is to be hidden."""
         assert self.text_encoder is not None
-        mask = tokens != 0 if self.mask_padding else None
         context = self.text_encoder.apply(
-            {"params": params["text_encoder"]}, tokens, mask=mask, keys=keys
+            {"params": params["text_encoder"]}, tokens, mask=self._mask(tokens), keys=keys
         )
-        if mask is None:
-            return {"context": context}
-        return {"context": context, "context_mask": mask}
+        return self._masked(context, tokens)
+
+    def _stored(self, params: Params, context: Array, drop: Array | None) -> Array:
+        """The stored outputs of a frozen text encoder, where `drop` the empty caption's."""
+        if drop is None:
+            return context
+        null = jnp.asarray(self.null_tokens, jnp.int32)[None]
+        empty = self.encode_text(params, null)["context"]
+        return jnp.where(drop[:, None, None], empty.astype(context.dtype), context)
+
+    def _mask(self, tokens: Array) -> Array | None:
+        return tokens != 0 if self.mask_padding else None
+
+    def _masked(self, context: Array, tokens: Array) -> dict[str, Array]:
+        mask = self._mask(tokens)
+        return {"context": context} | ({} if mask is None else {"context_mask": mask})
 
 
 def _control_name(i: int) -> str:

@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark --suite=train|sample|autoencoder|compile --config=configs/X.py \
         --batch=32 [--peer=diffusers] [--rounds=5] [--out=FILE.json] [--plot=FILE.png]
-    python -m experiments.benchmark --suite=data|checkpoint|attention --config=configs/X.py
+    python -m experiments.benchmark --suite=data|checkpoint|attention|growth --config=configs/X.py
 
 With a peer the two sides alternate in fresh processes (A, B, A, B, ...), `--rounds` times each, on
 the same weights and inputs, and nothing is timed before the gate: the peer loads the weights that
@@ -17,9 +17,10 @@ features     Inception's features of uint8 images, as FID takes them; --peer=pyt
 data         the input pipeline of a config's prepared data, and the step fed by it
 checkpoint   saving and restoring the state, and what the hashes of the manifest add
 attention    kernels by length, on accelerators that have more than one
+growth       the step's time by batch (a + b B), by side, and by devices with their collectives
 
 A ratio is ours/peer in examples a second, of medians over all timed calls of all rounds. MFU is the
-FLOPs of the traced program (3 x forward or so; `experiments/plan.py`) over the time and over the
+FLOPs of the traced program (`experiments/plan.py`) over the time and over the
 measured speed of a square matrix product on the same device. Peak memory is the device's; on CPU
 the growth of the resident set, XLA's compiler included, and beside it the bytes of all buffers of
 the compiled program (`buffer_bytes`): arguments, results and temporaries.
@@ -38,7 +39,7 @@ from ml_collections import ConfigDict
 
 from diffusion.training.parallel import check_batch
 from experiments import build, cli, workdir
-from experiments.benchmark import alone, show
+from experiments.benchmark import alone, growth, show
 from experiments.benchmark.workload import describe, summary
 
 PEERS = {
@@ -48,6 +49,7 @@ PEERS = {
 OURS = "experiments.benchmark.ours"
 COMPARED = ("train", "sample", "autoencoder", "compile")
 FEATURES = "features"  # the suite, whose peer is pytorch-fid
+GROWTH = "growth"
 GATE = {"output": 1e-4, "gradient": 1e-3, "sampled": 1e-3}  # relative, float32
 
 
@@ -156,7 +158,7 @@ def fitted(config: ConfigDict, peer: str | None) -> tuple[ConfigDict, dict[str, 
 
 def define(add: cli.Flags) -> None:
     add.config()
-    suites = [*COMPARED, FEATURES, *alone.SUITES]
+    suites = [*COMPARED, FEATURES, *alone.SUITES, GROWTH]
     add.add("enum", "suite", "train", "What is measured.", suites)
     add.add("string", "peer", None, f"{', '.join(PEERS)}: measured beside us.")
     add.add("integer", "batch", None, "Examples a call; default: the config's train.batch_size.")
@@ -191,6 +193,11 @@ def main(values: flags.FlagValues) -> None:
     elif values.suite in alone.SUITES:
         config = cli.require(values, "config")
         found = alone.SUITES[values.suite](config, values.batch, values.repeats)
+    elif values.suite == GROWTH:
+        config = cli.require(values, "config")
+        options = _sizes(values) | {"sample_steps": 1, "guidance_scale": 1.0, "peer_options": {}}
+        batch = values.batch or config.train.batch_size
+        found = growth.growth(config, batch, values.rounds, options, run)
     else:
         found = _compared(cli.require(values, "config"), values)
     found["command"] = " ".join(["python -m experiments.benchmark", *sys.argv[1:]])

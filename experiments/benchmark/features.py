@@ -40,7 +40,7 @@ def prepare(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
     np.savez(directory / INPUTS, x=images, out=np.asarray(jax.jit(network)(params, images[:2])))
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "flops": plan.flops(jax.make_jaxpr(network)(params, images).jaxpr),
+        "flops": plan.flops(network, params, images),
     }
 
 

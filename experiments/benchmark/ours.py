@@ -26,7 +26,7 @@ from diffusion.process import gaussian, guidance, samplers
 from diffusion.training import state as ts
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import Parallel, make_mesh
-from experiments import build, generate, plan
+from experiments import build, generate, plan, plan_mesh
 from experiments.benchmark.workload import (
     GRADIENTS,
     INPUTS,
@@ -137,7 +137,7 @@ def _prepare_autoencoder(work, config, directory):
 def _step_flops(work: dict[str, Any], config: ConfigDict) -> int:
     """Of one timed call, from its traced program: products and convolutions."""
     call, arguments = _call(work, config, None)
-    return plan.flops(jax.make_jaxpr(call)(*arguments).jaxpr)
+    return plan.flops(call, *arguments)
 
 
 # -- what is timed --------------------------------------------------------------------------------
@@ -251,10 +251,12 @@ def memory(before: int, call: Any, arguments: Any) -> dict[str, Any]:
         "peak_bytes": stats.get("peak_bytes_in_use", resident_bytes() - before),
         "resident_bytes": resident_bytes(),
     }
-    of = call.lower(*arguments).compile().memory_analysis()
+    compiled = call.lower(*arguments).compile()
+    of = compiled.memory_analysis()
     buffers = of.argument_size_in_bytes + of.output_size_in_bytes + of.temp_size_in_bytes
     return found | {
         "buffer_bytes": buffers - of.alias_size_in_bytes,  # without the compiler's own memory
+        "collectives": plan_mesh.collectives(compiled.as_text()),
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
     }

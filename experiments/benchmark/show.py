@@ -10,7 +10,9 @@ from experiments.pictures import pyplot
 
 def table(found: dict[str, Any]) -> str:
     if "rows" in found:
-        return _rows(found["rows"])
+        fit = found.get("fit")
+        said = f"\nsecs = {fit['a_secs']:.4g} + {fit['b_secs']:.4g} B" if fit else ""
+        return _rows(found["rows"]) + said
     lines = [
         f"{'side':<10} {'examples/s':>11} {'p10':>9} {'p90':>9} {'ms a call':>10} {'MFU':>6} "
         f"{'peak MiB':>9} {'cold s':>7} {'warm s':>7}"

@@ -8,7 +8,7 @@ import pytest
 from configs import ddpm_cifar10, digits_autoencoder, digits_ldm
 from experiments import cli
 from experiments.benchmark import __main__ as command
-from experiments.benchmark import show, workload
+from experiments.benchmark import growth, show, workload
 
 CONFIG = "configs/ddpm_cifar10.py:smoke"
 
@@ -94,6 +94,32 @@ def test_timed_counts_calls_and_leaves_the_first_apart():
     found = workload.timed(lambda: calls.append(1), lambda: waits.append(len(calls)), work)
     assert len(calls) == 1 + 2 + 3 * 4 and waits == [1, 3, 7, 11, 15]
     assert len(found["secs"]) == 3
+
+
+def test_growth_fits_the_batch_and_counts_what_devices_exchange():
+    """Against a machine that takes 0.1 + 0.02 B seconds and exchanges 3 arrays on any devices."""
+    asked = []
+
+    def machine(module, what, work, directory, cache=None):
+        if what == "prepare":
+            return {"parameters": 1, "flops": 10**9 * work["batch"]}
+        size, devices = work["config"]["data"]["image_size"], work["devices"]
+        asked.append((work["batch"], size, devices))
+        moved = {"all-reduce": {"count": 3, "bytes": 2**20}} if devices > 1 else {}
+        secs = [0.1 + 0.02 * work["batch"] * (size / 32) ** 2]
+        return {"secs": secs, "buffer_bytes": 2**20, "collectives": moved}
+
+    config = ddpm_cifar10.get_config("smoke")
+    options = {"warmup": 1, "repeats": 1, "sync_every": 1, "seed": 0}
+    found = growth.growth(config, 2, 1, options, machine)
+    side = config.data.image_size
+    sides = [(2, side // 2, 1), (2, side * 2, 1)]
+    batches = [(2 * k, side, 1) for k in (1, 2, 4, 8)]
+    assert asked == [*batches, *sides, *((2 * n, side, n) for n in (2, 4, 8))]
+    rate = 0.02 * (side / 32) ** 2
+    np.testing.assert_allclose([*found["fit"].values()], [0.1, rate], atol=1e-12)
+    moved = [r["collectives"] for r in found["rows"] if r["axis"] == "devices"]
+    assert moved == [3, 3, 3] and "secs = 0.1 + " in show.table(found)
 
 
 @pytest.mark.slow  # half a minute of compiling Inception

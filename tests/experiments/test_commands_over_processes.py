@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import evaluate, sample
+from experiments import evaluate, sample, train
 from experiments.cli import run as run_here
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -86,3 +86,25 @@ def test_evaluation(job, tmp_path, two):
     for key in ("count", "data_sha256", "features"):
         assert one["reference"][key] == both["reference"][key]
     assert one["samples"] == both["samples"] == 80
+
+
+def test_a_run_looks_at_samples_as_one_process_does(job, tmp_path, two):
+    """Pictures and numbers of a run in progress, by one process and by two."""
+    config = ["--config=configs/digits_ldm.py:smoke", f"--config.data.dir={job}/latents"]
+    config += ["--config.train.steps=2", "--config.evaluation.every_steps=2"]
+    config += ["--config.evaluation.samples=8", "--config.evaluation.preview=4"]
+    config += [f"--config.evaluation.classifier={job}/classifier", "--config.parallel.data=-1"]
+    config += [f"--config.latents.data_dir={job}/data"]
+    two("train", *config, f"--workdir={tmp_path}/two")
+    assert run_here(train.define, train.main, [*config, f"--workdir={tmp_path}/one"]) == 0
+    one, both = (
+        json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1])
+        for n in ("one", "two")
+    )
+    judged = [name for name in one if name.endswith(("_ema", "_raw"))]
+    assert len(judged) > 8 and both.keys() >= one.keys()
+    for name in judged:
+        np.testing.assert_allclose(both[name], one[name], rtol=1e-2, err_msg=name)
+    (name,) = [path.name for path in (tmp_path / "one/previews").iterdir()]
+    a, b = (np.asarray(Image.open(tmp_path / n / "previews" / name), int) for n in ("one", "two"))
+    assert np.abs(a - b).max() <= 2 and a.std() > 0

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import warnings
 
 import jax
@@ -10,8 +11,9 @@ import pytest
 from PIL import Image
 
 from configs import stable_diffusion
+from diffusion import weights
 from diffusion.interop import autoencoder, text_encoder, unet_config
-from experiments import build, cli, convert, pretrained, train
+from experiments import build, cli, convert, encode_latents, pretrained, train
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -70,6 +72,65 @@ def test_fine_tuning_begins_from_a_converted_pipeline(sd, converted, pictures, t
         assert isinstance(
             StableDiffusionPipeline.from_pretrained(tmp_path / "out"), StableDiffusionPipeline
         )
+
+
+@pytest.fixture
+def stored(sd, converted, pictures, tmp_path):
+    """`command(module, *flags)` of the config that stores latents and contexts, and its latents."""
+
+    def command(module, *argv):
+        given = ("--config=configs/stable_diffusion.py:v1,stored,smoke", *sd.FLAGS)
+        given += (f"--config.init_from={converted}", f"--config.latents.first_stage={converted}")
+        given += (f"--config.latents.data_dir={pictures}", f"--config.data.dir={tmp_path}/latents")
+        given += ("--config.data.max_bad_images=1", "--config.parallel.data=1")
+        return cli.run(module.define, module.main, (*given, *argv))
+
+    assert command(encode_latents) == 0
+    return command
+
+
+def losses(directory):
+    return [json.loads(x)["loss"] for x in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stored_contexts_train_as_captions_encoded_on_the_way(
+    sd, converted, pictures, stored, tmp_path
+):
+    """The same draws, half of the captions dropped: losses differ by what float16 rounds."""
+    more = ("--config.conditioning.drop=0.5", "--config.data.max_bad_images=1")
+    assert tune(sd, converted, pictures, tmp_path / "online", *more) == 0
+    steps = ("--config.train.batch_size=4", "--config.train.steps=2")
+    steps += ("--config.evaluation.preview=0", f"--workdir={tmp_path}/stored")
+    assert stored(train, *more, *steps) == 0
+    found, wanted = losses(tmp_path / "stored"), losses(tmp_path / "online")
+    assert len(found) == 2
+    np.testing.assert_allclose(found, wanted, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--config.conditioning.train_text_encoder=True",), ("latents.contexts=True", "frozen")),
+        (("--config.model.controlnet.hint_widths=(8,8)",), ("controlnet", "images")),
+    ],
+)
+def test_stored_contexts_are_refused(stored, tmp_path, capsys, argv, words):
+    assert stored(train, f"--workdir={tmp_path}/run", *argv) == 2
+    refused(capsys, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_contexts_of_another_text_encoder_are_refused(stored, converted, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(converted, other)
+    params, config, _ = weights.load_weights(other / "text_encoder")
+    params["final_norm"]["bias"] = params["final_norm"]["bias"] + 1e-3
+    weights.save_weights(other / "text_encoder", params, config)
+    assert stored(train, f"--config.init_from={other}", f"--workdir={tmp_path}/run") == 2
+    refused(capsys, "made_from.text_encoder")
+    assert stored(encode_latents, f"--config.init_from={other}") == 2
+    refused(capsys, "made_from.text_encoder")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

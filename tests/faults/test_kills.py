@@ -49,7 +49,7 @@ class Kills:
             statuses = self.trials.run_way(workdir, name, **more)
             if set(statuses) == {0}:  # it was done before the moment came
                 break
-            assert set(statuses) == {-signal.SIGKILL}, self.trials.log(workdir).read_text()
+            assert set(statuses) == {-signal.SIGKILL}, self.trials.log(workdir)
             kills += 1
             self.moments[fault["at"]] = self.moments.get(fault["at"], 0) + 1
         digest = self.trials.digest(workdir, name)

@@ -18,14 +18,11 @@ resolution. p = 1 is LDM exactly.
 """
 
 import functools
-import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key, Num
 
 from diffusion.models.attention import AttentionBlock
@@ -331,20 +328,3 @@ def _uniform(bound: float) -> Any:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
-
-
-def pytorch_init(key: Key[Array, ""], params: Any) -> Any:
-    """`params` with kernels and biases redrawn as in PyTorch: U(-b, b), b = fan_in^(-1/2).
-
-    Norms and codebook are kept. One draw is cut into all layers, which compiles in a moment where a
-    draw for each would take minutes.
-    """
-    flat: dict[Any, Any] = flatten_dict(params)  # pyright: ignore[reportAssignmentType]
-    kernels = {path[:-1]: p for path, p in flat.items() if path[-1] == "kernel"}
-    redrawn = [path for path in flat if path[:-1] in kernels]
-    sizes = [flat[path].size for path in redrawn]
-    noise = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
-    for path, part in zip(redrawn, jnp.split(noise, np.cumsum(sizes)[:-1])):
-        fan_in = math.prod(kernels[path[:-1]].shape[:-1])
-        flat[path] = (part * fan_in**-0.5).reshape(flat[path].shape).astype(flat[path].dtype)
-    return unflatten_dict(flat)

@@ -120,15 +120,3 @@ def perplexity(counts: Float[Array, "codes"]) -> Float[Array, ""]:
     """Eq. 5: the number of codes that, used evenly, would carry as much."""
     p = counts / jnp.maximum(counts.sum(), 1)
     return jnp.exp(jax.scipy.special.entr(p).sum())
-
-
-def reseed_dead_codes(
-    codebook: Float[Array, "codes channels"],
-    counts: Float[Array, "codes"],
-    z: Float[Array, "batch *space channels"],
-    key: Key[Array, ""],
-) -> Float[Array, "codes channels"]:
-    """The codebook with each code whose count is zero replaced by a random place of `z`."""
-    places = z.reshape(-1, z.shape[-1])
-    chosen = jax.random.randint(key, codebook.shape[:1], 0, places.shape[0])
-    return jnp.where(counts[:, None] > 0, codebook, places[chosen].astype(codebook.dtype))

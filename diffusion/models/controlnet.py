@@ -83,8 +83,3 @@ class ControlNet(UNet):
                 f"the control picture has size {hint.shape[1:-1]}, but the ControlNet with "
                 f"hint_widths={self.hint_widths} needs {wanted}: resize the picture"
             )
-
-
-def start_from(unet: dict[str, Any], controlnet: dict[str, Any]) -> dict[str, Any]:
-    """The ControlNet's parameters with the U-Net's in all that the two share."""
-    return {name: unet.get(name, value) for name, value in controlnet.items()}

@@ -60,7 +60,7 @@ class Trials:
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
-        self.secs = answer["secs"]
+        self.secs, self.secs_apart = answer["secs"], answer["secs_apart"]
         return answer["statuses"]
 
     def log_of(self, workdir) -> pathlib.Path:

@@ -229,7 +229,7 @@ def places(job: dict) -> list[list[str]]:
 
 def serve(job: dict) -> dict:
     fault, victim, began = job.get("fault") or {}, job.get("victim"), time.monotonic()
-    running, statuses = {}, {}
+    running, statuses, ends = {}, {}, []
     for index, place in enumerate(places(job)):
         hit = victim in (None, index)
         if not (pid := os.fork()):
@@ -249,6 +249,7 @@ def serve(job: dict) -> dict:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 statuses[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+                ends.append(time.monotonic())
         # A machine that is taken away takes all of its processes.
         if job.get("together") and any(s == -signal.SIGKILL for s in statuses.values()):
             for pid in running:
@@ -259,6 +260,7 @@ def serve(job: dict) -> dict:
     return {
         "statuses": [statuses[i] for i in sorted(statuses)],
         "secs": time.monotonic() - began,
+        "secs_apart": ends[-1] - ends[0],
     }
 
 

@@ -8,7 +8,6 @@ from diffusion.models.autoencoder import (
     AutoencoderKL,
     VQModel,
     depth_to_space,
-    pytorch_init,
     space_to_depth,
 )
 from diffusion.models.bottleneck import (
@@ -18,7 +17,6 @@ from diffusion.models.bottleneck import (
     code_usage,
     perplexity,
     quantize,
-    reseed_dead_codes,
 )
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "groups": 4}
@@ -320,31 +318,3 @@ def test_usage_and_perplexity():
     assert float(code_usage(counts)) == 3 / 8
     np.testing.assert_allclose(perplexity(counts), np.exp(1.5 * np.log(2)), rtol=1e-6)
     np.testing.assert_allclose(perplexity(jnp.full(8, 3.0)), 8, rtol=1e-6)
-
-
-def test_only_dead_codes_are_reseeded():
-    codebook, z = jnp.zeros((4, 3)), image(4, 5)
-    counts = jnp.array([2.0, 0.0, 1.0, 0.0])
-    new = reseed_dead_codes(codebook, counts, z, jax.random.key(0))
-    np.testing.assert_array_equal(new[jnp.array([0, 2])], 0)
-    places = z.reshape(-1, 3)
-    for row in (1, 3):
-        assert (np.abs(places - new[row][None]).sum(-1) == 0).any()
-
-
-def test_pytorch_init_bounds_and_keeps():
-    module, x = VQModel(**VQ, attention=(False, True)), image(4, 4)
-    params = init(module, x)["params"]
-    new = pytorch_init(jax.random.key(1), params)
-    assert jax.tree.structure(new) == jax.tree.structure(params)
-    np.testing.assert_array_equal(new["codebook"]["embedding"], params["codebook"]["embedding"])
-    flat = flatten_dict(new)
-    for path, value in flat.items():
-        if path[-1] == "kernel":
-            bound = np.prod(value.shape[:-1]) ** -0.5
-            lowest = 0.9 if value.size > 100 else 0.5
-            assert lowest * bound < float(jnp.abs(value).max()) <= bound, path
-            assert 0 < float(jnp.abs(flat[*path[:-1], "bias"]).max()) <= bound, path
-    kernel = new["encoder"]["mid_res_0"]["conv1"]["kernel"]
-    np.testing.assert_allclose(kernel.std(), (3 * kernel[..., 0].size) ** -0.5, rtol=0.1)
-    assert float(jnp.abs(kernel - new["encoder"]["mid_res_1"]["conv1"]["kernel"]).max()) > 0

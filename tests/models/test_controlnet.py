@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.models.controlnet import ControlNet, start_from
+from diffusion.models.controlnet import ControlNet
 from diffusion.models.unet import UNet
 
 FIELDS = {
@@ -32,7 +32,7 @@ def params():
     draw = np.random.default_rng(7).normal
     unet = jax.tree.map(lambda s: jnp.asarray(draw(0, 0.2, s.shape), jnp.float32), shapes)
     net = jax.jit(NET.init)(jax.random.key(0), X, T, HINT)["params"]
-    return unet, start_from(unet, net)
+    return unet, {name: unet.get(name, value) for name, value in net.items()}  # a copy of it
 
 
 @pytest.fixture(scope="module")

@@ -145,8 +145,10 @@ class Parallel:
         """From the form that checkpoints hold to the form that the step takes."""
         if self.mode == "jit":
             return state
-        sharding = NamedSharding(self.mesh, BATCH)
-        count = self.devices
+        # As pmap lays out what it returns: of another sharding it would compile the step again.
+        devices, count = self.mesh.devices.flatten().tolist(), self.devices
+        mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+        sharding = NamedSharding(mesh, PartitionSpec("data"))
         stack = jax.jit(lambda x: jnp.broadcast_to(x, (count, *x.shape)), out_shardings=sharding)
         return jax.tree.map(stack, state)
 

@@ -141,6 +141,28 @@ def test_state_is_donated_and_its_shardings_do_not_drift():
         state = after
 
 
+@pytest.mark.parametrize("parallel", [("jit", 1, 8), ("jit", 8, 1), ("pmap", 8, 1)])
+def test_after_the_first_step_nothing_is_traced_or_compiled(parallel):
+    mode, data, fsdp = parallel
+    parallel, task, heard = Parallel(mode, make_mesh(data, fsdp)), make_task(), []
+
+    def listen(event, seconds, **_):
+        if "trace" in event or "compile" in event:
+            heard.append(event)
+
+    state = parallel.init(task.init, jax.random.key(0))
+    step = parallel.step(task.train_step)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for number, batch in enumerate(batches()):
+            placed = parallel.batch(batch)
+            heard.clear()
+            state, _ = step(state, placed, {})
+            assert bool(heard) == (number == 0), heard
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """A checkpoint of step 2 on eight devices, and the state and loss of the third step there."""

@@ -88,6 +88,7 @@ def test_evaluation(job, tmp_path, two):
     assert one["samples"] == both["samples"] == 80
 
 
+@pytest.mark.slow  # two more runs to compile
 def test_a_run_looks_at_samples_as_one_process_does(job, tmp_path, two):
     """Pictures and numbers of a run in progress, by one process and by two."""
     config = ["--config=configs/digits_ldm.py:smoke", f"--config.data.dir={job}/latents"]

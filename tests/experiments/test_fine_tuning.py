@@ -13,7 +13,7 @@ from PIL import Image
 from configs import stable_diffusion
 from diffusion import weights
 from diffusion.interop import autoencoder, text_encoder, unet_config
-from experiments import build, cli, convert, encode_latents, pretrained, train
+from experiments import build, cli, convert, encode_latents, pretrained, runs, train
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -107,17 +107,15 @@ def test_stored_contexts_train_as_captions_encoded_on_the_way(
     np.testing.assert_allclose(found, wanted, rtol=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (("--config.conditioning.train_text_encoder=True",), ("latents.contexts=True", "frozen")),
-        (("--config.model.controlnet.hint_widths=(8,8)",), ("controlnet", "images")),
-    ],
-)
-def test_stored_contexts_are_refused(stored, tmp_path, capsys, argv, words):
-    assert stored(train, f"--workdir={tmp_path}/run", *argv) == 2
-    refused(capsys, *words)
+def test_contexts_need_a_frozen_text_encoder_and_controls_need_images(stored, tmp_path, capsys):
+    trained = "--config.conditioning.train_text_encoder=True"
+    assert stored(train, f"--workdir={tmp_path}/run", trained) == 2
+    refused(capsys, "latents.contexts=True", "frozen")
     assert not (tmp_path / "run").exists()
+    config = stable_diffusion.get_config("v1,stored,smoke")
+    config.model.controlnet = {"hint_widths": (8, 8, 8, 8)}
+    with pytest.raises(ValueError, match=r"model\.controlnet is given images"):
+        runs.build_run(config)
 
 
 def test_contexts_of_another_text_encoder_are_refused(stored, converted, tmp_path, capsys):

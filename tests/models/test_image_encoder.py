@@ -84,7 +84,9 @@ def test_dropout_follows_the_keys(network):
 
     assert np.abs(apply(x, keys) - apply(x, None)).max() > 1e-2
     np.testing.assert_array_equal(apply(x, keys), apply(x, keys))
-    np.testing.assert_allclose(apply(x, keys)[2:], apply(x[2:], keys[2:]), rtol=1e-5, atol=1e-6)
+    whole, part = apply(x, keys)[2:], apply(x[2:], keys[2:])
+    # Logits are sums of float32 that another batch may be given in another order.
+    assert np.abs(whole - part).max() < 5e-6 * np.abs(whole).max()
 
 
 def test_it_learns_digits_of_all_colours_sizes_and_places():

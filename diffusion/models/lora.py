@@ -83,7 +83,7 @@ def merge(params: Mapping[str, Any], tree: Tree, scale: float | int = 1.0) -> Tr
     """
     flat: dict[Any, Any] = dict(flatten_dict(dict(params)))  # pyright: ignore[reportAssignmentType]
     updates: dict[Any, Any] = flatten_dict(tree)  # pyright: ignore[reportAssignmentType]
-    for path in {path[:-1] for path in updates}:
+    for path in dict.fromkeys(path[:-1] for path in updates):
         delta = updates[*path, "down"] @ updates[*path, "up"]
         kernel = flat.get((*path, "kernel"))
         if kernel is None or kernel.shape != delta.shape:

@@ -231,7 +231,8 @@ def apply_gradients(
                 network_grads, opt_state[name], params[name]
             )
             params[name] = optax.apply_updates(params[name], updates)
-        for name in set(grads) & set(averages):
+        # No set: its order differs between processes, and they must trace one program.
+        for name in [name for name in grads if name in averages]:
             averages[name] = jax.tree.map(
                 lambda e, p: e * decay + p.astype(e.dtype) * (1 - decay),
                 averages[name],

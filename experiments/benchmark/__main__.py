@@ -138,14 +138,14 @@ def _shown(work: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in work.items() if k != "config"}
 
 
-def fitted(config: ConfigDict, peer: str | None) -> tuple[ConfigDict, dict[str, Any]]:
-    """The config as both sides can run it, and what that changed."""
+def fitted(config: ConfigDict) -> tuple[ConfigDict, dict[str, Any]]:
+    """The config as both sides can run it, and what that changed; so without a peer as well."""
     changed = {}
     config = ConfigDict(config.to_dict())
-    if peer and config.task == "denoiser" and config.model.unet.get("pool_context"):
+    if config.task == "denoiser" and config.model.unet.get("pool_context"):
         config.model.unet.pool_context = False  # Diffusers has no such thing
         changed["model.unet.pool_context"] = False
-    if peer and config.task == "autoencoder" and config.model.autoencoder.get("patch", 1) > 1:
+    if config.task == "autoencoder" and config.model.autoencoder.get("patch", 1) > 1:
         # Nor this one, which is a reshaping of its images before and after: the same network is
         # given the images reshaped.
         patch, space = config.model.autoencoder.patch, build.image_shape(config)[:-1]
@@ -188,13 +188,14 @@ def main(values: flags.FlagValues) -> None:
         raise ValueError(f"--peer={values.peer} does not measure --suite={values.suite}")
     if values.suite == FEATURES:
         work = _sizes(values) | {"suite": FEATURES, "batch": values.batch or 50}
-        work |= {"dtype": "float32", "side": values.side, "devices": 1}
+        work |= {"dtype": "float32", "side": values.side}
+        check_batch(work["batch"], 1, values.devices)
         found = benchmark(work, values.peer, values.rounds)
     elif values.suite in alone.SUITES:
         config = cli.require(values, "config")
         found = alone.SUITES[values.suite](config, values.batch, values.repeats)
     elif values.suite == GROWTH:
-        config = cli.require(values, "config")
+        config, _ = fitted(cli.require(values, "config"))
         options = _sizes(values) | {"sample_steps": 1, "guidance_scale": 1.0, "peer_options": {}}
         batch = values.batch or config.train.batch_size
         found = growth.growth(config, batch, values.rounds, options, run)
@@ -222,7 +223,7 @@ def _compared(config: ConfigDict, values: flags.FlagValues) -> dict[str, Any]:
             f"--suite={values.suite} is of a config with task={wanted!r}, not {config.task!r}"
         )
     check_batch(values.batch or config.train.batch_size, 1, values.devices)
-    config, changed = fitted(config, values.peer)
+    config, changed = fitted(config)
     work = describe(
         config,
         values.suite,

@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from diffusion.interop.inception import load_inception
 from diffusion.models.inception import Inception, preprocess
+from diffusion.training.parallel import BATCH, make_mesh
 from experiments import plan
 from experiments.benchmark.ours import ceiling, memory
 from experiments.benchmark.workload import INPUTS, resident_bytes, timed
@@ -46,8 +48,9 @@ def prepare(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
 
 def measure(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
     before = resident_bytes()
-    params = jax.device_put(load_inception(directory / RANDOM)[0])
-    images, call = jnp.asarray(np.load(directory / INPUTS)["x"]), jax.jit(network)
+    mesh, call = make_mesh(devices=jax.devices()[: work["devices"]]), jax.jit(network)
+    params = jax.device_put(load_inception(directory / RANDOM)[0], NamedSharding(mesh, P()))
+    images = jax.device_put(np.load(directory / INPUTS)["x"], NamedSharding(mesh, BATCH))
     held: dict[str, Any] = {}
 
     def once():

@@ -174,19 +174,17 @@ class Parallel:
         return jax.device_put(self.gather(state), NamedSharding(self.mesh, PartitionSpec()))
 
     def batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows to global arrays split over the devices."""
-        sharding = NamedSharding(self.mesh, BATCH)
-
-        def place(x):
-            if self.mode == "pmap":
-                x = x.reshape(jax.local_device_count(), -1, *x.shape[1:])
-            return jax.make_array_from_process_local_data(sharding, x)
-
-        return jax.tree.map(place, batch)
+        """This process's rows to what the step takes: global arrays split over the devices."""
+        if self.mode == "pmap":
+            count = jax.local_device_count()
+            batch = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        return self.rows(batch)
 
     def rows(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """As `batch`, for a jitted function in either mode."""
         sharding = NamedSharding(self.mesh, BATCH)
+        if jax.process_count() == 1:
+            return jax.device_put(batch, sharding)  # all arrays by one call
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
     def replicate(self, tree: Any) -> Any:

@@ -1,5 +1,6 @@
 """The suites that have no other side: the input pipeline, checkpoints, attention's kernels."""
 
+import collections
 import contextlib
 import itertools
 import os
@@ -19,6 +20,7 @@ from diffusion.checkpoint import Checkpoints
 from diffusion.models.attention import cudnn_applies, dot_product_attention
 from experiments import runs
 from experiments.benchmark.workload import summary
+from experiments.train import RUN_AHEAD_STEPS
 
 
 def _rate(call: Callable[[], Any], repeats: int, examples: int) -> dict[str, float]:
@@ -46,11 +48,14 @@ def data(config: ConfigDict, batch: int | None, repeats: int) -> dict[str, Any]:
     with contextlib.closing(run.train_batches()) as stream:
         one = run.parallel.batch(next(stream))
 
+        late = collections.deque()  # the host runs ahead of the device, as in the loop
+
         def advance(batch):
             held["state"], metrics = step(held["state"], batch, frozen)
-            return metrics["loss"]
+            late.append(metrics["loss"])
+            return late.popleft() if len(late) > RUN_AHEAD_STEPS else None
 
-        for _ in range(3):
+        for _ in range(5):
             jax.block_until_ready(advance(one))
         still = _rate(lambda: advance(one), repeats, size)
         fed = _rate(lambda: advance(run.parallel.batch(next(stream))), repeats, size)

@@ -94,7 +94,7 @@ def plan(config: ConfigDict, devices: int = 1) -> dict[str, Any]:
     task, state, frozen = shapes(config)
     return {
         "task": config.task,
-        "networks": networks(config),
+        "networks": networks(state, frozen),
         "sample_shape": list(task.sample_shape),
         "flops_per_example": step_flops(config, task, state, frozen),
         "batch_size": config.train.batch_size,
@@ -115,9 +115,8 @@ def shapes(config: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
     return task, state, frozen_shapes(config, task, state)
 
 
-def networks(config: ConfigDict) -> dict[str, dict[str, int]]:
+def networks(state: Any, frozen: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Name -> {"parameters"} of every network, trained or frozen."""
-    _, state, frozen = shapes(config)
     found = {**state.params, **frozen}
     return {name: {"parameters": count(tree)} for name, tree in found.items()}
 

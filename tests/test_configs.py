@@ -65,7 +65,8 @@ CONFIGS = sorted(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_builds_and_counts(name):
-    networks = plan.networks(load(*name.split(":")))
+    _, state, frozen = plan.shapes(load(*name.split(":")))
+    networks = plan.networks(state, frozen)
     counts = {key: network["parameters"] for key, network in networks.items()}
     for key, wanted in PARAMETERS.get(name, {}).items():
         assert counts[key] == wanted

@@ -136,12 +136,18 @@ def noticed(copy: pathlib.Path, file: str, old: str, new: str, test: str) -> boo
     text = path.read_text()
     if text.count(old) != 1:
         raise ValueError(f"{file} has {text.count(old)} times {old!r}: bring the mutation up to it")
+    if fails(copy, test):
+        raise ValueError(f"{test} fails with nothing broken")
     path.write_text(text.replace(old, new))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", f"tests/{test}"]
     try:
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        return fails(copy, test)
     finally:
         path.write_text(text)
+
+
+def fails(copy: pathlib.Path, test: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", f"tests/{test}"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     if done.returncode not in (0, 1) or "error" in done.stdout.splitlines()[-1]:
         raise ValueError(f"{test} did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.returncode == 1

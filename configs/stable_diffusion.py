@@ -1,25 +1,27 @@
 """Fine-tuning Stable Diffusion (https://arxiv.org/abs/2112.10752) on a folder of captioned images.
 
     python -m experiments.convert --from=diffusers --source=PIPELINE --workdir=runs/sd_v1
-    python -m experiments.train --config=configs/stable_diffusion.py:v1 --workdir=DIR \
-        --config.data.dir=IMAGES
+    python -m experiments.encode_latents --config=configs/stable_diffusion.py:v1 \
+        --config.latents.data_dir=IMAGES
+    python -m experiments.train --config=configs/stable_diffusion.py:v1 --workdir=DIR
 
 `v1` (default): U-Net of 859,520,964, CLIP ViT-L/14's text encoder. `v2`: 865,910,724, OpenCLIP
 ViT-H/14's, velocity as `v` (768-v-ema; `--config.process.prediction=eps` for 2-base). `lora`: the
-U-Net is frozen, and low-rank updates of its attention are trained. `controlnet`: it is frozen, and
-a ControlNet on edges of the images is trained. `stored`: latents and the text encoder's outputs
-are made once, beforehand (`v1,stored` or `v1,lora,stored`; experiments/results/speed has the gain):
+U-Net is frozen, and low-rank updates of its attention are trained. Latents and the text encoder's
+outputs are made once, by encode_latents (experiments/results/speed has the gain). `online`: they
+are made while training, and nothing is stored:
 
-    python -m experiments.encode_latents --config=configs/stable_diffusion.py:v1,stored \
-        --config.latents.data_dir=IMAGES
-    python -m experiments.train --config=configs/stable_diffusion.py:v1,stored --workdir=DIR
+    python -m experiments.train --config=configs/stable_diffusion.py:v1,online --workdir=DIR \
+        --config.data.dir=IMAGES
+
+`controlnet`: the U-Net is frozen, and a ControlNet on edges of the images is trained; it is
+`online`, being given images.
 
 IMAGES holds a metadata.jsonl of `file_name` and `text`, or a .txt beside each image. The text
-encoder and the first stage stay frozen; without `stored` both are applied while training. A tenth
-of the captions is dropped, as v1-3 and v1-4 were trained (CompVis/stable-diffusion,
-Stable_Diffusion_v1_Model_Card.md); 1e-4 with 10,000 steps of warm-up is that card's rate for a
-batch of 2048, 1e-5 for a small one the usual one. No number to reproduce; not trained here: time
-not measured.
+encoder and the first stage stay frozen. A tenth of the captions is dropped, as v1-3 and v1-4 were
+trained (CompVis/stable-diffusion, Stable_Diffusion_v1_Model_Card.md); 1e-4 with 10,000 steps of
+warm-up is that card's rate for a batch of 2048, 1e-5 for a small one the usual one. No number to
+reproduce; not trained here: time not measured.
 """
 
 from configs import common, common_ldm
@@ -27,11 +29,11 @@ from configs import common, common_ldm
 
 def get_config(arg=None):
     which, switches, smoke = common.parse_switches(
-        arg, ("v1", "v2"), ("lora", "controlnet", "stored")
+        arg, ("v1", "v2"), ("lora", "controlnet", "online")
     )
-    if "controlnet" in switches and len(switches) > 1:
-        raise ValueError(f"config argument {arg!r}: controlnet goes alone, it is given images")
-    stored = "stored" in switches
+    if {"controlnet", "lora"} <= set(switches):
+        raise ValueError(f"config argument {arg!r}: controlnet and lora exclude each other")
+    stored = not {"controlnet", "online"} & set(switches)
     make = common_ldm.stored_folder if stored else common_ldm.online_latents
     config = make("kl_f8", 0.18215)
     config.init_from = f"runs/sd_{which}"

@@ -92,7 +92,7 @@ def test_flops_are_of_the_papers_network_and_of_nothing_that_is_not_run():
 @pytest.mark.slow  # a minute of tracing
 def test_what_is_frozen_and_not_stored_costs_its_forward_pass():
     """SD v1 at 512 pixels: 2,407 GFLOP the U-Net's step, 1,117 the first stage's encoder."""
-    stored, online = (train_flops(load("stable_diffusion", a)) for a in ("v1,stored", "v1"))
+    stored, online = (train_flops(load("stable_diffusion", a)) for a in ("v1", "v1,online"))
     assert abs(stored / 2407e9 - 1) < 0.02
     assert abs((online - stored) / 1117e9 - 1) < 0.01
 
@@ -123,8 +123,9 @@ def test_words_of_an_argument_combine_and_contradictions_are_refused():
     config = load("stable_diffusion", "v2,lora,smoke")
     assert config.model.unet.linear_projection and "lora" in config.model
     assert "controlnet" in load("stable_diffusion", "controlnet,smoke").model
-    assert load("stable_diffusion", "v1,lora,stored").latents.contexts
-    for wrong in ("lora,controlnet", "stored,controlnet", "v1,v2", "lora,v3"):
+    assert load("stable_diffusion", "v1,lora").latents.contexts
+    assert "latents" not in load("stable_diffusion", "online,controlnet")
+    for wrong in ("lora,controlnet", "v1,v2", "lora,v3"):
         with pytest.raises(ValueError, match=wrong.split(",")[1]):
             load("stable_diffusion", wrong)
 

@@ -36,6 +36,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, Num
 
+from diffusion.models import convolution
+
 Padding = int | tuple[int, int] | None
 
 # DDPM's `default_init` (`diffusion_tf/nn.py`): scale 1, and 1e-10 where it says "zero".
@@ -71,26 +73,14 @@ class Conv(nn.Module):
             self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         )
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.strides,) * rank,
-            self._padding(rank),
-            dimension_numbers=_channels_last(rank),
-        )
+        y = convolution.conv(x, kernel, self.strides, self._padding())
         if bias is not None:
             y = y + jnp.expand_dims(bias, tuple(range(rank + 1)))
         return checkpoint_name(y, "conv")
 
-    def _padding(self, rank: int) -> list[tuple[int, int]]:
+    def _padding(self) -> tuple[int, int]:
         padding = self.kernel_size // 2 if self.padding is None else self.padding
-        return [(padding, padding) if isinstance(padding, int) else padding] * rank
-
-
-def _channels_last(rank: int) -> lax.ConvDimensionNumbers:
-    space = tuple(range(1, rank + 1))
-    image = (0, rank + 1, *space)
-    return lax.ConvDimensionNumbers(image, (rank + 1, rank, *range(rank)), image)
+        return (padding, padding) if isinstance(padding, int) else padding
 
 
 class GroupNorm(nn.Module):

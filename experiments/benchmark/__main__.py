@@ -50,6 +50,7 @@ OURS = "experiments.benchmark.ours"
 COMPARED = ("train", "sample", "autoencoder", "compile")
 FEATURES = "features"  # the suite, whose peer is pytorch-fid
 GROWTH = "growth"
+ENVIRONMENT = ("GLIBC_TUNABLES", "XLA_FLAGS")  # what both sides inherit, and the JSON says
 GATE = {"output": 1e-4, "gradient": 1e-3, "sampled": 1e-3}  # relative, float32
 
 
@@ -202,6 +203,7 @@ def main(values: flags.FlagValues) -> None:
     else:
         found = _compared(cli.require(values, "config"), values)
     found["command"] = " ".join(["python -m experiments.benchmark", *sys.argv[1:]])
+    found["environment"] = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     if values.out:
         workdir.write_whole(pathlib.Path(values.out), json.dumps(found, indent=2) + "\n")
     if values.plot:

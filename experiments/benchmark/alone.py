@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import itertools
+import math
 import os
 import pathlib
 import tempfile
@@ -22,6 +23,8 @@ from experiments import runs
 from experiments.benchmark.workload import summary
 from experiments.train import RUN_AHEAD_STEPS
 
+BLOCK_SECS = 0.25  # of steps timed together; what drains at its end is little of it
+
 
 def _rate(call: Callable[[], Any], repeats: int, examples: int) -> dict[str, float]:
     secs = []
@@ -32,11 +35,21 @@ def _rate(call: Callable[[], Any], repeats: int, examples: int) -> dict[str, flo
     return {k: examples / v for k, v in summary(secs).items()}
 
 
+def median_interval(x: np.ndarray) -> tuple[float, float, float]:
+    """The median between its 0.95 bounds, which are order statistics (binomial, at 1/2)."""
+    x = np.sort(x)
+    reach = 0.98 * np.sqrt(len(x))
+    low, high = math.floor(len(x) / 2 - reach), math.ceil(len(x) / 2 + reach)
+    return float(x[max(low, 0)]), float(np.median(x)), float(x[min(high, len(x) - 1)])
+
+
 def data(config: ConfigDict, batch: int | None, repeats: int) -> dict[str, Any]:
     """Batches a second of the pipeline alone, and the step with it and without.
 
     Needs the config's prepared data. "times" is the pipeline's speed over the step's (2 and more:
-    a step never waits), "slower" how much longer a step takes when the pipeline feeds it.
+    a step never waits), "slower" how much longer a step takes when the pipeline feeds it: the
+    median over `repeats` pairs of blocks of steps, one block fed and one on a single batch, in
+    turns; between "slower_low" and "slower_high" lies the true one with probability 0.95.
     """
     if batch:
         config = ConfigDict(config.to_dict())
@@ -55,18 +68,32 @@ def data(config: ConfigDict, batch: int | None, repeats: int) -> dict[str, Any]:
             late.append(metrics["loss"])
             return late.popleft() if len(late) > RUN_AHEAD_STEPS else None
 
-        for _ in range(5):
-            jax.block_until_ready(advance(one))
-        still = _rate(lambda: advance(one), repeats, size)
-        fed = _rate(lambda: advance(run.parallel.batch(next(stream))), repeats, size)
+        feeds = {"still": lambda: one, "fed": lambda: run.parallel.batch(next(stream))}
+
+        def block(feed: str, steps: int) -> float:
+            """Seconds a step."""
+            started = time.perf_counter()
+            for _ in range(steps):
+                advance(feeds[feed]())
+            jax.block_until_ready(held["state"])
+            return (time.perf_counter() - started) / steps
+
+        block("still", 5), block("fed", 5)
+        steps = max(1, round(BLOCK_SECS / block("still", 5)))
+        secs: dict[str, list[float]] = {"still": [], "fed": []}
+        for i in range(repeats):
+            for feed in ("still", "fed") if i % 2 else ("fed", "still"):
+                secs[feed].append(block(feed, steps))
         alone = _rate(lambda: next(stream), repeats * 5, size)
+    low, slower, high = median_interval(np.divide(secs["fed"], secs["still"]) - 1)
     row = {
         "batch": size,
         "pipeline_per_sec": alone["median"],
-        "step_per_sec": still["median"],
-        "fed_per_sec": fed["median"],
-        "times": alone["median"] / still["median"],
-        "slower": still["median"] / fed["median"] - 1,
+        **{f"{feed}_per_sec": size / float(np.median(s)) for feed, s in secs.items()},
+        "times": alone["median"] * float(np.median(secs["still"])) / size,
+        "slower": slower,
+        "slower_low": low,
+        "slower_high": high,
     }
     return {"suite": "data", "rows": [row]}
 

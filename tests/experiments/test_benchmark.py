@@ -1,14 +1,17 @@
 """The benchmark's own honesty: its gate, its clock, and what it says of a wrong command."""
 
 import json
+import time
+import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import ddpm_cifar10, digits_autoencoder, digits_ldm
 from experiments import cli
 from experiments.benchmark import __main__ as command
-from experiments.benchmark import growth, show, workload
+from experiments.benchmark import alone, growth, show, workload
 
 CONFIG = "configs/ddpm_cifar10.py:smoke"
 
@@ -93,6 +96,42 @@ def test_timed_counts_calls_and_leaves_the_first_apart():
     found = workload.timed(lambda: calls.append(1), lambda: waits.append(len(calls)), work)
     assert len(calls) == 1 + 2 + 3 * 4 and waits == [1, 3, 7, 11, 15]
     assert len(found["secs"]) == 3
+
+
+def test_what_a_slow_pipeline_adds_to_a_step_is_told(monkeypatch):
+    """Steps of 10 ms, and batches that take 3 ms more."""
+
+    class Run:
+        task, init, start, frozen = types.SimpleNamespace(train_step=None), None, None, {}
+
+        def train_batches(self):
+            while True:
+                time.sleep(3e-3)
+                yield {}
+
+    def step(state, batch, frozen):
+        time.sleep(10e-3)
+        return state, {"loss": jnp.zeros(())}
+
+    Run.parallel = types.SimpleNamespace(
+        step=lambda _: step,
+        init=lambda *_: jnp.zeros(()),
+        replicate=lambda tree: tree,
+        batch=lambda batch: batch,
+    )
+    monkeypatch.setattr(alone.runs, "build_run", lambda _: Run())
+    (row,) = alone.data(digits_ldm.get_config("smoke"), None, 12)["rows"]
+    assert 0.2 < row["slower"] < 0.4
+    assert row["slower_low"] <= row["slower"] <= row["slower_high"]
+    assert row["still_per_sec"] > row["fed_per_sec"]
+
+
+def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    draws = rng.standard_cauchy((2000, 40))  # as heavy tails as any clock's
+    bounds = np.array([alone.median_interval(x) for x in draws])
+    assert 0.94 < ((bounds[:, 0] <= 0) & (0 <= bounds[:, 2])).mean() < 0.98
+    np.testing.assert_allclose(bounds[:, 1], np.median(draws, axis=1))
 
 
 def test_growth_fits_the_batch_and_counts_what_devices_exchange():

@@ -27,7 +27,7 @@ def refused(capsys, *words) -> None:
 
 
 def stable_diffusion_config(*argv):
-    return ("--config=configs/stable_diffusion.py:v1,smoke", *argv)
+    return ("--config=configs/stable_diffusion.py:v1,online,smoke", *argv)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def stored(sd, converted, pictures, tmp_path):
     """`command(module, *flags)` of the config that stores latents and contexts, and its latents."""
 
     def command(module, *argv):
-        given = ("--config=configs/stable_diffusion.py:v1,stored,smoke", *sd.FLAGS)
+        given = ("--config=configs/stable_diffusion.py:v1,smoke", *sd.FLAGS)
         given += (f"--config.init_from={converted}", f"--config.latents.first_stage={converted}")
         given += (f"--config.latents.data_dir={pictures}", f"--config.data.dir={tmp_path}/latents")
         given += ("--config.data.max_bad_images=1", "--config.parallel.data=1")
@@ -112,7 +112,7 @@ def test_contexts_need_a_frozen_text_encoder_and_controls_need_images(stored, tm
     assert stored(train, f"--workdir={tmp_path}/run", trained) == 2
     refused(capsys, "latents.contexts=True", "frozen")
     assert not (tmp_path / "run").exists()
-    config = stable_diffusion.get_config("v1,stored,smoke")
+    config = stable_diffusion.get_config("v1,smoke")
     config.model.controlnet = {"hint_widths": (8, 8, 8, 8)}
     with pytest.raises(ValueError, match=r"model\.controlnet is given images"):
         runs.build_run(config)

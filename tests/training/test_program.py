@@ -10,7 +10,7 @@ PROGRAMS = """
 import hashlib, jax
 from configs import digits_ldm, stable_diffusion
 from experiments import plan
-for config in (digits_ldm.get_config("smoke"), stable_diffusion.get_config("v1,lora,stored,smoke")):
+for config in (digits_ldm.get_config("smoke"), stable_diffusion.get_config("v1,lora,smoke")):
     task, state, frozen = plan.shapes(config)
     step = jax.jit(task.train_step)
     lowered = step.lower(state, plan.abstract_batch(config, task, 2), frozen)

@@ -120,13 +120,18 @@ class Parallel:
         `start`: parameters by network that replace the fresh ones (and their averages), each tree
         whole or in part.
         """
-        shardings = self.shardings(jax.eval_shape(init_fn, key))
-        state = jax.jit(init_fn, out_shardings=shardings)(key)
-        if start:
-            params = _replaced(state.params, start)
-            ema = _replaced(state.ema, {k: v for k, v in start.items() if k in state.ema})
-            state = state.replace(params=params, ema=ema)
-        return self.spread(state)
+        abstract = jax.eval_shape(init_fn, key)
+        shardings = self.shardings(abstract)
+        given = _placed(start or {}, abstract.params, shardings.params)
+
+        def begin(key, given):  # compiled, nothing is drawn that is replaced
+            state = init_fn(key)
+            averaged = {k: v for k, v in given.items() if k in state.ema}
+            return state.replace(
+                params=_replaced(state.params, given), ema=_replaced(state.ema, averaged)
+            )
+
+        return self.spread(jax.jit(begin, out_shardings=shardings)(key, given))
 
     def shardings(self, abstract: Any) -> Any:
         """Shardings of a state as checkpoints hold it (without pmap's leading axis)."""
@@ -242,10 +247,18 @@ class Parallel:
         return {k: float(v) for k, v in self.gather(metrics).items()}
 
 
-def _replaced(tree: Any, start: Any) -> Any:
-    """`tree` with the leaves of `start` in the places of its own. ValueError for another shape."""
+def _placed(start: Any, abstract: Any, shardings: Any) -> Any:
+    """The leaves of `start` that `abstract` has, laid out. ValueError for another shape."""
+    if isinstance(abstract, dict):
+        names = [name for name in start if name in abstract]
+        return {n: _placed(start[n], abstract[n], shardings[n]) for n in names}
+    if abstract.shape != start.shape:
+        raise ValueError(f"init_from: a parameter has shape {start.shape}, not {abstract.shape}")
+    return jax.device_put(np.asarray(start, abstract.dtype), shardings)
+
+
+def _replaced(tree: Any, given: Any) -> Any:
+    """`tree` with the leaves of `given` in the places of its own."""
     if not isinstance(tree, dict):
-        if tree.shape != start.shape:
-            raise ValueError(f"init_from: a parameter has shape {start.shape}, not {tree.shape}")
-        return jax.device_put(jnp.array(start, tree.dtype), tree.sharding)
-    return {name: _replaced(v, start[name]) if name in start else v for name, v in tree.items()}
+        return given
+    return {name: _replaced(v, given[name]) if name in given else v for name, v in tree.items()}

@@ -248,3 +248,25 @@ def test_what_does_not_fit_is_refused(make, words):
     with pytest.raises(ValueError) as error:
         make()
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("mode, fsdp", [("jit", 1), ("jit", 2), ("pmap", 1)])
+def test_a_state_begins_with_the_parameters_that_it_is_given(mode, fsdp):
+    """And their averages; all else is what it would have been."""
+    task, key = make_task(optimizer="adam"), jax.random.key(0)
+    parallel = Parallel(mode, make_mesh(fsdp=fsdp))
+    fresh = jax.device_get(single().init(task.init, key))
+    conv_in = jax.tree.map(lambda x: np.asarray(x) + 1, fresh.params["unet"]["conv_in"])
+    start = {"unet": {"conv_in": conv_in}}
+    state = parallel.init(task.init, key, start)
+    found = jax.device_get(parallel.gather(state))
+    shardings = parallel.shardings(jax.eval_shape(task.init, key))
+    if mode == "jit":
+        assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    wanted = {**fresh.params["unet"], "conv_in": conv_in}
+    for tree in (found.params["unet"], found.ema["unet"]):
+        jax.tree.map(np.testing.assert_array_equal, tree, wanted)
+    jax.tree.map(np.testing.assert_array_equal, found.opt_state, fresh.opt_state)
+    wrong = {"unet": {"conv_in": {"bias": np.zeros(3, np.float32)}}}
+    with pytest.raises(ValueError, match=r"init_from: a parameter has shape \(3,\), not \(32,\)"):
+        parallel.init(task.init, key, wrong)

@@ -3,7 +3,8 @@
     python -m experiments.convert --from=diffusers --source=PIPELINE --workdir=runs/sd_v1
     python -m experiments.encode_latents --config=configs/stable_diffusion.py:v1 \
         --config.latents.data_dir=IMAGES
-    python -m experiments.train --config=configs/stable_diffusion.py:v1 --workdir=DIR
+    python -m experiments.train --config=configs/stable_diffusion.py:v1 --workdir=DIR \
+        --config.latents.data_dir=IMAGES
 
 `v1` (default): U-Net of 859,520,964, CLIP ViT-L/14's text encoder. `v2`: 865,910,724, OpenCLIP
 ViT-H/14's, velocity as `v` (768-v-ema; `--config.process.prediction=eps` for 2-base). `lora`: the

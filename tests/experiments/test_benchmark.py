@@ -20,13 +20,18 @@ def run(*argv):
     return cli.run(command.define, command.main, argv)
 
 
+TUNABLES = "glibc.malloc.hugetlb=1"
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """Two rounds of both sides on a tiny network, through the command."""
     out = tmp_path_factory.mktemp("benchmark")
     quick = ("--rounds=2", "--warmup=1", "--repeats=3", "--batch=2")
     files = (f"--out={out / 'train.json'}", f"--plot={out / 'train.png'}")
-    assert run(f"--config={CONFIG}", "--peer=diffusers", *quick, *files) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLIBC_TUNABLES", TUNABLES)
+        assert run(f"--config={CONFIG}", "--peer=diffusers", *quick, *files) == 0
     assert (out / "train.png").stat().st_size > 1000
     return json.loads((out / "train.json").read_text())
 
@@ -47,6 +52,7 @@ def test_rates_are_those_of_the_times(compared):
         np.testing.assert_allclose(side["mfu"], speed / compared["ceiling"]["matmul_flops_per_sec"])
     rates = [compared["sides"][k]["examples_per_sec"]["median"] for k in ("ours", "diffusers")]
     np.testing.assert_allclose(compared["ratio"], rates[0] / rates[1])
+    assert compared["environment"]["GLIBC_TUNABLES"] == TUNABLES
     assert "ratio" in show.table(compared) and "passed" in show.table(compared)
 
 

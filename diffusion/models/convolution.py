@@ -6,7 +6,8 @@ each place, over batch and space p:
     dw[k] = sum_p x[s p + k] (x) dy[p]
 
 XLA makes one convolution of it. On CPUs that is the slowest part of a training step: the products
-take 0.5 to 0.9 times as long from some size on (experiments/results/speed), and are used there.
+take mostly 0.5 to 0.85 times as long from some size on (experiments/results/speed), and are used
+there.
 """
 
 import math

@@ -22,7 +22,9 @@ from ml_collections import ConfigDict
 from diffusion import weights
 from diffusion.data import latents, loader, transforms
 from diffusion.training.parallel import BATCH, make_mesh
-from experiments import build, captions, cli, cluster, first_stage, pretrained, runs
+from experiments.evaluate import reconstructions
+from experiments.host import cli, cluster
+from experiments.run import build, captions, networks, training
 
 
 def encode(config: ConfigDict) -> dict:
@@ -34,9 +36,9 @@ def encode(config: ConfigDict) -> dict:
     scaling = latents.Scaling(section.scaling, section.scale, section.scaling_examples)
     stage = find_first_stage(config)
     network, params = build.autoencoder(config.model.autoencoder), stage.params
-    begun = pretrained.begin(config)
-    identity = runs.latent_identity(config, begun)["made_from"]
-    source, steps = runs.open_images(_image_config(config), "train")
+    begun = networks.begin(config)
+    identity = training.latent_identity(config, begun)["made_from"]
+    source, steps = training.open_images(_image_config(config), "train")
     count = len(source) * section.epochs
     shape = build.sample_shape(config)
     fields: dict = {"mean": ("float16", shape)}
@@ -49,7 +51,7 @@ def encode(config: ConfigDict) -> dict:
         length = config.model.text_encoder.max_length
         tokenizer = begun.tokenizer if "text_encoder" in begun.frozen else None
         tokenizer = tokenizer or captions.make_tokenizer(section.tokenizer, source, steps)
-        null = runs.null_tokens(config, tokenizer)
+        null = training.null_tokens(config, tokenizer)
         captions.count_cut(source, steps, tokenizer, length)
         kind = "int16" if tokenizer.vocabulary_size < 2**15 else "int32"
         fields["tokens"], hashes = (kind, (length,)), {"tokenizer": tokenizer.sha256}
@@ -116,15 +118,15 @@ def encode(config: ConfigDict) -> dict:
     return latents.finish(plan, scaling)
 
 
-def find_first_stage(config: ConfigDict) -> first_stage.Stage:
+def find_first_stage(config: ConfigDict) -> reconstructions.Stage:
     """The first stage that `latents.first_stage` names: its own run, or any workdir that has one.
 
     Raises ValueError when there is none, or its model is not the config's.
     """
     directory = pathlib.Path(config.latents.first_stage)
-    stage = first_stage.load(directory, flag="--config.latents.first_stage")
+    stage = reconstructions.load(directory, flag="--config.latents.first_stage")
     wanted = build.autoencoder(config.model.autoencoder)
-    if found := pretrained.difference(wanted, stage.network):
+    if found := networks.difference(wanted, stage.network):
         key, ours, theirs = found
         raise ValueError(
             f"latents.first_stage={directory} was trained with model.autoencoder.{key}={theirs},"

@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from diffusion.data import prepare
-from experiments import cli
+from experiments.host import cli
 
 
 def define(add: cli.Flags) -> None:

@@ -20,11 +20,15 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from diffusion import pictures
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.data.prepare import prepare
-from experiments import cli, evaluate, generate, pictures, report, workdir
 from experiments.encode_latents import encode
-from experiments.measures import Subject
+from experiments.evaluate import __main__ as evaluate
+from experiments.evaluate.metrics import Subject
+from experiments.host import cli
+from experiments.report import __main__ as report
+from experiments.run import generate, workdir
 from experiments.train import INTERRUPTED, train
 
 GRID = 32  # captioned samples

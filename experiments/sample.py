@@ -19,7 +19,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, cluster, generate, pictures, pipelines
+from diffusion import pictures
+from experiments.host import cli, cluster
+from experiments.run import generate, pipelines
 
 
 def define(add: cli.Flags) -> None:

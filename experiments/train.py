@@ -3,8 +3,8 @@
     python -m experiments.train --config=configs/X.py --workdir=DIR [--config.a.b=v]
 
 The same command run again resumes. SIGTERM, SIGINT or SIGUSR1 saves and ends with status 75: run it
-again; what else ends it, and with which status, says `experiments/guards.py`. Several processes run
-it together: `experiments/cluster.py`.
+again; what else ends it, and with which status, says `host/guards.py`. Several processes run
+it together: `host/cluster.py`.
 
 A task has `init(key, ...)`, `train_step(state, batch, frozen, axis_name)` and
 `eval_step(state, batch, frozen)`; nothing here knows which one it runs.
@@ -24,8 +24,10 @@ from ml_collections import ConfigDict
 from diffusion.checkpoint import Checkpoints
 from diffusion.manifest import SOUND
 from diffusion.writers import make_writer
-from experiments import cli, cluster, preview, runs, watched, workdir
-from experiments.guards import INTERRUPTED, SkippedSteps, StopOnSignal, Watchdog
+from experiments.evaluate import in_loop, watched
+from experiments.host import cli, cluster
+from experiments.host.guards import INTERRUPTED, SkippedSteps, StopOnSignal, Watchdog
+from experiments.run import training, workdir
 
 # Steps handed to the device before the host waits: enough to keep it busy, and so few that a signal
 # is answered, or a hang seen, within a few steps.
@@ -44,11 +46,11 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
 
 def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, float] | None:
     # ---------------------------------------------------------------- check, build, place
-    def check_and_build() -> runs.Run:
+    def check_and_build() -> training.Run:
         workdir.check(directory, config)
-        preview.check(config)
+        in_loop.check(config)
         watched.judge(config)
-        return runs.build_run(config)
+        return training.build_run(config)
 
     run = cluster.together(check_and_build)
     parallel = run.parallel
@@ -118,7 +120,7 @@ def _loop(
     if start and cluster.is_first():
         done = start >= config.train.steps
         print(f"finished at step {start:,}" if done else f"goes on from step {start:,}", flush=True)
-    glimpse = preview.Preview(run, directory)
+    glimpse = in_loop.Preview(run, directory)
     frozen = parallel.replicate(run.frozen)
     train_step = parallel.step(run.task.train_step)
     log = _Log(writer, config, parallel, start)

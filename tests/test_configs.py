@@ -6,7 +6,8 @@ import pathlib
 import pytest
 from ml_collections import config_flags  # noqa: F401  (the flag type that commands read)
 
-from experiments import build, plan
+from experiments.plan import cost as plan
+from experiments.run import build
 
 NAMES = sorted(
     path.stem

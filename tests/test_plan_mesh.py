@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from configs import digits_pixel
 from diffusion.training.parallel import Parallel, make_mesh
-from experiments import cli, plan, plan_mesh
+from experiments.host import cli
+from experiments.plan import __main__ as plan
+from experiments.plan import mesh
 
 MODULE = """HloModule step
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -31,7 +33,7 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
 
 
 def test_collectives_are_read_with_the_trip_counts_of_their_loops():
-    assert plan_mesh.collectives(MODULE) == {
+    assert mesh.collectives(MODULE) == {
         "all-reduce": {"count": 2, "bytes": 4 * (32 + 2) + 4},
         "all-gather": {"count": 5, "bytes": 5 * 2 * 64},
     }
@@ -45,7 +47,7 @@ def tiny() -> ConfigDict:
 
 
 def compiled(data, fsdp):
-    return plan_mesh.compile_plan(tiny(), data, fsdp)
+    return mesh.compile_plan(tiny(), data, fsdp)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_a_shard_holds_an_eighth(plans):
 
 def test_what_is_planned_is_what_lies_on_a_device(plans):
     """The state itself, on eight devices."""
-    parallel, task = Parallel("jit", make_mesh(1, 8)), plan_mesh.build.task(tiny())
+    parallel, task = Parallel("jit", make_mesh(1, 8)), mesh.build.task(tiny())
     state = parallel.init(task.init, jax.random.key(0))
     device = jax.devices()[0]
     held = sum(
@@ -85,7 +87,7 @@ def test_what_is_planned_is_what_lies_on_a_device(plans):
 
 def test_flops_are_those_of_the_whole_batch(plans):
     assert plans[2, 1]["flops_per_step"] == plans[1, 8]["flops_per_step"]
-    forward = plan.plan(tiny())["flops_per_example"]["forward"]
+    forward = cost.plan(tiny())["flops_per_example"]["forward"]
     # A step is three forwards, but for what the first layer need not send back.
     assert 2.5 < plans[8, 1]["flops_per_step"] / (16 * forward) < 3.2
 
@@ -101,12 +103,12 @@ def test_the_bounds_of_a_step():
         },
         "flops_per_step": 989e12 * 16 * 0.25,
     }
-    bound = plan_mesh.roofline(found, "h100")
+    bound = mesh.roofline(found, "h100")
     np.testing.assert_allclose(bound["secs"]["compute"], 0.25)
     np.testing.assert_allclose(bound["secs"]["memory"], 16e9 / 3.35e12)
     np.testing.assert_allclose(bound["secs"]["network"], 15 / 16 * 32e9 / 50e9)  # two nodes
     assert bound["bound_by"] == "network" and bound["state_of_memory"] == 0.1
-    one_node = plan_mesh.roofline(found | {"mesh": {"data": 8, "fsdp": 1}}, "h100")
+    one_node = mesh.roofline(found | {"mesh": {"data": 8, "fsdp": 1}}, "h100")
     np.testing.assert_allclose(one_node["secs"]["network"], 7 / 8 * 32e9 / 450e9)
 
 
@@ -123,7 +125,7 @@ def test_the_command_plans_for_more_devices_than_there_are(capfd):
     found = json.loads(capfd.readouterr().out)
     assert found["mesh"] == {"data": 8, "fsdp": 4} and found["batch_size"] == 64
     assert found["roofline"]["hardware"] == "h200" and found["roofline"]["step_secs"] > 0
-    text = plan_mesh.show(found)
+    text = mesh.show(found)
     assert "32 devices" in text and "activations_estimate" in text and "assumed" in text
 
 

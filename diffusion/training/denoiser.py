@@ -34,7 +34,7 @@ Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """Flax modules and functions of the task; holds no arrays. See `experiments/build.py`.
+    """Flax modules and functions of the task; holds no arrays. See `experiments/run/build.py`.
 
     sample_shape: (*space, channels) of what is diffused. objective and draw come from
     `process/losses.py`. Networks with a transform in `optimizer` are trained, the others frozen.

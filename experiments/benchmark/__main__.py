@@ -20,7 +20,7 @@ attention    kernels by length, on accelerators that have more than one
 growth       the step's time by batch (a + b B), by side, and by devices with their collectives
 
 A ratio is ours/peer in examples a second, of medians over all timed calls of all rounds. MFU is the
-FLOPs of the traced program (`experiments/plan.py`) over the time and over the
+FLOPs of the traced program (`experiments/plan/cost.py`) over the time and over the
 measured speed of a square matrix product on the same device. Peak memory is the device's; on CPU
 the growth of the resident set, XLA's compiler included, and beside it the bytes of all buffers of
 the compiled program (`buffer_bytes`): arguments, results and temporaries.
@@ -38,9 +38,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from diffusion.training.parallel import check_batch
-from experiments import build, cli, workdir
 from experiments.benchmark import alone, growth, show
 from experiments.benchmark.workload import describe, summary
+from experiments.host import cli
+from experiments.run import build, workdir
 
 PEERS = {
     "diffusers": "experiments.benchmark.peer",

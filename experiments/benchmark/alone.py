@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from diffusion import manifest
 from diffusion.checkpoint import Checkpoints
 from diffusion.models.attention import cudnn_applies, dot_product_attention
-from experiments import runs
 from experiments.benchmark.workload import summary
+from experiments.run import training
 from experiments.train import RUN_AHEAD_STEPS
 
 BLOCK_SECS = 0.25  # of steps timed together; what drains at its end is little of it
@@ -54,7 +54,7 @@ def data(config: ConfigDict, batch: int | None, repeats: int) -> dict[str, Any]:
     if batch:
         config = ConfigDict(config.to_dict())
         config.train.batch_size = batch
-    run, size = runs.build_run(config), config.train.batch_size
+    run, size = training.build_run(config), config.train.batch_size
     step = run.parallel.step(run.task.train_step)
     held = {"state": run.parallel.init(run.init, jax.random.key(config.seed), run.start)}
     frozen = run.parallel.replicate(run.frozen)
@@ -105,7 +105,7 @@ def checkpoint(config: ConfigDict, batch: int | None, repeats: int) -> dict[str,
     """
     del batch
     config = ConfigDict(config.to_dict())
-    placed, task = runs.parallel(config), runs.build.task(config)
+    placed, task = training.parallel(config), training.build.task(config)
     state = placed.init(task.init, jax.random.key(config.seed))
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     found: dict[str, list[float]] = {k: [] for k in ("blocking", "save", "hash", "restore")}

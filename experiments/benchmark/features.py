@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 from diffusion.interop.inception import load_inception
 from diffusion.models.inception import Inception, preprocess
 from diffusion.training.parallel import BATCH, make_mesh
-from experiments import plan
 from experiments.benchmark.ours import ceiling, memory
 from experiments.benchmark.workload import INPUTS, resident_bytes, timed
+from experiments.plan import cost
 
 RANDOM = "random.pth"
 PREPROCESSING = "pytorch-fid"
@@ -42,7 +42,7 @@ def prepare(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
     np.savez(directory / INPUTS, x=images, out=np.asarray(jax.jit(network)(params, images[:2])))
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "flops": plan.flops(network, params, images),
+        "flops": cost.flops(network, params, images),
     }
 
 

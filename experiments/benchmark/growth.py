@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import build
 from experiments.benchmark.workload import describe, summary
+from experiments.run import build
 
 BATCHES, SIDES, DEVICES = (1, 2, 4, 8), (0.5, 2.0), (2, 4, 8)
 MODULE = "experiments.benchmark.ours"

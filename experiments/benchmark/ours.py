@@ -26,7 +26,6 @@ from diffusion.process import gaussian, guidance, samplers
 from diffusion.training import state as ts
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import Parallel, make_mesh
-from experiments import build, generate, plan, plan_mesh
 from experiments.benchmark.workload import (
     GRADIENTS,
     INPUTS,
@@ -35,6 +34,8 @@ from experiments.benchmark.workload import (
     resident_bytes,
     timed,
 )
+from experiments.plan import cost, mesh
+from experiments.run import build, generate
 
 
 class Given(Denoiser):
@@ -111,7 +112,7 @@ def prepare(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
         )
         (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(described))
     np.savez(directory / INPUTS, **arrays)
-    return {"parameters": plan.count(shapes), "flops": _step_flops(work, config)}
+    return {"parameters": cost.count(shapes), "flops": _step_flops(work, config)}
 
 
 def _prepare_autoencoder(work, config, directory):
@@ -131,13 +132,13 @@ def _prepare_autoencoder(work, config, directory):
     (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     interop.save_autoencoder(directory / GRADIENTS, network, jax.device_get(grads))
     np.savez(directory / INPUTS, x=x, output=np.asarray(out))
-    return {"parameters": plan.count(shapes), "flops": _step_flops(work, config)}
+    return {"parameters": cost.count(shapes), "flops": _step_flops(work, config)}
 
 
 def _step_flops(work: dict[str, Any], config: ConfigDict) -> int:
     """Of one timed call, from its traced program: products and convolutions."""
     call, arguments = _call(work, config, None)
-    return plan.flops(call, *arguments)
+    return cost.flops(call, *arguments)
 
 
 # -- what is timed --------------------------------------------------------------------------------
@@ -256,7 +257,7 @@ def memory(before: int, call: Any, arguments: Any) -> dict[str, Any]:
     buffers = of.argument_size_in_bytes + of.output_size_in_bytes + of.temp_size_in_bytes
     return found | {
         "buffer_bytes": buffers - of.alias_size_in_bytes,  # without the compiler's own memory
-        "collectives": plan_mesh.collectives(compiled.as_text()),
+        "collectives": mesh.collectives(compiled.as_text()),
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
     }

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.pictures import pyplot
+from diffusion.pictures import pyplot
 
 
 def table(found: dict[str, Any]) -> str:

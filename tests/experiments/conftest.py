@@ -10,7 +10,9 @@ import pathlib
 import jax
 import pytest
 
-from experiments import cli, convert, quickstart
+from experiments import quickstart
+from experiments.convert import __main__ as convert
+from experiments.host import cli
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from diffusion.metrics.frechet import empty_statistics
-from experiments import stream
+from experiments.evaluate import stream
 
 
 def vectors():

@@ -8,7 +8,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from diffusion.checkpoint import restore_params
-from experiments import adapters, cli, convert, generate, pretrained, sample, train, workdir
+from experiments import sample, train
+from experiments.convert import __main__ as convert
+from experiments.evaluate import adapters
+from experiments.host import cli
+from experiments.run import generate, networks, workdir
 
 WIDTHS = "--config.model.controlnet.hint_widths"
 
@@ -31,7 +35,7 @@ def test_lora_trains_updates_alone_and_writes_diffusers_file(job, tmp_path, caps
     assert trained(job, target, "digits_lora") == 0
     saved = restore_params(target / "checkpoints").items["params"]
     assert set(saved) == {"lora"}
-    base, found = pretrained.load(job / "ldm"), pretrained.load(target)
+    base, found = networks.load(job / "ldm"), networks.load(target)
     assert same(base.params["text_encoder"], found.params["text_encoder"])
     assert same(base.params["autoencoder"], found.params["autoencoder"])
     assert not same(base.params["unet"], found.params["unet"])  # the updates are merged
@@ -66,7 +70,7 @@ def test_a_controlnet_starts_from_the_unet_and_steers(job, tmp_path):
     assert trained(job, target, "digits_controlnet") == 0
     saved = restore_params(target / "checkpoints").items["params"]
     assert set(saved) == {"controlnet"}
-    base = pretrained.load(job / "ldm").params["unet"]
+    base = networks.load(job / "ldm").params["unet"]
     steps = np.abs(saved["controlnet"]["conv_in"]["kernel"] - base["conv_in"]["kernel"])
     assert steps.max() < 0.05  # a few steps away from the U-Net's
     assert np.abs(saved["controlnet"]["zero_mid"]["kernel"]).max() > 0

@@ -5,14 +5,17 @@ import shutil
 
 import pytest
 
-from experiments import cli, encode_latents, evaluate, plan, prepare_data, sample, train
+from experiments import encode_latents, prepare_data, sample, train
+from experiments.evaluate import __main__ as evaluate
+from experiments.host import cli
+from experiments.plan import cost
 
 COMMANDS = {
     "train": train,
     "sample": sample,
     "encode": encode_latents,
     "evaluate": evaluate,
-    "plan": plan,
+    "plan": cost,
     "prepare": prepare_data,
 }
 

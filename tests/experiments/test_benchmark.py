@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from configs import ddpm_cifar10, digits_autoencoder, digits_ldm
-from experiments import cli
 from experiments.benchmark import __main__ as command
 from experiments.benchmark import alone, growth, show, workload
+from experiments.host import cli
 
 CONFIG = "configs/ddpm_cifar10.py:smoke"
 

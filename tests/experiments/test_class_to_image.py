@@ -6,7 +6,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import ldm_imagenet256
-from experiments import build, convert, convert_read, sample
+from experiments import sample
+from experiments.convert import __main__ as convert
+from experiments.convert import reading
+from experiments.run import build
 
 
 def drawn(shapes, rng):
@@ -45,7 +48,7 @@ def of_classes(sd, classes, folder, change=None):
     if change is not None:
         table = np.array(params["class_embedder"]["embedding"]["embedding"])
         params = {**params, "class_embedder": {"embedding": {"embedding": change(table)}}}
-    parts = convert_read.Parts(ConfigDict(config.to_dict()), params)
+    parts = reading.Parts(ConfigDict(config.to_dict()), params)
     convert.write_workdir(folder / "run", parts)
 
     def run(name, *argv):

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from experiments import cli, cluster, guards, train
-from experiments.cluster import Place, first_host, from_flags, from_slurm, meet
+from experiments import train
+from experiments.host import cli, cluster, guards
+from experiments.host.cluster import Place, first_host, from_flags, from_slurm, meet
 
 SLURM = {
     "SLURM_JOB_ID": "5000",
@@ -154,7 +155,7 @@ def test_signals_ask_once_and_then_end(monkeypatch):
 
 HANG = """
 import time
-from experiments.guards import Watchdog
+from experiments.host.guards import Watchdog
 with Watchdog(start_secs={start}, step_secs=0.3) as watchdog:
     for step in range(4):
         time.sleep(0.15)  # each within the limit
@@ -178,7 +179,7 @@ def test_a_hang_ends_with_every_stack_and_its_status(start):
 
 
 def test_a_hang_before_the_first_step_is_ended_by_its_own_limit():
-    code = "import time; from experiments.guards import Watchdog\n"
+    code = "import time; from experiments.host.guards import Watchdog\n"
     code += "with Watchdog(start_secs=0.2, step_secs=60): time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == guards.HUNG and "starting" in done.stderr

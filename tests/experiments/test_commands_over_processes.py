@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import evaluate, sample, train
-from experiments.cli import run as run_here
+from experiments import sample, train
+from experiments.evaluate import __main__ as evaluate
+from experiments.host.cli import run as run_here
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -12,16 +12,11 @@ import pytest
 from configs import stable_diffusion
 from diffusion.interop import compvis, compvis_ldm, text_encoder
 from diffusion.interop.files import to_tensors
-from experiments import (
-    build,
-    cli,
-    convert,
-    encode_latents,
-    first_stage,
-    generate,
-    pretrained,
-    sample,
-)
+from experiments import encode_latents, sample
+from experiments.convert import __main__ as convert
+from experiments.evaluate import reconstructions
+from experiments.host import cli
+from experiments.run import build, generate, networks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -115,7 +110,7 @@ def test_a_text_encoder_alone_goes_round_and_begins_a_run(sd, reference, tmp_pat
     config.model.text_encoder.update(fields)
     config.data.name = "latents"  # whose first stage comes with them
     config.init_from = str(tmp_path / "run")
-    begun = pretrained.begin(config)
+    begun = networks.begin(config)
     assert set(begun.frozen) == {"text_encoder"} and not begun.start
     assert begun.tokenizer is not None
     assert command("--to=diffusers", f"--workdir={tmp_path}/run", f"--out={tmp_path}/out") == 0
@@ -136,7 +131,7 @@ def test_another_network_alone_is_refused(reference, tmp_path, capsys):
 
 def whole_file(converted):
     """Every network of the workdir as CompVis has them in one file, and what else is there."""
-    found = pretrained.load(converted)
+    found = networks.load(converted)
     params, prefix = found.params, "cond_stage_model.transformer.text_model."
     tensors = compvis_ldm.unet_tensors(build.unet(found.config), params["unet"])
     first = compvis.to_compvis_tensors(found.first_stage, params["autoencoder"])
@@ -155,7 +150,7 @@ def test_a_whole_checkpoint_of_compvis(sd, reference, converted, tmp_path):
     argv += (f"--source={tmp_path}/model.ckpt", f"--workdir={tmp_path}/run")
     argv += (f"--tokenizer={reference[1]}/tokenizer",)
     assert command("--from=compvis", *argv) == 0
-    wanted, found = (pretrained.load(run) for run in (converted, tmp_path / "run"))
+    wanted, found = (networks.load(run) for run in (converted, tmp_path / "run"))
     assert found.params.keys() == wanted.params.keys()
     for name in wanted.params:
         jax.tree.map(np.testing.assert_array_equal, found.params[name], wanted.params[name])
@@ -180,7 +175,7 @@ def test_a_whole_checkpoint_needs_its_tokenizer_and_runs_no_code(sd, converted, 
 
 def test_a_first_stage_of_compvis_alone(converted, tmp_path):
     """As first-stage training saves it: no prefix, and its loss beside it."""
-    found = pretrained.load(converted)
+    found = networks.load(converted)
     first = compvis.to_compvis_tensors(found.first_stage, found.params["autoencoder"])
     state = {name: torch.from_numpy(tensor) for name, tensor in first.items()}
     state["loss.logvar"] = torch.zeros(())
@@ -188,7 +183,7 @@ def test_a_first_stage_of_compvis_alone(converted, tmp_path):
     argv = (f"--source={tmp_path}/model.ckpt", f"--workdir={tmp_path}/run")
     argv += ("--config=configs/autoencoder_kl.py:f8,smoke",)  # 4 groups a norm, which is not LDM's
     assert command("--from=compvis", *argv) == 0
-    stage = first_stage.load(tmp_path / "run")
+    stage = reconstructions.load(tmp_path / "run")
     assert stage.network.groups == 4 and stage.network.multipliers == (1, 2)
     jax.tree.map(np.testing.assert_array_equal, stage.params, found.params["autoencoder"])
 

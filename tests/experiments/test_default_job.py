@@ -5,7 +5,10 @@ import json
 import numpy as np
 from PIL import Image
 
-from experiments import cli, generate, plan, sample, train
+from experiments import sample, train
+from experiments.host import cli
+from experiments.plan import cost
+from experiments.run import generate
 
 
 def test_the_job_leaves_what_it_promises(job):
@@ -84,11 +87,11 @@ def test_the_same_command_again_has_nothing_to_do_and_more_steps_extend(job):
 
 def test_plan_counts_what_training_makes(job):
     from diffusion.checkpoint import restore_params
-    from experiments import workdir
+    from experiments.run import workdir
 
     config = workdir.read_config(job / "ldm")
     saved = restore_params(job / "ldm" / "checkpoints").items["params"]
-    networks = plan.plan(config)["networks"]
+    networks = cost.plan(config)["networks"]
     for name in ("unet", "text_encoder"):
-        assert networks[name]["parameters"] == plan.count(saved[name])
+        assert networks[name]["parameters"] == cost.count(saved[name])
     assert networks["autoencoder"]["parameters"] > 0

@@ -14,8 +14,11 @@ from safetensors.numpy import save_file
 from diffusion.interop import inception as inception_files
 from diffusion.interop.files import to_tensors
 from diffusion.metrics import frechet
-from experiments import cli, evaluate, generate, presets, sample_sets
-from experiments.features import Judge
+from experiments.evaluate import __main__ as evaluate
+from experiments.evaluate import presets, sample_sets
+from experiments.evaluate.features import Judge
+from experiments.host import cli
+from experiments.run import generate
 
 FAST = ("--steps=2", "--num=80", "--num_held_out=8", "--replicates=10")
 
@@ -414,8 +417,8 @@ def test_presets_fit_their_configs(name):
 
     from ml_collections import ConfigDict
 
-    from experiments import build
-    from experiments.measures import METRICS
+    from experiments.evaluate.metrics import METRICS
+    from experiments.run import build
 
     preset = presets.PRESETS[name]
     module, _, arg = preset.config.removeprefix("configs/").partition(".py")

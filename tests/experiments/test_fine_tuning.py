@@ -13,7 +13,10 @@ from PIL import Image
 from configs import stable_diffusion
 from diffusion import weights
 from diffusion.interop import autoencoder, text_encoder, unet_config
-from experiments import build, cli, convert, encode_latents, pretrained, runs, train
+from experiments import encode_latents, train
+from experiments.convert import __main__ as convert
+from experiments.host import cli
+from experiments.run import build, networks, training
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -56,7 +59,7 @@ def test_fine_tuning_begins_from_a_converted_pipeline(sd, converted, pictures, t
     target = tmp_path / "run"
     assert tune(sd, converted, pictures, target, "--config.data.max_bad_images=1") == 0
     assert "1 of 5 files are no image" in capsys.readouterr().out
-    base, found = pretrained.load(converted), pretrained.load(target, "raw")
+    base, found = networks.load(converted), networks.load(target, "raw")
     assert set(found.params) == {"unet", "text_encoder", "autoencoder"}
     for name in ("text_encoder", "autoencoder"):
         jax.tree.map(np.testing.assert_array_equal, found.params[name], base.params[name])
@@ -115,7 +118,7 @@ def test_contexts_need_a_frozen_text_encoder_and_controls_need_images(stored, tm
     config = stable_diffusion.get_config("v1,smoke")
     config.model.controlnet = {"hint_widths": (8, 8, 8, 8)}
     with pytest.raises(ValueError, match=r"model\.controlnet is given images"):
-        runs.build_run(config)
+        training.build_run(config)
 
 
 def test_contexts_of_another_text_encoder_are_refused(stored, converted, tmp_path, capsys):
@@ -189,7 +192,7 @@ def test_published_networks_are_those_of_the_configs(version):
         **UNETS[version],
     }
     theirs = unet_config.read_unet_config(published, pathlib.Path("config.json"))[0]
-    assert pretrained.difference(build.unet(config), theirs) is None
+    assert networks.difference(build.unet(config), theirs) is None
     width = TEXTS[version]["hidden_size"]
     published = {
         "vocab_size": 49408,
@@ -199,8 +202,8 @@ def test_published_networks_are_those_of_the_configs(version):
         **TEXTS[version],
     }
     theirs = text_encoder._module(published, "config.json", None)
-    assert pretrained.difference(build.text_encoder(config), theirs) is None
+    assert networks.difference(build.text_encoder(config), theirs) is None
     theirs = autoencoder._module(FIRST_STAGE, "config.json", None)
     ours = build.autoencoder(config.model.autoencoder)
-    assert pretrained.difference(ours, theirs) is None
-    assert pretrained.difference(ours, theirs.clone(blocks=3)) == ("blocks", 2, 3)
+    assert networks.difference(ours, theirs) is None
+    assert networks.difference(ours, theirs.clone(blocks=3)) == ("blocks", 2, 3)

@@ -16,17 +16,13 @@ from PIL import Image
 
 from configs import common, ldm_celebahq256
 from diffusion.data import latents
-from experiments import (
-    build,
-    cli,
-    convert,
-    convert_read,
-    encode_latents,
-    evaluate,
-    report_first_stage,
-    runs,
-    train,
-)
+from experiments import encode_latents, train
+from experiments.convert import __main__ as convert
+from experiments.convert import reading
+from experiments.evaluate import __main__ as evaluate
+from experiments.evaluate import every_checkpoint
+from experiments.host import cli
+from experiments.run import build, training
 
 CONFIG = "--config=configs/digits_autoencoder.py:smoke"
 ADVERSARIAL = (
@@ -138,7 +134,7 @@ def test_reconstructions_are_measured(adversarial, job, tmp_path):
 
 def test_a_report_is_written(adversarial, tmp_path):
     argv = (f"--workdir={adversarial[0]}", f"--out={tmp_path}/report", "--num=20")
-    assert run(report_first_stage, *argv) == 0
+    assert run(every_checkpoint, *argv) == 0
     found = json.loads((tmp_path / "report" / "results.json").read_text())
     assert list(found["checkpoints"]) == ["2", "4"] and found["counts_from_step"] == 2
     for name in ("curves.png", "grid.png"):
@@ -219,9 +215,9 @@ def test_flipped_variants_are_the_latents_of_mirrored_images(tmp_path, monkeypat
     stage.data.image_size = 16
     module = build.autoencoder(stage.model.autoencoder)
     params = jax.jit(module.init)(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
-    convert.write_workdir(tmp_path / "run", convert_read.Parts(stage, {"autoencoder": params}))
+    convert.write_workdir(tmp_path / "run", reading.Parts(stage, {"autoencoder": params}))
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
-    monkeypatch.setattr(runs, "open_images", lambda *_: (Held(images), []))
+    monkeypatch.setattr(training, "open_images", lambda *_: (Held(images), []))
     encode_latents.encode(config)
     found = latents.LatentSource(tmp_path / "latents").batch(np.arange(12))["mean"]
     both = np.concatenate([images, images[:, :, ::-1]]).astype(np.float32) / 127.5 - 1
@@ -320,7 +316,7 @@ def test_training_a_first_stage_refuses(job, tmp_path, capsys, argv, words):
 
 def test_a_report_of_nothing_is_refused(job, tmp_path, capsys):
     argv = (f"--workdir={job}/autoencoder", f"--out={tmp_path}/out")
-    assert run(report_first_stage, *argv, "--num=0") == 2
+    assert run(every_checkpoint, *argv, "--num=0") == 2
     refused(capsys, "--num=0")
-    assert run(report_first_stage, f"--workdir={tmp_path}/none", f"--out={tmp_path}/out") == 2
+    assert run(every_checkpoint, f"--workdir={tmp_path}/none", f"--out={tmp_path}/out") == 2
     assert not (tmp_path / "out").exists()

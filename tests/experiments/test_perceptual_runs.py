@@ -8,7 +8,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from diffusion.interop import perceptual
-from experiments import cli, evaluate, train
+from experiments import train
+from experiments.evaluate import __main__ as evaluate
+from experiments.host import cli
 
 CONFIG = "--config=configs/digits_autoencoder.py:smoke"
 FILES = {"vgg": "vgg16.pth", "heads": "heads.pth"}

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import convert, generate, pipelines, sample
+from experiments import sample
+from experiments.convert import __main__ as convert
+from experiments.run import generate, pipelines
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, evaluate, sample, train
+from experiments import sample, train
+from experiments.evaluate import __main__ as evaluate
+from experiments.host import cli
 
 
 def config_of(file, arg, root, **data):

@@ -11,8 +11,10 @@ from PIL import Image
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.metrics import adherence, frechet
 from diffusion.writers import Multi, Writer
-from experiments import generate, preview, train
-from experiments.measures import Judge, Subject, attributes
+from experiments import train
+from experiments.evaluate import in_loop
+from experiments.evaluate.metrics import Judge, Subject, attributes
+from experiments.run import generate
 
 SAMPLES = 4
 
@@ -131,4 +133,4 @@ def test_what_cannot_be_judged_is_refused(file, evaluation, words, job, tmp_path
         train.train(config, tmp_path / "run")
     assert all(word in str(refused.value) for word in words), refused.value
     assert not (tmp_path / "run").exists()
-    preview.check(config_of(job, file))  # refuses nothing
+    in_loop.check(config_of(job, file))  # refuses nothing

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from diffusion.data import prepare
-from experiments import cluster, guards
+from experiments.host import cluster, guards
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, BATCH, EXAMPLES = 8, 900, 4500

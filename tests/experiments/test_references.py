@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffusion.metrics import frechet
-from experiments import references
-from experiments.features import FeatureNetwork
+from experiments.evaluate import references
+from experiments.evaluate.features import FeatureNetwork
 
 PROJECTION = np.random.default_rng(9).normal(size=(8 * 8 * 3, 10)) / 100
 

@@ -18,7 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, report, report_runs, report_tables
+from experiments.host import cli
+from experiments.report import __main__ as report
+from experiments.report import runs
+from experiments.report import tables as report_tables
 
 CONFIG = {
     "task": "denoiser",
@@ -337,7 +340,7 @@ def test_a_hundred_thousand_lines_take_seconds_and_keep_their_spike(tmp_path):
     page = written([run], tmp_path)
     assert time.process_time() - started < 10
     points = page.data["charts"]["loss"][0]["points"]
-    assert len(points) == report_runs.POINTS and points[-1][0] == 100_000
+    assert len(points) == runs.POINTS and points[-1][0] == 100_000
     assert max(high for *_, high in points) == 900 and max(low for _, _, low, _ in points) < 2
     assert (tmp_path / "out.html").stat().st_size < 200_000
     np.testing.assert_allclose(np.mean([p[1] for p in points]), 1.05 + 0.00899, rtol=1e-4)
@@ -349,14 +352,14 @@ def test_pictures_are_bounded(tmp_path, monkeypatch):
     for step in range(40):
         picture(run / "previews" / f"samples-{step:08d}.png")
     images = written([run], tmp_path).all("img")
-    assert len(images) == 1 + report_runs.PREVIEWS
+    assert len(images) == 1 + runs.PREVIEWS
     assert images[1]["alt"].startswith("samples, step 0,")
     assert images[-1]["alt"].startswith("samples, step 39,")
     data = base64.b64decode(images[0]["src"].removeprefix("data:image/jpeg;base64,"))
-    assert len(data) <= report_runs.PICTURE_BYTES
+    assert len(data) <= runs.PICTURE_BYTES
     with Image.open(io.BytesIO(data)) as small:
         assert small.size == (int(images[0]["width"]), int(images[0]["height"]))
-    monkeypatch.setattr(report_runs, "ALL_PICTURE_BYTES", 600)
+    monkeypatch.setattr(runs, "ALL_PICTURE_BYTES", 600)
     page = written([run], tmp_path)
     assert "pictures were left out" in "".join(page.text) and 0 < len(page.all("img")) < 12
 

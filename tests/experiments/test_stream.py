@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import stream
+from experiments.evaluate import stream
 
 WORKER = pathlib.Path(__file__).with_name("stream_worker.py")
 SIZES = (7, 64, 1000)

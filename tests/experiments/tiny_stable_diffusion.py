@@ -9,7 +9,9 @@ import jax
 import numpy as np
 
 from diffusion.process import gaussian
-from experiments import cli, generate, sample
+from experiments import sample
+from experiments.host import cli
+from experiments.run import generate
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

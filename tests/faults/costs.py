@@ -21,7 +21,8 @@ import numpy as np
 from configs import ddpm_cifar10
 from diffusion import checkpoint, manifest
 from diffusion.training import state as ts
-from experiments import build, cluster, guards
+from experiments.host import cluster, guards
+from experiments.run import build
 
 
 def seconds(call, repeats: int) -> float:

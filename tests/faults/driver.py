@@ -37,7 +37,8 @@ import numpy as np
 from diffusion import checkpoint
 from diffusion.data import loader
 from diffusion.training import parallel
-from experiments import cli, guards, train
+from experiments import train
+from experiments.host import cli, guards
 
 STATE = ("step", "rng", "params", "opt_state", "ema", "extra")
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")

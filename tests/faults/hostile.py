@@ -28,7 +28,10 @@ from PIL import Image
 
 from diffusion import interop
 from diffusion.training.parallel import Parallel
-from experiments import build, cli, convert, train
+from experiments import train
+from experiments.convert import __main__ as convert
+from experiments.host import cli
+from experiments.run import build
 
 MEMORY_BYTES = 12 * 2**30  # address space, of which JAX takes some at its start
 LIMIT_SECS = 30  # for one input

@@ -9,7 +9,7 @@ import pytest
 
 from diffusion.checkpoint import latest_step, verify
 from diffusion.writers import Jsonl
-from experiments import workdir as workdirs
+from experiments.run import workdir as workdirs
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from experiments import cluster, guards
+from experiments.host import cluster, guards
 
 LIMIT = 6.0  # seconds: more than this run's compilation takes
 

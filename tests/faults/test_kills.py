@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from experiments import workdir as workdirs
+from experiments.run import workdir as workdirs
 
 # Kills of each kind in the slow half, 100 together; a run is killed up to four times.
 KILLS = {

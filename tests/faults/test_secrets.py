@@ -5,7 +5,9 @@ import runpy
 import jax
 import pytest
 
-from experiments import cli, train, workdir
+from experiments import train
+from experiments.host import cli
+from experiments.run import workdir
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # as long as one of wandb's
 SECRETS = (KEY, "hf_" + "a1B2c3D4" * 4, "AKIA" + "Q" * 16, "hunter2")

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from diffusion.checkpoint import latest_step, verify
-from experiments import guards
+from experiments.host import guards
 
 NUMBERS = [int(number) for number in guards.SIGNALS]
 

@@ -1,0 +1,122 @@
+"""Other projects' weights to a workdir, and a workdir's to theirs.
+
+    python -m experiments.convert --from=diffusers --source=PIPELINE --workdir=DIR
+    python -m experiments.convert --from=compvis --source=FILE --workdir=DIR [--tokenizer=DIR]
+        [--config=configs/X.py:arg]
+    python -m experiments.convert --to=diffusers --workdir=DIR --out=PIPELINE [--weights=ema|raw]
+
+PIPELINE is a Diffusers directory: model_index.json, unet/, scheduler/, and vae/ (or vqvae/),
+text_encoder/ and tokenizer/ where it has them; or that of an AutoencoderKL, VQModel or
+CLIPTextModel alone, whose workdir `latents.first_stage` or a run's `init_from` names. FILE is
+CompVis's .ckpt, which is read without running it, or a single-file .safetensors: LDM, Stable
+Diffusion 1.x or 2.x, or a first stage alone. It says neither what network it is nor which
+tokenizer: the config is guessed from widths, or given, and --tokenizer names a folder with the
+tokenizer's files. A pipeline's workdir is one that `experiments.sample`, and a run's `init_from`,
+take. A LoRA or ControlNet run is written as Diffusers' file or directory for one, a first stage's
+as its directory. A target appears whole or not at all.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+from absl import flags
+
+from diffusion import weights
+from diffusion.checkpoint import Checkpoints
+from experiments.convert.reading import Parts, from_compvis, from_diffusers
+from experiments.convert.writing import to_diffusers
+from experiments.host import cli
+from experiments.run import build, networks, workdir
+
+
+@contextlib.contextmanager
+def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder that becomes `target` if the block ends well, and vanishes if it does not.
+
+    ValueError where `target` is there already and not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder: name a new one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_workdir(target: pathlib.Path, parts: Parts) -> None:
+    """A run of 0 steps: config, checkpoint, frozen networks, tokenizer."""
+    config = parts.config
+    if parts.tokenizer is not None:
+        from experiments.run import training
+
+        training.null_tokens(config, parts.tokenizer)
+    own = ("autoencoder",) if config.task == "autoencoder" else build.trained(config)
+    trained = {name: tree for name, tree in parts.params.items() if name in own}
+    extra = {}
+    if "autoencoder" in parts.params:
+        channels = build.sample_shape(config)[-1]
+        extra["latent_scale"] = np.full(channels, parts.scale, np.float32)
+        extra["latent_shift"] = np.full(channels, parts.shift, np.float32)
+    if config.task == "autoencoder" or "unet" in parts.params:
+        build.task(config)
+    with whole(target) as scratch:
+        workdir.claim(scratch, config)
+        for name in parts.params.keys() - trained.keys():
+            folder = scratch / networks.FOLDERS[name]
+            weights.save_weights(folder, parts.params[name], config.model[name].to_dict())
+        if parts.tokenizer is not None:
+            parts.tokenizer.save(scratch / "tokenizer.json")
+        state = {"params": trained, "ema": {}, "extra": extra}
+        with Checkpoints(scratch / "checkpoints", async_save=False) as checkpoints:
+            checkpoints.save(0, state, {}, {})
+
+
+def define(add: cli.Flags) -> None:
+    add.add("enum", "from", None, "What --source is.", ["diffusers", "compvis"])
+    add.add("enum", "to", None, "What --out becomes.", ["diffusers"])
+    add.add("string", "source", None, "A pipeline's directory, or a file.")
+    add.add("string", "workdir", None, "The workdir to write, or with --to to read.")
+    add.add("string", "out", None, "The directory to write.")
+    add.add("string", "tokenizer", None, "A tokenizer's folder, where --source has none.")
+    add.add("enum", "weights", "ema", "Averaged or raw parameters.", ["ema", "raw"])
+    add.config("What a CompVis file is, where its widths do not say.")
+
+
+def main(values: flags.FlagValues) -> None:
+    if (values["from"].value is None) == (values.to is None):
+        raise ValueError("give one of --from=diffusers|compvis and --to=diffusers")
+    target = pathlib.Path(cli.require(values, "workdir"))
+    if values.to:
+        out = pathlib.Path(cli.require(values, "out"))
+        with whole(out) as scratch:
+            to_diffusers(target, scratch, values.weights)
+        print(f"{out} is written for Diffusers")
+        return
+    source = pathlib.Path(cli.require(values, "source"))
+    if not source.exists():
+        raise ValueError(f"--source={source} does not exist: name what is to be converted")
+    tokenizer = pathlib.Path(values.tokenizer) if values.tokenizer else None
+    if values["from"].value == "diffusers":
+        parts = from_diffusers(source, tokenizer)
+    else:
+        parts = from_compvis(source, values.config, tokenizer)
+    write_workdir(target, parts)
+    ready = f"{target} is ready: "
+    if "unet" in parts.params:
+        print(f"{ready}python -m experiments.sample --workdir={target}")
+    else:
+        print(f"{ready}it holds {', '.join(parts.params)} alone, for a config's init_from")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define, main))

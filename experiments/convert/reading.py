@@ -1,0 +1,260 @@
+"""Other projects' weights to what a workdir is made of: the half of `convert` that reads.
+
+A pipeline's directory of Diffusers, one of its first stage's or text encoder's alone, or a single
+file of CompVis's.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common, common_ldm
+from diffusion import interop
+from diffusion.data import tokenizer_files
+from diffusion.data.tokenizers import Tokenizer
+from diffusion.interop import autoencoder, compvis, compvis_ldm, files, scheduler, single_file
+from diffusion.interop import text_encoder as text_encoders
+from diffusion.interop.autoencoder import load_scaling
+from diffusion.models.autoencoder import VQModel
+from experiments.run import build
+
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionControlNetPipeline",
+    "LDMPipeline",
+    "LDMSuperResolutionPipeline",
+    "DDPMPipeline",
+    "DDIMPipeline",
+)
+# Which config a CompVis file of these widths is: (of the U-Net, of its context).
+KNOWN = {
+    (320, 768): "stable_diffusion:v1",
+    (320, 1024): "stable_diffusion:v2",
+    (320, 1280): "ldm_text",
+    (192, 512): "ldm_imagenet256:f4",
+    (256, 512): "ldm_imagenet256:f8",
+    (224, None): "ldm_celebahq256",
+    (192, None): "ldm_lsun256:churches",
+}
+
+
+@dataclasses.dataclass
+class Parts:
+    """What a workdir is made of."""
+
+    config: ConfigDict
+    params: dict[str, Any]  # by network
+    scale: float = 1.0
+    shift: float = 0.0
+    tokenizer: Tokenizer | None = None
+
+
+def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) -> Parts:
+    """Reads a pipeline's directory, or a network's alone.
+
+    `tokenizer`: a folder with its files, where a text encoder's own has none. ValueError naming the
+    file for what is missing or unknown.
+    """
+    if not (source / "model_index.json").exists() and (source / "config.json").exists():
+        return _alone(source, tokenizer)
+    index, kind = _index(source)
+    unet, params = interop.load_unet(source / "unet")
+    described = scheduler.read_scheduler(source / "scheduler")
+    side = files.read_config(source / "unet", ()).get("sample_size") or 64
+    parts = Parts(ConfigDict(), {"unet": params})
+    first = next((name for name in ("vae", "vqvae") if index.get(name)), None)
+    module = None
+    if first:
+        module, parts.params["autoencoder"] = interop.load_autoencoder(source / first)
+        if kind != "LDMSuperResolutionPipeline":  # which decodes latents as they are
+            parts.scale, parts.shift = _scaling(source / first, module)
+    config = _config(unet, module, described)
+    if module is not None:
+        config.online.scale = parts.scale
+    config.data.image_size = side * (module.downsampling if module else 1)
+    if index.get("text_encoder"):
+        encoder, parts.params["text_encoder"] = interop.load_text_encoder(source / "text_encoder")
+        config.model.text_encoder = _fields(encoder)
+        config.conditioning.train_text_encoder = False
+        parts.tokenizer = tokenizer_files.load(source / "tokenizer")
+    parts.config = _finish(config, params, source / "unet")
+    return parts
+
+
+def _scaling(source: pathlib.Path, module: Any) -> tuple[float, float]:
+    """Of the latents. Diffusers' default is Stable Diffusion's; LDM scales no VQ latents."""
+    scale, shift = load_scaling(source)
+    if isinstance(module, VQModel) and "scaling_factor" not in json_object(source / "config.json"):
+        return 1.0, shift
+    return scale, shift
+
+
+def _kind(module: Any) -> str:
+    return "vq" if isinstance(module, VQModel) else "kl"
+
+
+def _alone(source: pathlib.Path, tokenizer: pathlib.Path | None) -> Parts:
+    """One network's directory: a first stage, or a text encoder."""
+    described = json_object(source / "config.json")
+    named = described.get("_class_name") or next(iter(described.get("architectures") or ()), None)
+    if named in autoencoder.CLASSES:
+        module, params = interop.load_autoencoder(source)
+        side = described.get("sample_size") or 256
+        return _first_stage(module, params, *_scaling(source, module), side)
+    if named in text_encoders.CLASSES:
+        module, params = interop.load_text_encoder(source)
+        config = common.denoiser()
+        config.model.dtype = "float32"
+        config.model.text_encoder = _fields(module)
+        words = tokenizer_files.load(tokenizer or source)
+        return Parts(config, {"text_encoder": params}, tokenizer=words)
+    raise ValueError(
+        f"{source} holds a {named} alone, and no model_index.json: name the pipeline's directory "
+        "above it, or that of a first stage or a text encoder"
+    )
+
+
+def _first_stage(module: Any, params: Any, scale: float, shift: float, side: int) -> Parts:
+    """The workdir of a first stage's run: what `latents.first_stage` and `init_from` name."""
+    config = common.first_stage(_kind(module))
+    config.model.dtype = "float32"
+    config.model.autoencoder = {"name": _kind(module), **_fields(module)}
+    f = module.downsampling
+    config.data.update({"image_size": side // f * f, "channels": module.image_channels})
+    return Parts(config, {"autoencoder": params}, scale, shift)
+
+
+def _index(source: pathlib.Path) -> tuple[dict[str, Any], str]:
+    """model_index.json's components that are there, and the pipeline's class."""
+    path = source / "model_index.json"
+    index = json_object(path)
+    named = index.get("_class_name")
+    if named not in PIPELINES:
+        raise ValueError(f"{path}: _class_name={named!r} is not one of {', '.join(PIPELINES)}")
+    held = {k: v for k, v in index.items() if isinstance(v, list) and v and v[0] is not None}
+    read = ("unet", "scheduler", "vae", "vqvae", "text_encoder", "tokenizer")
+    for name in read:
+        if name in held and not (source / name).is_dir():
+            raise ValueError(f"{source / name} is missing, which {path.name} promises: fetch it")
+    for name in ("unet", "scheduler"):
+        if name not in held:
+            raise ValueError(f"{path} names no {name}: it is not a diffusion pipeline read here")
+    for name in sorted(held.keys() - set(read)):
+        print(f"note: {name} is left out", flush=True)
+    return held, named
+
+
+def json_object(path: pathlib.Path) -> dict[str, Any]:
+    """What a JSON file holds. ValueError naming it where that is no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: --source is no pipeline of Diffusers") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, no JSON object: fetch it again")
+    return found
+
+
+def _config(unet: Any, first_stage: Any, described: scheduler.Scheduler) -> ConfigDict:
+    """A config of sampling, and of training on a folder of images."""
+    config = common_ldm.online_latents("kl_f8", 1.0) if first_stage else common.denoiser()
+    config.model.dtype = "float32"
+    config.model.unet = _fields(unet)
+    if first_stage is not None:
+        config.model.autoencoder = {"name": _kind(first_stage), **_fields(first_stage)}
+    config.process.schedule = described.schedule
+    config.process.prediction = described.prediction
+    config.sample.sampler = described.sampler
+    config.sample.options = described.options
+    config.sample.steps = 50
+    config.sample.guidance_scale = 1.0
+    config.sample.clip = described.clip and first_stage is None
+    config.sample.batch_size = 4
+    return config
+
+
+def _finish(config: ConfigDict, unet: Any, source: object) -> ConfigDict:
+    """What the U-Net's channels say: what joins x_t, whether a variance is learned."""
+    found, out = unet["conv_in"]["kernel"].shape[-2], config.model.unet.out_channels
+    channels = build.sample_shape(config)[-1]
+    kinds = {channels: "", 2 * channels + 1: "inpaint"}
+    kinds[channels + config.data.channels] = "low_resolution"
+    if found not in kinds or out not in (channels, 2 * channels):
+        raise ValueError(
+            f"{source} has {found} input and {out} output channels, but latents have {channels}: "
+            f"{sorted(kinds)} and {channels} or {2 * channels} are known"
+        )
+    config.conditioning.concat = kinds[found]
+    config.process.variance = "learned" if out == 2 * channels else "fixed_large"
+    if "text_encoder" in config.model:
+        config.sample.guidance_scale = 7.5
+    return config
+
+
+def _fields(module: Any) -> dict[str, Any]:
+    left_out = ("dtype", "remat", "parent", "name")
+    names = [f.name for f in dataclasses.fields(module) if f.name not in left_out]
+    return {name: getattr(module, name) for name in names}
+
+
+def from_compvis(
+    source: pathlib.Path, config: ConfigDict | None, tokenizer: pathlib.Path | None
+) -> Parts:
+    """Reads one file of CompVis's. ValueError naming it for what is missing or does not fit."""
+    held = single_file.read_file(source)
+    bare = not any(name.startswith(compvis_ldm.UNET) for name in held.tensors)
+    if config.task == "autoencoder" if config else bare:
+        return _first_stage(*_compvis_first_stage(source, config), 1.0, 0.0, 256)
+    config = ConfigDict((config or _guess(held.tensors, source)).to_dict())
+    params: dict[str, Any] = {"unet": compvis_ldm.read_unet(held, build.unet(config))}
+    if "autoencoder" in config.model:
+        module, params["autoencoder"] = _compvis_first_stage(source, config)
+        config.model.autoencoder = {"name": _kind(module), **_fields(module)}
+    if "class_embedder" in config.model:
+        embedder = build.class_embedder(config)
+        params["class_embedder"] = compvis_ldm.read_class_embedder(held, embedder)
+    parts = Parts(config, params, compvis_ldm.scale_factor(held) or _scale(config))
+    if "text_encoder" in config.model:
+        encoder = build.text_encoder(config)
+        params["text_encoder"] = compvis_ldm.read_text_encoder(held, encoder)
+        if tokenizer is None:
+            raise ValueError(
+                f"{source} holds no tokenizer, which its text encoder needs: give --tokenizer=DIR "
+                "with vocab.json and merges.txt (CLIP) or vocab.txt (BERT)"
+            )
+        parts.tokenizer = tokenizer_files.load(tokenizer)
+    config.init_from = ""
+    parts.config = _finish(config, params["unet"], source)
+    return parts
+
+
+def _compvis_first_stage(source: pathlib.Path, config: ConfigDict | None) -> tuple[Any, Any]:
+    """Module and parameters; the groups of its norms, which no tensor tells, are the config's."""
+    groups = build.autoencoder(config.model.autoencoder).groups if config else 32
+    return compvis.load_compvis_autoencoder(source, groups=groups)
+
+
+def _guess(tensors: dict[str, Any], source: pathlib.Path) -> ConfigDict:
+    first = tensors.get(f"{compvis_ldm.UNET}input_blocks.0.0.weight")
+    widths = (None if first is None else first.shape[0], compvis_ldm.context_width(tensors))
+    if widths not in KNOWN:
+        raise ValueError(
+            f"{source} has a U-Net of width {widths[0]} with a context of {widths[1]}, which no "
+            "published model has: give its config, --config=configs/X.py"
+        )
+    name, _, argument = KNOWN[widths].partition(":")
+    return importlib.import_module(f"configs.{name}").get_config(argument)
+
+
+def _scale(config: ConfigDict) -> float:
+    if "online" in config:
+        return config.online.scale
+    return config.latents.scale if "latents" in config else 1.0

@@ -1,0 +1,101 @@
+"""A workdir as Diffusers and Transformers have it: the half of `convert` that writes."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion import interop
+from diffusion.data import tokenizer_files
+from diffusion.interop import scheduler
+from diffusion.models.autoencoder import VQModel
+from experiments.convert.reading import json_object
+from experiments.run import build, networks, workdir
+
+
+def to_diffusers(directory: pathlib.Path, scratch: pathlib.Path, which: str) -> None:
+    """Writes a run into an empty folder. ValueError for what Diffusers cannot hold."""
+    config = workdir.read_config(directory)
+    found = networks.load(directory, which, merged=False)
+    if "lora" in found.params:
+        scale = build.lora(config).scale
+        interop.save_lora(scratch / interop.lora.FILE, found.params["lora"], scale)
+    elif "controlnet" in found.params:
+        interop.save_controlnet(scratch, build.controlnets(config)[0], found.params["controlnet"])
+    elif config.task == "autoencoder":
+        _write_first_stage(scratch, found)
+    elif "unet" not in config.model:
+        _write_text_encoder(scratch, scratch, found)
+    else:
+        _write_pipeline(scratch, found)
+
+
+def _write_pipeline(scratch: pathlib.Path, found: networks.Networks) -> None:
+    config, params = found.config, found.params
+    latent = build.sample_shape(config)
+    index: dict[str, Any] = {"_class_name": _pipeline(config), "_diffusers_version": "0.30.0"}
+    interop.save_unet(scratch / "unet", build.unet(config), params["unet"], latent[0])
+    index["unet"] = ["diffusers", json_object(scratch / "unet" / "config.json")["_class_name"]]
+    if found.first_stage is not None:
+        name = "vqvae" if isinstance(found.first_stage, VQModel) else "vae"
+        _write_first_stage(scratch / name, found)
+        index[name] = ["diffusers", type(found.first_stage).__name__]
+    if found.tokenizer is not None:
+        _write_text_encoder(scratch / "text_encoder", scratch / "tokenizer", found)
+        kind = json_object(scratch / "tokenizer" / "tokenizer_config.json")["tokenizer_class"]
+        index["text_encoder"] = ["transformers", "CLIPTextModel"]
+        index["tokenizer"] = ["transformers", kind]
+        absent = ("safety_checker", "feature_extractor", "image_encoder")
+        index |= {name: [None, None] for name in absent} | {"requires_safety_checker": False}
+    written = scheduler.scheduler_config(_described(config))
+    index["scheduler"] = ["diffusers", written["_class_name"]]
+    (scratch / "scheduler").mkdir()
+    for path, content in (
+        ("scheduler/scheduler_config.json", written),
+        ("model_index.json", index),
+    ):
+        (scratch / path).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_first_stage(target: pathlib.Path, found: networks.Networks) -> None:
+    scale, shift = (
+        np.asarray(found.extra.get(name, default))
+        for name, default in (("latent_scale", 1.0), ("latent_shift", 0.0))
+    )
+    if np.any(shift) or np.ptp(scale):
+        raise ValueError(
+            "latents scaled per channel or shifted cannot be written for Diffusers, which has one "
+            "scaling_factor: train with latents.scaling='fixed' or 'std'"
+        )
+    params, side = found.params["autoencoder"], found.config.data.image_size
+    interop.save_autoencoder(target, found.first_stage, params, float(scale.flat[0]), side)
+
+
+def _write_text_encoder(
+    target: pathlib.Path, words: pathlib.Path, found: networks.Networks
+) -> None:
+    encoder = build.text_encoder(found.config)
+    interop.save_text_encoder(target, encoder, found.params["text_encoder"])
+    tokenizer_files.save(found.tokenizer, words, encoder.max_length)
+
+
+def _pipeline(config: ConfigDict) -> str:
+    if config.conditioning.concat:
+        kinds = {"inpaint": "StableDiffusionInpaintPipeline"}
+        return kinds.get(config.conditioning.concat, "LDMSuperResolutionPipeline")
+    if "text_encoder" in config.model:
+        return "StableDiffusionPipeline"
+    return "LDMPipeline" if "autoencoder" in config.model else "DDPMPipeline"
+
+
+def _described(config: ConfigDict) -> scheduler.Scheduler:
+    section = config.sample.to_dict()
+    return scheduler.Scheduler(
+        config.process.schedule.to_dict(),
+        config.process.prediction,
+        section["sampler"],
+        section.get("options", {}),
+        section["clip"],
+    )

@@ -1,0 +1,300 @@
+"""Numbers of a trained run, or of a set of images, with what they depend on, as evaluation.json.
+
+    python -m experiments.evaluate --workdir=DIR --metrics=adherence,frechet_distance \
+        --classifier=DIR
+    python -m experiments.evaluate --workdir=DIR --metrics=fid,kid,precision_recall --num=50000 \
+        [--inception_weights=FILE] [--reference=FILE.npz] [--keep=DIR]
+    python -m experiments.evaluate --samples=FOLDER|FILE.npz --reference=FILE.npz --metrics=fid \
+        --out=FILE.json
+    ... --preset=ldm_table1_celebahq            a published row's settings (presets.py)
+    ... --sweep_guidance=1,2,4 --sweep_steps=10,25,50      a curve for each, and sweep.png
+    ... --every_checkpoint                      a curve against the training step, and curve.png
+
+What each metric is stands in `metrics.py`. `--num` is how many samples are made, or, for
+bits_per_dim, how many examples of the evaluation split are read. Averaged and raw weights are
+both measured unless --weights names one. With --keep, samples are kept in parts as they are made,
+and the same command goes on where it was interrupted. --reference is made of the run's training
+data where the file is missing (references.py).
+
+evaluation.json:
+
+    {
+      <metric>: ...,              of the averaged weights, or of the one set that was measured
+      "intervals": {<metric>: [low, high]},   95 %; some metrics carry an "interval" of their own
+      "weights": {"ema": {<metric>: ..., "intervals": ...}, "raw": {...}},    or {"samples": ...}
+      "sweep": [{"curve": "guidance_scale"|"steps", "guidance_scale": ..., "steps": ...,
+                 "weights": "ema"|"raw", <metric>: ..., "intervals": ...}, ...],
+      "checkpoints": [{"curve": "step", "step": ..., "weights": ..., <metric>: ...}, ...],
+      "warnings": what a reader has to know: too few samples,
+      "preset": {"name", "row", "config", "numbers": the published ones},
+      "seed", "versions", "device", "step", "checkpoint", "sample", "samples", "features",
+      "reference", "classifier", "clip": what the numbers depend on; hashes where there are files
+    }
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+from absl import flags
+
+from diffusion import manifest
+from diffusion.metrics.frechet import sample_count_warning
+from diffusion.models.inception import PREPROCESSINGS
+from experiments.evaluate import metrics as measures
+from experiments.evaluate import plots, presets, sample_sets
+from experiments.evaluate.metrics import FRECHET, METRICS, OF_FIRST_STAGE, OF_IMAGES, Subject
+from experiments.evaluate.references import code_version
+from experiments.evaluate.tools import Tools
+from experiments.host import cli, cluster
+from experiments.run import workdir
+
+BOTH = ("ema", "raw")
+
+
+def versions() -> dict[str, str]:
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def evaluate(
+    subject: Subject,
+    metrics: list[str],
+    which: tuple[str, ...] | None = None,
+) -> dict[str, Any]:
+    """The named metrics of a run, with seeds, sampler, hashes and versions beside them.
+
+    which: the weights to measure; None: the subject's own.
+    """
+    started = time.perf_counter()
+    measures.prepare(subject, metrics)
+    notes = warnings(subject, metrics)
+    found, identity = {}, {}
+    for name in which or (subject.which,):
+        part = subject.changed(which=name)
+        # A first stage has its own weights: it is measured once.
+        wanted = [m for m in metrics if not found or m not in OF_FIRST_STAGE]
+        if wanted:
+            found[name] = measures.measure(part, wanted)
+            identity = identity or part.identity()
+    first = next(iter(found.values()))
+    return {
+        "workdir": None if subject.directory is None else subject.directory.name,
+        "seed": subject.seed,
+        "versions": {**versions(), "code": code_version()},
+        "device": jax.devices()[0].device_kind,
+        **first,
+        "weights": found,
+        **identity,
+        "warnings": notes,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def sweep(
+    subject: Subject, metrics: list[str], which: tuple[str, ...], values: flags.FlagValues
+) -> list[dict[str, Any]]:
+    """The metrics at each guidance scale, and at each number of steps, all else as it is."""
+    points = []
+    for curve, given in (
+        ("guidance_scale", numbers(values, "sweep_guidance", float)),
+        ("steps", numbers(values, "sweep_steps", int)),
+    ):
+        for value in given:
+            for name in which:
+                keep = subject.keep and subject.keep / f"{curve}_{value:g}"
+                part = subject.changed(which=name, keep=keep, **{curve: value})
+                points.append({"curve": curve, "weights": name, **_point(part, metrics, curve)})
+    return points
+
+
+def checkpoints(
+    subject: Subject, metrics: list[str], which: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """The metrics of every checkpoint that the run keeps."""
+    points = []
+    for step in sorted(manifest.finished((subject.run / "checkpoints").absolute())):
+        for name in which:
+            keep = subject.keep and subject.keep / f"step_{step}"
+            part = subject.changed(which=name, step=step, keep=keep)
+            points.append({"curve": "step", "weights": name, **_point(part, metrics, "step")})
+    return points
+
+
+def _point(part: Subject, metrics: list[str], curve: str) -> dict[str, Any]:
+    found = measures.measure(part, [m for m in metrics if m not in OF_FIRST_STAGE])
+    made_from = part.made_from()
+    sample = made_from["sample"]
+    where = {"guidance_scale": sample["guidance_scale"], "steps": sample["steps"]}
+    where |= {key: made_from[key] for key in ("step", "checkpoint")}
+    shown = {name: float(f"{value[0]:.4g}") for name, value in plots.numbers(found).items()}
+    if cluster.is_first():
+        print(f"{curve} {where[curve]:g} {part.which}: {shown}", flush=True)
+    return {**where, **found}
+
+
+def numbers(values: flags.FlagValues, name: str, kind: type) -> list:
+    """A flag that is a list of numbers."""
+    try:
+        return [kind(text) for text in values[name].value or ()]
+    except ValueError as error:
+        listed = ",".join(values[name].value)
+        raise ValueError(f"--{name}={listed} is no list of numbers: give 1,2,4") from error
+
+
+def define(add: cli.Flags) -> None:
+    cluster.define(add)
+    add.add("string", "workdir", None, "A run.")
+    add.add("string", "samples", None, "Images in place of the run's: a folder or an .npz.")
+    add.add("list", "metrics", None, f"{', '.join(METRICS)}: comma-separated.")
+    add.add("string", "preset", None, f"One of {', '.join(presets.PRESETS)}.")
+    add.add("enum", "weights", "both", "Averaged or raw parameters.", ["both", *BOTH])
+    add.add("integer", "num", 1000, "Samples; of captions, those of pairs seen in training.")
+    add.add("integer", "num_held_out", 250, "Samples of captions of held-out pairs.")
+    add.add("integer", "seed", 0, "Of prompts and noise.")
+    add.add("string", "sampler", None, "Default: the config's sample.sampler.")
+    add.add("integer", "steps", None, "Sampler steps; default: the config's sample.steps.")
+    add.add("float", "guidance_scale", None, "Default: the config's sample.guidance_scale.")
+    add.add("list", "sweep_guidance", None, "Guidance scales to measure as well.")
+    add.add("list", "sweep_steps", None, "Numbers of sampler steps to measure as well.")
+    add.add("integer", "checkpoint_step", None, "Of the checkpoint; default: the newest.")
+    add.add("bool", "every_checkpoint", False, "Measure each that the run keeps as well.")
+    rounding = list(sample_sets.ROUNDINGS)
+    add.add("enum", "rounding", "nearest", "To 8 bits: to nearest, or cut off.", rounding)
+    add.add("string", "keep", None, "Keep samples in this folder; resumes from it.")
+    add.add("enum", "features", None, "Feature network.", ["inception", "classifier", "clip"])
+    add.add("string", "classifier", None, "The run of a classifier on the same data.")
+    add.add("string", "inception_weights", None, "File; default: the published ones.")
+    names = list(PREPROCESSINGS)
+    add.add("enum", "inception_preprocessing", names[0], "FID's is torch-fidelity's.", names)
+    add.add("string", "clip", None, "A Transformers directory of a CLIPModel.")
+    add.add("string", "reference", None, "An .npz of statistics; made where it is missing.")
+    add.add("string", "reference_split", "train", "Of the run's data, to make it of.")
+    add.add("integer", "reference_num", 0, "The first so many images of it; 0: all.")
+    add.add("integer", "feature_batch", 50, "Images at a time through Inception.")
+    add.add("integer", "replicates", 100, "Of the bootstrap; 0: no intervals of distances.")
+    add.add("string", "out", None, "Default: DIR/evaluation.json.")
+
+
+def tools(values: flags.FlagValues, preset: presets.Preset | None) -> Tools:
+    def path(name: str) -> pathlib.Path | None:
+        return pathlib.Path(values[name].value) if values[name].value else None
+
+    return Tools(
+        path("classifier"),
+        values.features or ("inception" if preset else None),
+        values.inception_weights,
+        values.inception_preprocessing,
+        values.clip,
+        path("reference"),
+        preset.split if preset else values.reference_split,
+        values.reference_num,
+        values.feature_batch,
+    )
+
+
+def subject_of(values: flags.FlagValues, preset: presets.Preset | None) -> Subject:
+    made = Subject(
+        pathlib.Path(values.workdir) if values.workdir else None,
+        num=values.num if preset is None or values["num"].present else preset.num,
+        num_held_out=values.num_held_out,
+        seed=values.seed,
+        tools=tools(values, preset),
+        step=values.checkpoint_step,
+        samples=pathlib.Path(values.samples) if values.samples else None,
+        keep=pathlib.Path(values.keep) if values.keep else None,
+        rounding=preset.rounding if preset else values.rounding,
+        replicates=values.replicates,
+        strict=True,
+        sample=preset.sample if preset else None,
+        sampler=values.sampler,
+        steps=values.steps,
+        guidance_scale=values.guidance_scale,
+    )
+    if preset is not None:
+        presets.check(values.preset, preset, made.image_config, made.directory)
+    return made
+
+
+def weights_of(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> tuple[str, ...]:
+    """Which weights to measure; the one that there is, where the run averages none."""
+    if subject.samples_path is not None:
+        return ("samples",)
+    config = workdir.read_config(subject.run)
+    if values.weights != "both":
+        stage = [name for name in metrics if name in OF_FIRST_STAGE]
+        if stage and values.weights == "raw":
+            raise ValueError(
+                f"--weights=raw with --metrics={stage[0]}: a first stage is measured with its "
+                "averaged weights; leave --weights out"
+            )
+        return (values.weights,)
+    return BOTH if config.ema.decay else ("raw",)
+
+
+def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> pathlib.Path:
+    """Refuses flags that contradict; returns where the results go."""
+    if subject.directory is None and not values.samples:
+        raise ValueError("--workdir is missing: give --workdir=..., or --samples=...")
+    swept = ("sweep_guidance", "sweep_steps", "every_checkpoint", "checkpoint_step", "keep")
+    given = [name for name in swept if values[name].value]
+    if values.samples and given:
+        raise ValueError(f"--{given[0]} makes samples, but --samples={values.samples} names some")
+    curves = [name for name in given if name not in ("checkpoint_step", "keep")]
+    if curves and set(metrics) <= set(OF_FIRST_STAGE):
+        raise ValueError(
+            f"--{curves[0]} is of samples, but --metrics={','.join(metrics)} of a first stage"
+        )
+    if values.samples and (other := sorted(set(metrics) - {*OF_IMAGES})):
+        raise ValueError(
+            f"--metrics={other[0]} needs the run that makes the samples: leave --samples out"
+        )
+    if values.out is None and subject.directory is None:
+        raise ValueError("--out is missing: with --samples alone, name a file for the results")
+    numbers(values, "sweep_guidance", float), numbers(values, "sweep_steps", int)
+    return pathlib.Path(values.out or subject.run / "evaluation.json")
+
+
+def warnings(subject: Subject, metrics: list[str]) -> list[str]:
+    """What a reader of the numbers has to know; said, and written beside them."""
+    if not set(metrics) & set(FRECHET):
+        return []
+    found = sample_count_warning(subject.count, subject.network.dim)
+    if found and cluster.is_first():
+        print(f"note: {found}", flush=True)
+    return [found] if found else []
+
+
+@cluster.joined
+def main(values: flags.FlagValues) -> None:
+    preset = presets.find(values.preset) if values.preset else None
+    metrics = list(values.metrics or (preset.metrics if preset else ()))
+    subject = subject_of(values, preset)
+    out = check(values, subject, metrics)
+    measures.prepare(subject, metrics)
+    which = weights_of(values, subject, metrics)
+    results = evaluate(subject, metrics, which)
+    curves = {}
+    if values.sweep_guidance or values.sweep_steps:
+        curves["sweep"] = sweep(subject, metrics, which, values)
+    if values.every_checkpoint:
+        curves["checkpoints"] = checkpoints(subject, metrics, which)
+    results |= curves
+    if preset is not None:
+        results["preset"] = {"name": values.preset, **presets.beside(preset)}
+    if not cluster.is_first():
+        return
+    workdir.write_whole(out, json.dumps(results, indent=2) + "\n")
+    for name, points in curves.items():
+        across = tuple(dict.fromkeys(point["curve"] for point in points))
+        if any(plots.numbers(point) for point in points):  # not those of a spectrum, say
+            plots.plot(out.with_name(f"{out.stem}_{name}.png"), points, across)
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define, main))

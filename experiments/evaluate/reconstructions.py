@@ -1,0 +1,158 @@
+"""What is said of a first stage: reconstructions against their images, and the latents.
+
+psnr, ssim               means over images, of uint8 reconstructions (diffusion/metrics)
+sharpness                energy of high frequencies over that of the images; 1 is as sharp
+lpips                    where the run's config names the weights, and they are there
+frechet_distance         of reconstructions and images on a feature network: a classifier's here,
+                         named so; "rFID" is this on Inception's, which any function may stand in
+latent_mean, latent_std  of each channel, of the posterior's mean
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion import weights
+from diffusion.checkpoint import restore_params
+from diffusion.data import loader
+from diffusion.interop.perceptual import load_lpips
+from diffusion.metrics import frechet, reconstruction
+from diffusion.metrics.intervals import mean_interval
+from diffusion.models.perceptual import LPIPS
+from experiments.run import build, generate, training, workdir
+
+Features = Callable[[np.ndarray], np.ndarray]  # uint8 images to (batch, dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A first stage with its weights (the average where it has one), and the data it was for."""
+
+    config: ConfigDict
+    network: Any
+    params: Any
+    step: int
+    hash: str
+
+
+def load(directory: pathlib.Path, step: int | None = None, flag: str = "--workdir") -> Stage:
+    """Of a first stage's own run (the checkpoint of `step`, or the newest), or one kept frozen by a
+    latent run or a converted pipeline.
+
+    Raises ValueError for a run that has none.
+    """
+    config = ConfigDict(workdir.read_config(directory, flag).to_dict())
+    if config.task == "autoencoder":
+        saved = restore_params(directory / "checkpoints", ("params", "ema"), step)
+        params = {**saved.items["params"], **saved.items["ema"]}["autoencoder"]
+        found = saved.step, saved.hash
+    elif "autoencoder" in config.model:
+        params, _, sha256 = weights.load_weights(directory / "first_stage")
+        if "latents" in config:
+            config.data.dir, config.data.name = config.latents.data_dir, config.latents.data_name
+        found = 0, sha256[:16]
+    else:
+        raise ValueError(
+            f"{flag}={directory} has no first stage: name a run of task='autoencoder', or of "
+            "latent diffusion"
+        )
+    return Stage(config, build.autoencoder(config.model.autoencoder), params, *found)
+
+
+def test_images(stage: Stage, num: int) -> Iterator[np.ndarray]:
+    """Batches of the first `num` images of the evaluation split, uint8."""
+    source, steps = training.open_images(stage.config, stage.config.data.eval_split)
+    size = stage.config.evaluation.batch_size
+    for batch in loader.one_pass(source, size, steps, stop=min(num, len(source))):
+        yield batch["image"][batch["valid"]]
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled(network: Any) -> Callable[..., Any]:
+    @jax.jit
+    def run(params, image):
+        x = image.astype(jnp.float32) / 127.5 - 1
+        z = network.apply({"params": params}, x, method="encode").mean
+        return generate.to_uint8(network.apply({"params": params}, z, method="decode")), z
+
+    return run
+
+
+def reconstructor(stage: Stage) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """A compiled function from uint8 images to (uint8 reconstructions, latent means)."""
+
+    def reconstruct(image):
+        made, z = _compiled(stage.network)(stage.params, image)
+        return np.asarray(made), np.asarray(z)
+
+    return reconstruct
+
+
+def measure(
+    stage: Stage, batches: Iterable[np.ndarray], features: Features | None = None
+) -> dict[str, Any]:
+    """Everything above, over batches of uint8 images."""
+    reconstruct, distance = reconstructor(stage), perceptual(stage.config)
+    columns: dict[str, list[np.ndarray]] = {}
+    latents, seen = [], ([], [])
+    for image in batches:
+        made, z = reconstruct(image)
+        found = reconstruction.per_example(
+            jnp.asarray(image), jnp.asarray(made), reconstruction.UINT8
+        )
+        if distance is not None:
+            found["lpips"] = distance(image, made)
+        for name, values in found.items():
+            columns.setdefault(name, []).append(np.asarray(values))
+        latents.append(z.reshape(-1, z.shape[-1]))
+        if features is not None:
+            seen[0].append(features(image))
+            seen[1].append(features(made))
+    return _summary(columns, latents, seen)
+
+
+def _summary(columns: dict, latents: list, seen: tuple[list, list]) -> dict[str, Any]:
+    means = {name: mean_interval(np.concatenate(values)) for name, values in columns.items()}
+    results: dict[str, Any] = {name: mean.value for name, mean in means.items()}
+    shown = [name for name in ("psnr", "ssim", "lpips") if name in means]
+    results["interval"] = {name: [means[name].low, means[name].high] for name in shown}
+    of_images = results.pop("high_frequency_of_images", 0.0)
+    energy = results.pop("high_frequency", 0.0)
+    results |= {"sharpness": energy / of_images} if of_images else {}
+    z = np.concatenate(latents).astype(np.float64)
+    results |= {"latent_mean": z.mean(0).tolist(), "latent_std": z.std(0).tolist()}
+    results["count"] = sum(len(values) for values in columns["psnr"])
+    if seen[0]:
+        images, made = (frechet.feature_statistics(np.concatenate(part)) for part in seen)
+        warning = frechet.sample_count_warning(images.count, images.mean.size)
+        if warning:
+            print(f"note: {warning}", flush=True)
+        results["frechet_distance"] = frechet.frechet_distance(made, images)
+    return results
+
+
+def perceptual(config: ConfigDict) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+    """LPIPS of two batches of uint8 images; None where the config names no weights."""
+    section = config.get("perceptual", {})
+    if not section.get("vgg") or not section.get("heads"):
+        return None
+    return _lpips(**section)
+
+
+@functools.lru_cache(maxsize=1)
+def _lpips(**files: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    params, _ = load_lpips(**files)
+
+    @jax.jit
+    def run(params, x, y):
+        x, y = (a.astype(jnp.float32) / 127.5 - 1 for a in (x, y))
+        return LPIPS().apply({"params": params}, x, y)
+
+    return lambda x, y: np.asarray(run(params, x, y))

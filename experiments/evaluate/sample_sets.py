@@ -1,0 +1,288 @@
+"""Sets of images to be evaluated: a folder, an .npz, or samples as they are made.
+
+    folder of images     PNG, JPEG, WebP or BMP, in the order of their names; grid.png is left out
+    .npz                 "arr_0" (as guided-diffusion writes it) or "images" (experiments.sample),
+                         uint8, read a part at a time
+    folder of shards     what `--keep=DIR` leaves: 00000.npy, ... and samples.json
+
+Shards are written whole, each under another name first, and samples.json says how many there are to
+be: a folder that lacks some is half-written, and the command that made it goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from experiments.evaluate import stream
+from experiments.host import cluster
+from experiments.run import workdir
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OWN = ("grid.png",)
+ARRAYS = ("arr_0", "images")
+DESCRIPTION = "samples.json"
+BATCH = 250
+ROUNDINGS = ("nearest", "truncate")
+REMEDY = "remove it, or make it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSet:
+    """`count` images of `shape`; `batches()` yields them in order as uint8."""
+
+    path: pathlib.Path
+    count: int
+    shape: tuple[int, ...]
+    batches: Callable[[], Iterator[np.ndarray]]
+    described: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def open_samples(path: str | pathlib.Path, limit: int | None = None) -> SampleSet:
+    """The first `limit` images at `path`, or all. ValueError for anything that is no such set."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        found = open_shards(path) if (path / DESCRIPTION).is_file() else open_folder(path)
+    elif path.suffix == ".npz" and path.is_file():
+        found = open_npz(path)
+    else:
+        raise ValueError(f"--samples={path} is neither a folder of images nor an .npz file")
+    if limit is None or limit >= found.count:
+        return found
+    return dataclasses.replace(found, count=limit, batches=lambda: first(found.batches(), limit))
+
+
+def first(batches: Iterator[np.ndarray], limit: int) -> Iterator[np.ndarray]:
+    for batch in batches:
+        yield batch[:limit]
+        limit -= len(batch)
+        if limit <= 0:
+            return
+
+
+# -- a folder of images --------------------------------------------------------------------------
+
+
+def open_folder(path: pathlib.Path) -> SampleSet:
+    """Every header is read before anything is computed, so that sizes are known to agree."""
+    unfinished = sorted(p.name for p in path.iterdir() if p.suffix in (".partial", ".tmp"))
+    if unfinished:
+        raise ValueError(
+            f"--samples={path} is half-written (it holds {unfinished[0]}): finish it, or remove "
+            "that file"
+        )
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name not in OWN)
+    if not files:
+        raise ValueError(f"--samples={path} holds no images ({', '.join(SUFFIXES)})")
+    shape = _header(files[0])
+    for file in files[1:]:
+        if (other := _header(file)) != shape:
+            raise ValueError(
+                f"--samples={path} mixes sizes: {files[0].name} is {shape}, {file.name} {other} "
+                "(height, width, channels); give images of one size"
+            )
+
+    def batches() -> Iterator[np.ndarray]:
+        for start in range(0, len(files), BATCH):
+            yield np.stack([_decode(file, shape) for file in files[start : start + BATCH]])
+
+    return SampleSet(path, len(files), shape, batches)
+
+
+def _header(file: pathlib.Path) -> tuple[int, int, int]:
+    try:
+        with Image.open(file) as image:
+            return image.height, image.width, 1 if image.mode in ("L", "1") else 3
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{file} is half-written or no image: {REMEDY}") from error
+
+
+def _decode(file: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("L" if shape[-1] == 1 else "RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{file} is half-written or no image: {REMEDY}") from error
+    return pixels.reshape(shape)
+
+
+# -- an .npz -------------------------------------------------------------------------------------
+
+
+def open_npz(path: pathlib.Path, flag: str = "--samples") -> SampleSet:
+    name, shape, dtype = npz_array(path, flag)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
+        _refuse_array(path, name, shape, dtype, flag)
+    return SampleSet(path, shape[0], shape[1:], lambda: npz_batches(path, name))
+
+
+def npz_array(path: pathlib.Path, flag: str) -> tuple[str, tuple[int, ...], np.dtype]:
+    """Name, shape and dtype of the array of images, without reading it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n.removesuffix(".npy") for n in archive.namelist()]
+            chosen = [name for name in ARRAYS if name in names]
+            if not chosen:
+                raise ValueError(
+                    f"{flag}={path} has the arrays {', '.join(names)}, none of them "
+                    f"{' or '.join(ARRAYS)}: name the images so"
+                )
+            with archive.open(f"{chosen[0]}.npy") as file:
+                return chosen[0], *_array_header(file)
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"{flag}={path} is truncated or no .npz file: make it again") from error
+
+
+def _array_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
+    old = np.lib.format.read_magic(file)[0] == 1
+    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if fortran:
+        raise ValueError("an array of images is stored by columns: save it in C order")
+    return shape, dtype
+
+
+def npz_batches(path: pathlib.Path, name: str, size: int = BATCH) -> Iterator[np.ndarray]:
+    """The array's rows, `size` at a time."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            shape, dtype = _array_header(file)
+            row = int(np.prod(shape[1:])) * dtype.itemsize
+            for start in range(0, shape[0], size):
+                count = min(size, shape[0] - start)
+                data = file.read(count * row)
+                if len(data) < count * row:
+                    raise EOFError
+                yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"{path} is truncated: make it again") from error
+
+
+def _refuse_array(path: pathlib.Path, name: str, shape: Any, dtype: np.dtype, flag: str) -> None:
+    if dtype.kind == "f":
+        bad = [not np.isfinite(part).all() for part in npz_batches(path, name)]
+        if any(bad):
+            raise ValueError(
+                f"{flag}={path}: {name} holds NaN or infinity, first among the images from "
+                f"{bad.index(True) * BATCH} on: look at how it was made"
+            )
+    raise ValueError(
+        f"{flag}={path}: {name} is {dtype}{list(shape)}, but images are uint8 (count, height, "
+        "width, 1 or 3): convert it"
+    )
+
+
+# -- samples as they are made --------------------------------------------------------------------
+
+
+def to_uint8(x: np.ndarray, rounding: str, start: int = 0) -> np.ndarray:
+    """Pixels in [0, 1] to 0..255, rounded to nearest or cut off; series stay as they are.
+
+    `start`: the place of the first, for the error. ValueError for NaN, which would turn black.
+    """
+    if not np.isfinite(x).all():
+        bad = int(np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(1))[0])
+        raise ValueError(
+            f"sample {start + bad} is NaN: the model has diverged; try --weights, an earlier "
+            "--checkpoint_step, or sample.clip"
+        )
+    if x.ndim == 3:
+        return x
+    scaled = x * np.float32(255)
+    return (np.rint(scaled) if rounding == "nearest" else np.floor(scaled)).astype(np.uint8)
+
+
+def open_shards(path: pathlib.Path) -> SampleSet:
+    """A finished folder of shards."""
+    described = _description(path)
+    files = [path / f"{i:05d}.npy" for i in range(described["shards"])]
+    have = sum(file.is_file() for file in files)
+    if have < len(files):
+        raise ValueError(
+            f"{path} is half-written ({have} of {len(files)} parts): run the command that made it "
+            "again, with the same --keep"
+        )
+
+    def batches() -> Iterator[np.ndarray]:
+        for file in files:
+            yield _shard(file)
+
+    shape = _shard(files[0]).shape[1:]
+    return SampleSet(path, described["num"], shape, batches, described["made_from"])
+
+
+def _description(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads((path / DESCRIPTION).read_text())
+        return {key: found[key] for key in ("num", "shards", "made_from")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / DESCRIPTION} is broken: remove {path}") from error
+
+
+def _shard(file: pathlib.Path) -> np.ndarray:
+    try:
+        return np.load(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{file} is truncated: remove it, and make it again") from error
+
+
+def kept(
+    path: pathlib.Path,
+    make: Callable[[int], Iterator[np.ndarray]],
+    num: int,
+    size: int,
+    made_from: dict[str, Any],
+) -> Iterator[np.ndarray]:
+    """`make(start)`'s batches of `size` images, kept as shards; those that are there are read.
+
+    ValueError for a folder of samples that were made from something else.
+    """
+    shards = -(-num // size)
+    own = cluster.together(lambda: _claim(path, num, size, shards, made_from))
+    done = int(stream.gather(np.array([own])).min())
+    for i in range(done):
+        yield _shard(path / f"{i:05d}.npy")
+    if done == shards:
+        return
+    for i, batch in enumerate(make(done * size), done):
+        if cluster.is_first():
+            _write_shard(path / f"{i:05d}.npy", batch)
+        yield batch
+
+
+def _claim(path: pathlib.Path, num: int, size: int, shards: int, made_from: dict[str, Any]) -> int:
+    """How many of the first shards are there."""
+    described = {"num": num, "shards": shards, "size": size, "made_from": made_from}
+    if (path / DESCRIPTION).is_file():
+        found = json.loads((path / DESCRIPTION).read_text())
+        for key in ("num", "size"):
+            _check_same(path, key, found[key], described[key])
+        for key, value in json.loads(json.dumps(made_from)).items():
+            _check_same(path, key, found["made_from"].get(key), value)
+    elif cluster.is_first():
+        if path.is_dir() and any(path.iterdir()):
+            raise ValueError(f"--keep={path} holds other files: name a new folder")
+        path.mkdir(parents=True, exist_ok=True)
+        workdir.write_whole(path / DESCRIPTION, json.dumps(described, indent=1) + "\n")
+    names = [(path / f"{i:05d}.npy").is_file() for i in range(shards)]
+    return names.index(False) if False in names else shards
+
+
+def _check_same(path: pathlib.Path, key: str, found: Any, wanted: Any) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"--keep={path} holds samples with {key}={found!r}, not {wanted!r}: name another folder"
+        )
+
+
+def _write_shard(file: pathlib.Path, batch: np.ndarray) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb") as out:
+        np.save(out, batch)
+    os.replace(partial, file)

@@ -1,0 +1,50 @@
+"""What a run costs, without running it: no array is made, so it answers for any size in seconds.
+
+    python -m experiments.plan --config=configs/X.py [--devices=N] [--json]
+        [--mesh=data=32,fsdp=8 [--hardware=h100|h200|v5p|v6e]]
+
+Parameters per network, FLOPs of one example forward and in a training step, bytes of parameters,
+averages and optimiser state on each of N devices (parallel.fsdp shards them). FLOPs are counted
+from the traced program, without what no result needs: 2 m n k for each matrix product, and the like
+for convolutions; loops count once for each pass. What is not a product is not counted. --mesh
+compiles the real train step for so many fake devices: minutes (`experiments/plan/mesh.py`).
+"""
+
+import json
+import sys
+
+from absl import flags
+
+from experiments.host import cli
+from experiments.plan import cost, mesh
+
+
+def define(add: cli.Flags) -> None:
+    add.config()
+    add.add("integer", "devices", 1, "How many devices to divide the state over.")
+    add.add("string", "mesh", None, "data=32,fsdp=8: compile the step for such a mesh.")
+    add.add("string", "hardware", None, "With --mesh: h100, h200, v5p or v6e.")
+    add.add("bool", "json", False, "Print one JSON object.")
+
+
+def main(values: flags.FlagValues) -> None:
+    config = cli.require(values, "config")
+    if values.mesh or values.hardware:
+        found = mesh.planned(config, values.devices, values.mesh, values.hardware)
+        print(json.dumps(found, indent=2) if values.json else mesh.show(found))
+        return
+    found = cost.plan(config, values.devices)
+    if values.json:
+        print(json.dumps(found, indent=2))
+        return
+    for name, network in found["networks"].items():
+        print(f"{name:<16} {network['parameters']:>15,} parameters")
+    flops = found["flops_per_example"]
+    print(f"{'forward':<16} {flops['forward'] / 1e9:>15,.3f} GFLOP an example")
+    print(f"{'training':<16} {flops['train'] / 1e9:>15,.3f} GFLOP an example")
+    for name, size in found["bytes_per_device"].items():
+        print(f"{name:<16} {size / 2**20:>15,.1f} MiB on each of {found['devices']} devices")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define, main))

@@ -1,0 +1,174 @@
+"""The networks of a workdir: what sampling loads, and what another run starts from or keeps frozen.
+
+A workdir has trained networks in checkpoints/, and each frozen one as a folder of its own beside
+them: first_stage/ (the autoencoder), text_encoder/, unet/ (under LoRA or a ControlNet). A run with
+`init_from` copies what it keeps frozen into its own workdir, which is then whole by itself.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion import weights
+from diffusion.checkpoint import restore_params
+from diffusion.data.tokenizers import Tokenizer
+from diffusion.models import lora
+from experiments.run import build, workdir
+
+FOLDERS = {"autoencoder": "first_stage", "text_encoder": "text_encoder", "unet": "unet"}
+# Fields of a network that its parameters do not depend on.
+FREE = ("dtype", "remat", "dropout", "embedding_dropout", "parent", "name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """`params` by network, low-rank updates merged; `first_stage` is its module, if there is one.
+
+    extra: latent shift and scale, among others. hash and step are those of the checkpoint.
+    """
+
+    config: ConfigDict
+    params: dict[str, Any]
+    extra: dict[str, Any]
+    first_stage: Any
+    tokenizer: Tokenizer | None
+    hash: str
+    step: int
+
+
+def load(
+    directory: str | pathlib.Path,
+    which: str = "ema",
+    step: int | None = None,
+    flag: str = "--workdir",
+    merged: bool = True,
+) -> Networks:
+    """A run's newest checkpoint (or that of `step`) and frozen networks; `which`: "ema" or "raw".
+
+    Not `merged`: low-rank updates stay apart, as params["lora"].
+    Raises ValueError for a folder without a run, a checkpoint, or the average asked for.
+    """
+    directory = pathlib.Path(directory)
+    config = workdir.read_config(directory, flag)
+    if config.task not in ("denoiser", "autoencoder"):
+        raise ValueError(
+            f"{flag}={directory} holds a run of task={config.task!r}: name one of 'denoiser'"
+        )
+    if which not in ("ema", "raw"):
+        raise ValueError(f"--weights={which} is unknown: use ema or raw")
+    saved = restore_params(directory / "checkpoints", ("params", "ema", "extra"), step)
+    params = dict(saved.items["params"])
+    if which == "ema":
+        params.update(saved.items["ema"])
+    first_stage = None
+    for name, folder in FOLDERS.items():
+        if name in config.model and name not in params:
+            params[name], described, _ = weights.load_weights(directory / folder)
+            first_stage = (
+                build.autoencoder(ConfigDict(described)) if name == "autoencoder" else first_stage
+            )
+    if config.task == "autoencoder":
+        first_stage = build.autoencoder(config.model.autoencoder)
+    if "lora" in params and merged:
+        scale = build.lora(config).scale
+        params["unet"] = lora.merge(params["unet"], params.pop("lora"), scale)
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.load(path) if "text_encoder" in config.model else None
+    return Networks(
+        config, params, saved.items["extra"], first_stage, tokenizer, saved.hash, saved.step
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What a run takes from `init_from`: parameters to start from and to keep frozen, by network
+    (of a ControlNet, those that it shares with the U-Net), and what goes with them."""
+
+    start: dict[str, Any] = dataclasses.field(default_factory=dict)
+    frozen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+
+    def write(self, config: ConfigDict, directory: pathlib.Path) -> None:
+        """The frozen networks and the tokenizer, into the run's own folder, once."""
+        for name, params in self.frozen.items():
+            folder = directory / FOLDERS[name]
+            if not (folder / weights.WEIGHTS).exists():
+                weights.save_weights(folder, params, config.model[name].to_dict())
+
+
+def begin(config: ConfigDict) -> Beginning:
+    """Reads `init_from`. ValueError where it lacks what the config keeps frozen, or differs."""
+    trained = build.trained(config)
+    frozen = [name for name in FOLDERS if name in config.model and name not in trained]
+    if config.data.name == "latents":
+        frozen = [name for name in frozen if name != "autoencoder"]  # it comes with the latents
+    if not config.init_from:
+        if frozen:
+            raise ValueError(
+                f"init_from is empty, but the config keeps the {frozen[0]} frozen: name a workdir "
+                "that has one"
+            )
+        return Beginning()
+    found = load(config.init_from, flag="--config.init_from")
+    taken = config.init_networks or tuple(found.params)
+    missing = [name for name in frozen if name not in found.params or name not in taken]
+    if missing:
+        raise ValueError(
+            f"init_from={config.init_from} has no {missing[0]}, which the config keeps frozen: "
+            "name a workdir that has one"
+        )
+    params = {name: tree for name, tree in found.params.items() if name in taken}
+    if "controlnet" in trained and "controlnet" not in params:
+        params["controlnet"] = _encoder(params["unet"])
+    start = {name: params[name] for name in trained if name in params}
+    for name in {*frozen, *start} & set(FOLDERS):
+        _check_same(config, found.config, name)
+    kept = {k: v for k, v in found.extra.items() if k in ("latent_shift", "latent_scale")}
+    tokenizer = found.tokenizer if "text_encoder" in params else None
+    return Beginning(start, {name: params[name] for name in frozen}, kept, tokenizer)
+
+
+def _encoder(unet: dict[str, Any]) -> dict[str, Any]:
+    """What a ControlNet copies of a U-Net (`models/controlnet.py`)."""
+    decoder = ("up_", "norm_out", "conv_out")
+    return {name: tree for name, tree in unet.items() if not name.startswith(decoder)}
+
+
+def _check_same(config: ConfigDict, other: ConfigDict, name: str) -> None:
+    make = {
+        "unet": build.unet,
+        "text_encoder": build.text_encoder,
+        "autoencoder": lambda c: build.autoencoder(c.model.autoencoder),
+    }[name]
+    if found := difference(make(config), make(other)):
+        field, ours, theirs = found
+        raise ValueError(
+            f"init_from={config.init_from} has model.{name}.{field}={theirs}, but the config "
+            f"says {ours}: use the same network in both"
+        )
+
+
+def difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:
+    """The first field, with both values, in which two modules' parameters differ; None: in none."""
+    for field in dataclasses.fields(ours):
+        if field.name not in FREE:
+            a, b = (getattr(module, field.name, None) for module in (ours, theirs))
+            if a != b and _said(ours, field.name) != _said(theirs, field.name):
+                return field.name, a, b
+    return None if type(ours) is type(theirs) else ("name", type(ours), type(theirs))
+
+
+def _said(module: Any, field: str) -> Any:
+    """A field's value in the one form of those that say the same."""
+    value = getattr(module, field, None)
+    if field in ("heads", "head_dim") and hasattr(module, "head_shape"):  # by number, or by width
+        used = [*module.attention[:-1], module.attention[-1] or module.mid_attention]
+        return [module.head_shape(level) for level, attends in enumerate(used) if attends]
+    if hasattr(module, "per_level"):  # one value for all levels, or one a level
+        return module.per_level(value)
+    if field == "attention" and not value:  # () is nowhere
+        return (False,) * len(module.multipliers)
+    return module.latent_channels if field == "embed_channels" else value

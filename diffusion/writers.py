@@ -14,8 +14,6 @@ import netrc
 import os
 import pathlib
 import re
-import sys
-import time
 import urllib.parse
 import uuid
 from collections.abc import Mapping, Sequence
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.redact import flatten, redact
+from diffusion.wording import Progress, number
 
 log = logging.getLogger(__name__)
 
@@ -51,61 +50,27 @@ Null = Writer
 
 
 class Console(Writer):
-    """One progress line: in place on a terminal, a plain line for each logged step elsewhere.
-
-    The time left follows from the pace since the first logged step, which leaves compilation out.
-    """
+    """Progress and messages: one line in place on a terminal, a line a logged step elsewhere."""
 
     def __init__(self, total_steps: int, start: str | None = None, stream: Any = None):
-        self._stream = stream or sys.stderr
-        self._tty = self._stream.isatty()
-        self._total, self._open = total_steps, False
-        self._first: tuple[int, float] | None = None
+        self._progress = Progress("step", total_steps, every_secs=0, stream=stream)
         if start:
             self.message(start)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         if "loss" not in values:
-            shown = ", ".join(f"{name} {_number(value)}" for name, value in values.items())
+            shown = ", ".join(f"{name} {number(value)}" for name, value in values.items())
             return self.message(f"step {step:,}: {shown}")
-        parts = [f"step {step:,}/{self._total:,}", f"loss {_number(values['loss'])}"]
+        said = [f"loss {number(values['loss'])}"]
         if "examples_per_sec" in values:
-            parts.append(f"{_number(values['examples_per_sec'])} examples/s")
-        parts.append(self._left(step))
-        self._line("  ".join(part for part in parts if part), keep=not self._tty)
-
-    def _left(self, step: int) -> str:
-        now = time.monotonic()
-        if self._first is None or step <= self._first[0]:
-            self._first = (step, now)
-            return ""
-        pace = (now - self._first[1]) / (step - self._first[0])
-        return f"{_duration(pace * max(self._total - step, 0))} left"
+            said.append(f"{number(values['examples_per_sec'])} examples/s")
+        self._progress.at(step, *said)
 
     def message(self, text: str) -> None:
-        self._line(text, keep=True)
-
-    def _line(self, text: str, keep: bool) -> None:
-        self._stream.write(("\r" if self._open else "") + text)
-        self._stream.write(("\x1b[K" if self._tty else "") + ("\n" if keep else ""))
-        self._stream.flush()
-        self._open = not keep
+        self._progress.message(text)
 
     def close(self) -> None:
-        if self._open:
-            self._stream.write("\n")
-            self._open = False
-
-
-def _number(value: Any) -> str:
-    return f"{float(value):,.4g}" if abs(float(value)) < 1e4 else f"{float(value):,.0f}"
-
-
-def _duration(secs: float) -> str:
-    minutes, secs = divmod(round(secs), 60)
-    hours, minutes = divmod(minutes, 60)
-    short = f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
-    return f"{hours}h{minutes:02d}m" if hours else short
+        self._progress.close()
 
 
 def _finite(value: Any) -> int | float | None:

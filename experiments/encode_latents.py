@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from diffusion import weights
 from diffusion.data import latents, loader, transforms
 from diffusion.training.parallel import BATCH, make_mesh
+from diffusion.wording import Progress
 from experiments.evaluate import reconstructions
 from experiments.host import cli, cluster
 from experiments.run import build, captions, networks, training
@@ -100,6 +101,7 @@ def encode(config: ConfigDict) -> dict:
             columns["context"] = text(frozen, batch["tokens"])["context"]
         return columns
 
+    progress = Progress("latents", count, silent=not cluster.is_first())
     for shard in plan.missing(jax.process_index(), jax.process_count()):
         rows = {name: [] for name in fields}
         for batch in loader.one_pass(
@@ -112,7 +114,8 @@ def encode(config: ConfigDict) -> dict:
             for name in fields:
                 rows[name].append(np.asarray(columns[name])[valid])
         latents.write_shard(plan, shard, {k: np.concatenate(v) for k, v in rows.items()})
-        print(f"latents {shard.stop}/{count}", flush=True)
+        progress.at(shard.stop)
+    progress.close()
     cluster.together(lambda: None)  # every shard is there
     cluster.together(lambda: cluster.is_first() and latents.finish(plan, scaling))
     return latents.finish(plan, scaling)

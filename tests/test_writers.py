@@ -144,7 +144,7 @@ def test_jsonl_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
 
 
 def test_console_plain_lines(monkeypatch):
-    clock = iter([100.0, 110.0])
+    clock = iter([99.0, 100.0, 110.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     stream = io.StringIO()
     console = Console(1000, start="2 processes, 4 devices", stream=stream)
@@ -155,7 +155,7 @@ def test_console_plain_lines(monkeypatch):
     assert stream.getvalue().splitlines() == [
         "2 processes, 4 devices",
         "step 100/1,000  loss 0.5123  12,346 examples/s",
-        "step 200/1,000  loss 0.25  1m20s left",
+        "step 200/1,000  loss 0.25  1 min 20 s left",
         "step 200: eval/psnr 25.31",
     ]
 
@@ -174,13 +174,6 @@ def test_console_rewrites_in_place_on_a_terminal():
     assert "loss nan" in text
     assert "\rsaved\x1b[K\nstep 3/10" in text
     assert text.endswith("\n")
-
-
-@pytest.mark.parametrize(
-    ("secs", "text"), [(12.4, "12s"), (200.0, "3m20s"), (3720.0, "1h02m"), (9e4, "25h00m")]
-)
-def test_time_left_is_readable(secs, text):
-    assert writers._duration(secs) == text
 
 
 # ------------------------------------------------------------------- multi, make_writer

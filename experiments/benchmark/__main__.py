@@ -38,6 +38,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from diffusion.training.parallel import check_batch
+from diffusion.wording import Progress
 from experiments.benchmark import alone, growth, show
 from experiments.benchmark.workload import describe, summary
 from experiments.host import cli
@@ -65,12 +66,14 @@ def benchmark(work: dict[str, Any], peer: str | None, rounds: int) -> dict[str, 
         prepared = run(mine, "prepare", work, directory)
         gate = _gate(run(PEERS[peer], "gate", work, directory), prepared) if peer else None
         found: dict[str, list] = {name: [] for name in sides}
+        progress = Progress("rounds", rounds, every_secs=0)
         for i in range(rounds):
             for name, module in sides.items():
                 # A compile suite fills a cache anew in every even round, and finds it in the next.
                 where = directory / f"cache_{i // 2 if cold else 0}"
                 found[name].append(run(module, "measure", work, directory, where))
-                print(f"round {i + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+                progress.at(i + 1, name)
+        progress.close()
         ceiling = run(mine, "ceiling", work, directory)
     results = {name: _side(work, prepared, ceiling, of, cold) for name, of in found.items()}
     out = {**_shown(work), **prepared, "gate": gate, "ceiling": ceiling, "sides": results}

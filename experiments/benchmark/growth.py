@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffusion.wording import Progress
 from experiments.benchmark.workload import describe, summary
 from experiments.run import build
 
@@ -31,7 +32,7 @@ def growth(
     cases = [("batch", batch * k, 1.0, 1) for k in BATCHES]
     cases += [("side", batch, factor, 1) for factor in SIDES]
     cases += [("devices", batch * n, 1.0, n) for n in DEVICES]
-    rows = []
+    rows, progress = [], Progress("cases", len(cases), every_secs=0)
     for axis, size, factor, devices in cases:
         changed = resized(config, factor)
         work = describe(changed, suite, **{**options, "batch": size, "devices": devices})
@@ -41,7 +42,8 @@ def growth(
             cache = directory / "cache"
             found = [run(MODULE, "measure", work, directory, cache) for _ in range(rounds)]
         rows.append(_row(axis, changed, work, prepared, found))
-        print(f"growth: {len(rows)} of {len(cases)} cases", flush=True)
+        progress.at(len(rows), axis)
+    progress.close()
     sizes, secs = zip(*((r["batch"], r["step_secs"]) for r in rows if r["axis"] == "batch"))
     b, a = np.polyfit(sizes, secs, 1)
     return {"suite": "growth", "rows": rows, "fit": {"a_secs": float(a), "b_secs": float(b)}}

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion import wording
 from diffusion.pictures import pyplot
 
 
@@ -38,10 +39,7 @@ def table(found: dict[str, Any]) -> str:
 
 def _rows(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
-    body = [[_short(row[name]) for name in names] for row in rows]
-    widths = [max(len(name), *(len(line[i]) for line in body)) for i, name in enumerate(names)]
-    lines = [names, *body]
-    return "\n".join("  ".join(w.rjust(n) for w, n in zip(line, widths)) for line in lines)
+    return wording.table([names, *([_short(row[name]) for name in names] for row in rows)])
 
 
 def _short(value: Any) -> str:

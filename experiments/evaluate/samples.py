@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from ml_collections import ConfigDict
 
 from diffusion.data import loader
 from diffusion.data.builders.captioned_digits import compose
+from diffusion.wording import Progress
 from experiments.evaluate import references, sample_sets, stream
 from experiments.evaluate.features import FeatureNetwork, Judge, attributes
 from experiments.evaluate.tools import Tools
@@ -293,18 +293,10 @@ class Subject:
 
 
 _LAZY = functools.cached_property
-SHOWN_EVERY_SECS = 15.0
 
 
 def _shown(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """The same, saying now and then how far it is."""
-    done, last = 0, time.monotonic()
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        if time.monotonic() - last > SHOWN_EVERY_SECS and cluster.is_first():
-            last = time.monotonic()
-            print(f"{done} of {count} samples", flush=True)
+    return Progress("samples", count, silent=not cluster.is_first()).over(batches)
 
 
 def _captions(config: ConfigDict, num: int) -> list[str]:

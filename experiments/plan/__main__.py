@@ -15,6 +15,7 @@ import sys
 
 from absl import flags
 
+from diffusion import wording
 from experiments.host import cli
 from experiments.plan import cost, mesh
 
@@ -42,8 +43,8 @@ def main(values: flags.FlagValues) -> None:
     flops = found["flops_per_example"]
     print(f"{'forward':<16} {flops['forward'] / 1e9:>15,.3f} GFLOP an example")
     print(f"{'training':<16} {flops['train'] / 1e9:>15,.3f} GFLOP an example")
-    for name, size in found["bytes_per_device"].items():
-        print(f"{name:<16} {size / 2**20:>15,.1f} MiB on each of {found['devices']} devices")
+    for name, count in found["bytes_per_device"].items():
+        print(f"{name:<16} {wording.size(count):>19} on each of {found['devices']} devices")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from diffusion import wording
 from diffusion.training.parallel import (
     AXES,
     BATCH,
@@ -268,11 +269,11 @@ def show(found: dict[str, Any]) -> str:
     """The plan as text, a line a fact."""
     n = math.prod(found["mesh"].values())
     lines = [f"mesh {found['mesh']}: {n} devices, batch {found['batch_size']}"]
-    for name, size in found["bytes_per_device"].items():
-        if size is not None:
-            lines.append(f"{name:<22} {size / 2**20:>12,.1f} MiB a device")
+    for name, count in found["bytes_per_device"].items():
+        if count is not None:
+            lines.append(f"{name:<22} {wording.size(count):>16} a device")
     for kind, entry in found["collectives_per_step"].items():
-        lines.append(f"{kind:<22} {entry['bytes'] / 2**20:>12,.1f} MiB in {entry['count']} a step")
+        lines.append(f"{kind:<22} {wording.size(entry['bytes']):>16} in {entry['count']} a step")
     lines.append(f"{'FLOPs':<22} {found['flops_per_step'] / 1e12:>12,.3f} TFLOP a step")
     if found["unsharded"]:
         lines.append(f"not split: {', '.join(found['unsharded'])}")

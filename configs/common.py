@@ -28,13 +28,17 @@ def base(task: str) -> ConfigDict:
     config.train.tensorboard = True  # needs TensorFlow; without it the log says that it is off
 
     config.data = ConfigDict()
-    config.data.name = ""  # a builder of diffusion/data, or "latents"
+    config.data.name = ""  # a row of experiments/run/data.py, a set by its name, or "latents"
     config.data.dir = ""  # where prepare_data or encode_latents wrote it
     config.data.eval_split = "test"
     config.data.image_size = 32  # pixels a side; a tuple has one size a spatial axis
     config.data.channels = 3
     config.data.fit = "crop"  # to image_size: "crop" (centre square, bicubic) or "pad" (with black)
     config.data.flip = False  # mirror half of the training images
+    config.data.max_bad_images = 0  # files of "folder" to skip that are no image, before an error
+    config.data.examples = 20_000  # of "signals", which are made as they are read
+    config.data.compose_held_out = False  # of digits: whether held-out (digit, colour) pairs count
+    config.data.colour = ""  # of "recoloured_digits": that of every other picture
 
     config.model = ConfigDict()
 

@@ -8,7 +8,6 @@ from configs.common import denoiser
 def digits_data(config: ConfigDict) -> ConfigDict:
     config.data.name = "captioned_digits"
     config.data.dir = "runs/data"
-    config.data.compose_held_out = False  # whether held-out (digit, colour) pairs are drawn
     return config
 
 

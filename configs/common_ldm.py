@@ -115,7 +115,6 @@ def stored_folder(stage: str, scale: float) -> ConfigDict:
     config = latent_diffusion(stage, "folder")
     config.latents.update({"data_dir": "", "scale": scale, "contexts": True})
     config.data.eval_split = "train"
-    config.data.max_bad_images = 0  # files that are no image to skip before it is an error
     config.conditioning.drop = 0.1
     return config
 

@@ -15,7 +15,6 @@ def get_config(arg=None):
     config = common.denoiser()
     config.data.name = "latents"
     config.data.dir = "runs/quickstart/latents"
-    config.data.compose_held_out = False
     config.latents = {
         "first_stage": "runs/quickstart/autoencoder",  # the workdir of its run
         "data_name": "captioned_digits",

@@ -13,7 +13,6 @@ def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common.denoiser()
     config.data.name = "signals"
-    config.data.examples = 20_000
     del config.data.image_size  # a number, of images
     config.data.image_size = (256,)
     config.data.channels = 1

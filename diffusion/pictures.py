@@ -91,7 +91,7 @@ def curves(path: pathlib.Path, runs: Mapping[str, pathlib.Path], key: str = "los
 
 def panels(
     path: pathlib.Path,
-    rows: Sequence[Mapping[str, float]],
+    rows: Sequence[Mapping[str, float | int]],
     shown: Mapping[str, Sequence[str]],
     mark: int | None = None,
 ) -> None:

@@ -25,7 +25,7 @@ from diffusion.training.parallel import BATCH, make_mesh
 from diffusion.wording import Progress
 from experiments.evaluate import reconstructions
 from experiments.host import cli, cluster
-from experiments.run import build, captions, networks, training
+from experiments.run import build, data, networks, training
 
 
 def encode(config: ConfigDict) -> dict:
@@ -34,12 +34,14 @@ def encode(config: ConfigDict) -> dict:
         raise ValueError("the config has no `latents` section: use one of a latent diffusion model")
     out = pathlib.Path(config.data.dir)
     section = config.latents
+    if not section.data_dir:
+        raise ValueError("latents.data_dir is empty: give --config.latents.data_dir=IMAGES")
     scaling = latents.Scaling(section.scaling, section.scale, section.scaling_examples)
     stage = find_first_stage(config)
     network, params = build.autoencoder(config.model.autoencoder), stage.params
     begun = networks.begin(config)
     identity = training.latent_identity(config, begun)["made_from"]
-    source, steps = training.open_images(_image_config(config), "train")
+    source, steps = data.open_images(data.images_config(config), "train")
     count = len(source) * section.epochs
     shape = build.sample_shape(config)
     fields: dict = {"mean": ("float16", shape)}
@@ -51,9 +53,9 @@ def encode(config: ConfigDict) -> dict:
     if "text_encoder" in config.model:
         length = config.model.text_encoder.max_length
         tokenizer = begun.tokenizer if "text_encoder" in begun.frozen else None
-        tokenizer = tokenizer or captions.make_tokenizer(section.tokenizer, source, steps)
-        null = training.null_tokens(config, tokenizer)
-        captions.count_cut(source, steps, tokenizer, length)
+        tokenizer = tokenizer or data.make_tokenizer(section.tokenizer, source, steps)
+        null = data.null_tokens(config, tokenizer)
+        data.count_cut(source, steps, tokenizer, length)
         kind = "int16" if tokenizer.vocabulary_size < 2**15 else "int32"
         fields["tokens"], hashes = (kind, (length,)), {"tokenizer": tokenizer.sha256}
         pipeline.append(transforms.Tokenize(tokenizer, length))
@@ -136,15 +138,6 @@ def find_first_stage(config: ConfigDict) -> reconstructions.Stage:
             f" but the config says {ours}: use the same first stage in both"
         )
     return stage
-
-
-def _image_config(config: ConfigDict) -> ConfigDict:
-    """The config with its data section naming the images that the latents are made of."""
-    if not config.latents.data_dir:
-        raise ValueError("latents.data_dir is empty: give --config.latents.data_dir=IMAGES")
-    images = ConfigDict(config.to_dict())
-    images.data.name, images.data.dir = config.latents.data_name, config.latents.data_dir
-    return images
 
 
 def define(add: cli.Flags) -> None:

@@ -13,6 +13,7 @@ from absl import flags
 
 from diffusion.data import prepare
 from experiments.host import cli
+from experiments.run import data
 
 
 def define(add: cli.Flags) -> None:
@@ -22,15 +23,13 @@ def define(add: cli.Flags) -> None:
 
 
 def main(values: flags.FlagValues) -> None:
-    config = cli.require(values, "config")
-    name, directory = config.data.name, config.data.dir
-    if "latents" in config:
-        name, directory = config.latents.data_name, config.latents.data_dir
-    if name == "signals":
-        print("signals are made as they are read: there is nothing to prepare", flush=True)
+    section = data.images_config(cli.require(values, "config")).data
+    name, row = section.name, data.known(section.name)
+    if row.prepared_as is None:
+        print(f"{name}: read or made while training, there is nothing to prepare", flush=True)
         return
-    name = "captioned_digits" if name == "moving_digits" else name
-    made = prepare.prepare(name, directory, values.source_dir, values.max_bad_images)
+    name = row.prepared_as or name
+    made = prepare.prepare(name, section.dir, values.source_dir, values.max_bad_images)
     print(f"{name} is ready in {made}", flush=True)
 
 

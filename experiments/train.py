@@ -27,7 +27,7 @@ from diffusion.writers import make_writer
 from experiments.evaluate import in_loop, watched
 from experiments.host import cli, cluster
 from experiments.host.guards import INTERRUPTED, SkippedSteps, StopOnSignal, Watchdog
-from experiments.run import training, workdir
+from experiments.run import data, training, workdir
 
 # Steps handed to the device before the host waits: enough to keep it busy, and so few that a signal
 # is answered, or a hang seen, within a few steps.
@@ -71,7 +71,7 @@ def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, flo
     # ---------------------------------------------------------------- claim, restore or init
     def claim() -> None:
         if cluster.is_first():
-            workdir.claim(directory, config)
+            workdir.claim(directory, config, data.model_card(config))
             workdir.write_whole(directory / "devices.json", json.dumps(_devices(parallel)) + "\n")
             run.write_files(directory)
 

@@ -46,6 +46,11 @@ class FolderSource:
         """All of them; None where there are none."""
         return [row["caption"] for row in self.rows] if "caption" in self.rows[0] else None
 
+    @property
+    def classes(self) -> int:
+        """How many kinds of labels there are; 0: none."""
+        return len({row["label"] for row in self.rows if "label" in row})
+
     def batch(self, indices: np.ndarray) -> Batch:
         rows = [self.rows[i] for i in np.asarray(indices).tolist()]
         images = [

@@ -32,7 +32,7 @@ from diffusion.checkpoint import Checkpoints
 from experiments.convert.reading import Parts, from_compvis, from_diffusers
 from experiments.convert.writing import to_diffusers
 from experiments.host import cli
-from experiments.run import build, networks, workdir
+from experiments.run import build, data, networks, workdir
 
 
 @contextlib.contextmanager
@@ -57,9 +57,7 @@ def write_workdir(target: pathlib.Path, parts: Parts) -> None:
     """A run of 0 steps: config, checkpoint, frozen networks, tokenizer."""
     config = parts.config
     if parts.tokenizer is not None:
-        from experiments.run import training
-
-        training.null_tokens(config, parts.tokenizer)
+        data.null_tokens(config, parts.tokenizer)
     own = ("autoencoder",) if config.task == "autoencoder" else build.trained(config)
     trained = {name: tree for name, tree in parts.params.items() if name in own}
     extra = {}
@@ -70,7 +68,7 @@ def write_workdir(target: pathlib.Path, parts: Parts) -> None:
     if config.task == "autoencoder" or "unet" in parts.params:
         build.task(config)
     with whole(target) as scratch:
-        workdir.claim(scratch, config)
+        workdir.claim(scratch, config, data.model_card(config))
         for name in parts.params.keys() - trained.keys():
             folder = scratch / networks.FOLDERS[name]
             weights.save_weights(folder, parts.params[name], config.model[name].to_dict())

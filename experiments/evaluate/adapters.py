@@ -25,7 +25,7 @@ from diffusion.metrics import adherence as adherence_metric
 from diffusion.metrics import outlines
 from experiments.evaluate import metrics
 from experiments.host import cli
-from experiments.run import generate, training, workdir
+from experiments.run import data, generate, workdir
 
 SHOWN = 8
 
@@ -64,7 +64,7 @@ def controlnet(
     directory: pathlib.Path, config: ConfigDict, judge: metrics.Judge, num: int, seed: int
 ) -> tuple[dict[str, Any], np.ndarray, list[str]]:
     """Agreement of outlines and adherence, before and after; conditions, samples and captions."""
-    source, steps = training.open_images(config, "test")
+    source, steps = data.open_images(config, "test")
     index = np.arange(num) % len(source)
     batch = loader.fetch(source, index, np.full_like(index, seed), index, steps)
     hint = transforms.edges(batch["image"])

@@ -32,7 +32,7 @@ from diffusion.writers import Writer
 from experiments.evaluate import watched
 from experiments.evaluate.metrics import Judge, Subject, attributes
 from experiments.host import cluster
-from experiments.run import build, generate, training
+from experiments.run import build, data, generate, training
 
 CLASSIFIER = "evaluation.classifier"
 REFERENCE = 10_000  # training images, at most, that the Frechet distance is to
@@ -55,7 +55,7 @@ def check(config: ConfigDict) -> None:
             f"{CLASSIFIER} is empty, but evaluation.samples={wanted.samples}: name the run of a "
             "classifier on the same data, or set evaluation.samples=0"
         )
-    if "text_encoder" in config.model and _data_name(config) != "captioned_digits":
+    if "text_encoder" in config.model and not data.known(_data_name(config)).judged:
         raise ValueError(
             f"evaluation.samples={wanted.samples} knows the captions of captioned_digits alone: "
             "set it to 0"
@@ -64,7 +64,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _data_name(config: ConfigDict) -> str:
-    return config.latents.data_name if "latents" in config else config.data.name
+    return data.images_config(config).data.name
 
 
 @dataclasses.dataclass
@@ -135,7 +135,7 @@ class Preview:
     def _judged(self, state: TrainState, which: str) -> dict[str, float]:
         config, model = self.run.config, self.model(state, which)
         num, captioned = config.evaluation.samples, model.tokenizer is not None
-        digits = captioned and _data_name(config) == "captioned_digits"
+        digits = captioned and data.known(_data_name(config)).judged
         sets = {"adherence": num, "adherence_held_out": max(num // 4, 1)} if digits else {"": num}
         found: dict[str, float] = {}
         for name, count in sets.items():

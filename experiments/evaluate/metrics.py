@@ -37,7 +37,7 @@ from diffusion.process import gaussian, guidance, likelihood
 from experiments.evaluate import distances, reconstructions
 from experiments.evaluate.features import Judge, attributes
 from experiments.evaluate.samples import Subject
-from experiments.run import build, training
+from experiments.run import build, data
 
 __all__ = ["METRICS", "Judge", "Subject", "attributes", "measure"]
 
@@ -86,8 +86,8 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
         )
         return likelihood.bits_per_dim(guidance.clip_x0(denoise), schedule, x0, keys, variance)
 
-    source, steps = training.open_images(model.config, model.config.data.eval_split)
-    if model.config.data.name == "signals":
+    source, steps = data.open_images(model.config, model.config.data.eval_split)
+    if data.known(model.config.data.name).axes == 1:
         raise ValueError(
             f"--metrics=bits_per_dim is of pixels, but --workdir={subject.directory} diffuses "
             "series: name a run of images or videos"
@@ -163,7 +163,7 @@ def psnr(subject: Subject) -> dict[str, Any]:
     if "autoencoder" not in config.model:
         raise ValueError(f"--metrics=psnr needs a first stage, and --workdir={directory} has none")
     reconstruct = reconstructions.reconstructor(reconstructions.load(directory, subject.step))
-    source, steps = training.open_images(config, "test")
+    source, steps = data.open_images(config, "test")
     values = []
     for batch in loader.one_pass(source, 250, steps):
         pixels, _ = reconstruct(batch["image"])
@@ -234,7 +234,7 @@ def prepare(subject: Subject, metrics: list[str]) -> None:
 
 
 def _check_digits(subject: Subject) -> None:
-    if subject.image_config.data.name != "captioned_digits" or not subject.captioned:
+    if not data.known(subject.image_config.data.name).judged or not subject.captioned:
         raise ValueError(
             "--metrics=adherence is for denoisers of captioned digits that read captions, not "
             f"--workdir={subject.directory}"

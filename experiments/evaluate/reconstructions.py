@@ -26,7 +26,7 @@ from diffusion.interop.perceptual import load_lpips
 from diffusion.metrics import frechet, reconstruction
 from diffusion.metrics.intervals import mean_interval
 from diffusion.models.perceptual import LPIPS
-from experiments.run import build, generate, training, workdir
+from experiments.run import build, data, generate, workdir
 
 Features = Callable[[np.ndarray], np.ndarray]  # uint8 images to (batch, dim)
 
@@ -48,15 +48,13 @@ def load(directory: pathlib.Path, step: int | None = None, flag: str = "--workdi
 
     Raises ValueError for a run that has none.
     """
-    config = ConfigDict(workdir.read_config(directory, flag).to_dict())
+    config = data.images_config(workdir.read_config(directory, flag))
     if config.task == "autoencoder":
         saved = restore_params(directory / "checkpoints", ("params", "ema"), step)
         params = {**saved.items["params"], **saved.items["ema"]}["autoencoder"]
         found = saved.step, saved.hash
     elif "autoencoder" in config.model:
         params, _, sha256 = weights.load_weights(directory / "first_stage")
-        if "latents" in config:
-            config.data.dir, config.data.name = config.latents.data_dir, config.latents.data_name
         found = 0, sha256[:16]
     else:
         raise ValueError(
@@ -68,7 +66,7 @@ def load(directory: pathlib.Path, step: int | None = None, flag: str = "--workdi
 
 def test_images(stage: Stage, num: int) -> Iterator[np.ndarray]:
     """Batches of the first `num` images of the evaluation split, uint8."""
-    source, steps = training.open_images(stage.config, stage.config.data.eval_split)
+    source, steps = data.open_images(stage.config, stage.config.data.eval_split)
     size = stage.config.evaluation.batch_size
     for batch in loader.one_pass(source, size, steps, stop=min(num, len(source))):
         yield batch["image"][batch["valid"]]

@@ -8,7 +8,7 @@ A reference file is an .npz that this module writes, or a public one:
     pytorch-fid's    mu, sigma; of the Inception's 2,048 features, of images that it does not name
     guided-diffusion arr_0, images to be seen again, and mu, sigma, mu_s, sigma_s of the whole set
 
-Ours is made of the very arrays that training reads (`runs.open_images`, the loader, the config's
+Ours is made of the very arrays that training reads (`data.open_images`, the loader, the config's
 crop and padding), so that one image cannot be prepared in two ways. Whatever the file says of
 itself and the evaluation contradicts is refused; what a public file leaves open is named in the
 results.
@@ -34,7 +34,7 @@ from diffusion.metrics.frechet import FeatureStatistics, empty_statistics
 from experiments.evaluate import sample_sets, stream
 from experiments.evaluate.features import FeatureNetwork
 from experiments.host import cluster
-from experiments.run import training
+from experiments.run import data
 
 UNSEEN_EPOCH = 10**6  # compositions that no training run reads
 VECTORS = 10_000  # kept for distances between single vectors: as many as guided-diffusion's
@@ -79,9 +79,10 @@ class Reference:
 
 def preprocessing(config: ConfigDict) -> dict[str, Any]:
     """How a run's images are prepared."""
-    data = config.data
-    size = data.image_size if isinstance(data.image_size, int) else list(data.image_size)
-    return {"image_size": size, "channels": data.channels, "fit": data.fit}
+    section = config.data
+    size = section.image_size
+    size = size if isinstance(size, int) else list(size)
+    return {"image_size": size, "channels": section.channels, "fit": section.fit}
 
 
 def data_identity(config: ConfigDict, split: str) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def data_identity(config: ConfigDict, split: str) -> dict[str, Any]:
 
 def images(config: ConfigDict, split: str, num: int = 0) -> tuple[int, str, stream.Stream]:
     """(count, hash of the data, this process's rows) of the first `num` images; 0: of all."""
-    source, steps = training.open_images(config, split)
+    source, steps = data.open_images(config, split)
     count = min(num or len(source), len(source))
 
     def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:

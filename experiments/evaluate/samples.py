@@ -25,9 +25,7 @@ from experiments.evaluate import references, sample_sets, stream
 from experiments.evaluate.features import FeatureNetwork, Judge, attributes
 from experiments.evaluate.tools import Tools
 from experiments.host import cluster
-from experiments.run import generate, training, workdir
-
-DIGITS = ("captioned_digits", "recoloured_digits")
+from experiments.run import data, generate, workdir
 
 
 class Subject:
@@ -103,10 +101,7 @@ class Subject:
     @functools.cached_property
     def image_config(self) -> ConfigDict:
         """The run's config, its data that of the images which its latents were made of."""
-        config = ConfigDict(workdir.read_config(self.run).to_dict())
-        if "latents" in config:
-            config.data.dir, config.data.name = config.latents.data_dir, config.latents.data_name
-        return config
+        return data.images_config(workdir.read_config(self.run))
 
     @property
     def judge(self) -> Judge:
@@ -148,7 +143,7 @@ class Subject:
         """Captions for `num` samples, and the attributes they ask for (of digits alone)."""
         if not self.captioned:
             return None, {}
-        if self.image_config.data.name in DIGITS:
+        if data.known(self.image_config.data.name).prompts:
             return compose.prompts(num, self.seed, held_out)
         return _captions(self.image_config, num), {}
 
@@ -220,7 +215,7 @@ class Subject:
 
     def data(self, split: str, num: int | None = None) -> np.ndarray:
         """Images of the data set, in compositions that no training run reads."""
-        source, steps = training.open_images(self.image_config, split)
+        source, steps = data.open_images(self.image_config, split)
         index = np.arange(min(num or len(source), len(source)))
         epoch = np.full_like(index, references.UNSEEN_EPOCH)
         return loader.fetch(source, index, epoch, index, steps)["image"]
@@ -301,7 +296,7 @@ def _shown(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
 
 def _captions(config: ConfigDict, num: int) -> list[str]:
     """Captions of the evaluation split, in turn."""
-    source, steps = training.open_images(config, config.data.eval_split)
+    source, steps = data.open_images(config, config.data.eval_split)
     index = np.arange(min(num, len(source)))
     batch = loader.fetch(source, index, np.zeros_like(index), index, steps)
     if "caption" not in batch:

@@ -9,6 +9,8 @@ status 2 and no traceback; so is whatever absl or ml_collections refuses on the 
 
 import pathlib
 import sys
+import tempfile
+import traceback
 import unittest.mock
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -93,6 +95,17 @@ def refuse(error: BaseException) -> int:
     text = str(error) or type(error).__name__
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return BAD_INPUT
+
+
+def bug(what: str, error: Exception) -> ValueError:
+    """The sentence for an error that no check foresaw; its traceback goes into a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="bug-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    reason = f"{type(error).__name__}: {str(error)[:300]}"
+    return ValueError(
+        f"{what} ({reason}), and no check of ours says why: that is a bug, please report it with "
+        f"the traceback in {file.name}; undoing what was set last may help until then"
+    )
 
 
 def require(values: flags.FlagValues, name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.host import cli
+from experiments.run import data
 
 DEPTHS = ("blocks", "layers", "transformer_depth")  # each is a loop while the step is traced
 MOST_DEEP, MOST_LEVELS = 128, 16
@@ -31,7 +32,13 @@ MOST = {
 
 
 def check(config: ConfigDict) -> None:
-    """ValueError naming the first key whose value is beyond what any run needs."""
+    """ValueError naming the first key whose value no run can have."""
+    _check_bounds(config)
+    _check_counts(config)
+    _check_data(config)
+
+
+def _check_bounds(config: ConfigDict) -> None:
     for key, value in cli.flat(config).items():
         if (
             isinstance(value, list | tuple)
@@ -59,3 +66,38 @@ def _numbers(value: Any) -> Iterator[int | float]:
             yield from _numbers(item)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield value
+
+
+def _check_counts(config: ConfigDict) -> None:
+    at_least_one = ("steps", "batch_size", "accumulate", "log_every_steps", "save_every_steps")
+    for section, keys, least in (
+        ("train", (*at_least_one, "keep_checkpoints"), 1),
+        ("train", ("keep_every_steps",), 0),
+        ("evaluation", ("batch_size",), 1),
+        ("evaluation", ("every_steps", "examples", "preview"), 0),
+    ):
+        for key in keys:
+            if config[section][key] < least:
+                raise ValueError(f"{section}.{key}={config[section][key]} must be at least {least}")
+    spikes = config.train.max_loss_deviations
+    if spikes and config.task == "autoencoder" and config.loss.adversarial:
+        raise ValueError(
+            f"train.max_loss_deviations={spikes} takes the discriminator's start, a leap that "
+            "lasts, for a spike: set it to 0"
+        )
+    if config.train.keep_best and not config.evaluation.every_steps:
+        raise ValueError(
+            f"train.keep_best={config.train.keep_best!r} needs evaluations: set "
+            "evaluation.every_steps, best to train.save_every_steps"
+        )
+
+
+def _check_data(config: ConfigDict) -> None:
+    name = data.images_config(config).data.name
+    row = data.known(name)
+    if "text_encoder" in config.model and row.captions is False:
+        raise ValueError(
+            f"model.text_encoder reads captions, but {name!r} has none: use data that has some"
+        )
+    if config.task == "classifier" and row.labels is False:
+        raise ValueError(f"task='classifier' reads labels, but {name!r} has none: use other data")

@@ -20,7 +20,7 @@ from diffusion.models.tiling import tiled_decode
 from diffusion.process import gaussian, guidance, samplers
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import BATCH, make_mesh, to_host
-from experiments.run import build, networks, pipelines, training
+from experiments.run import build, data, networks, pipelines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def load(directory: str | pathlib.Path, which: str = "ema", step: int | None = N
             "this one to a config's init_from"
         )
     if found.tokenizer is not None:
-        tokens = training.null_tokens(config, found.tokenizer)
+        tokens = data.null_tokens(config, found.tokenizer)
     task = build.task(config, null_tokens=tokens)
     return Model(
         config,

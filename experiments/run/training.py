@@ -7,7 +7,6 @@ written.
 import dataclasses
 import functools
 import json
-import logging
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,49 +18,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion import weights
-from diffusion.data import (
-    folder,
-    latents,
-    loader,
-    sources,
-    synthetic,
-    transforms,
-)
+from diffusion.data import folder, latents, loader, transforms
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.interop.perceptual import SOURCES, load_lpips
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
 from diffusion.training.state import TrainState
-from experiments.run import build, captions, checks, networks
-
-log = logging.getLogger(__name__)
-
-# -- data ----------------------------------------------------------------------------------------
-
-
-def open_images(config: ConfigDict, split: str) -> tuple[sources.Source, list]:
-    """A data set of images and the transforms that make batches of it."""
-    data = config.data
-    fit = build.choose({"crop": data.image_size, "pad": None}, data.fit, "data.fit")
-    if data.name == "signals":
-        return synthetic.signals(data.examples, *data.image_size, config.seed, split), []
-    if data.name in ("captioned_digits", "moving_digits", "recoloured_digits"):
-        source = sources.open_source("captioned_digits", data.dir, split)
-        if data.name == "moving_digits":
-            frames, side, _ = data.image_size
-            return source, [synthetic.MoveDigits.of(source, frames, side, config.seed)]
-        compose = transforms.ComposeDigits.of(source, config.seed, data.compose_held_out)
-        if data.name == "recoloured_digits":
-            return source, [transforms.RecolourDigits(compose, data.colour)]
-        return source, [compose]
-    if data.name == "folder":
-        if not data.dir:
-            raise ValueError("data.dir is empty: name a folder of images, --config.data.dir=DIR")
-        return folder.open_folder(
-            data.dir, split, data.image_size, data.channels, data.max_bad_images
-        ), []
-    source = sources.open_source(data.name, data.dir, split, fit)
-    pad = [transforms.PadImage(data.image_size)] if data.fit == "pad" else []
-    return source, [*pad, transforms.Channels(data.channels)]
+from experiments.host import cli
+from experiments.run import build, checks, data, networks
 
 
 def batches(config: ConfigDict, source: Any, steps: list) -> loader.Loader:
@@ -74,9 +37,6 @@ def batches(config: ConfigDict, source: Any, steps: list) -> loader.Loader:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-# -- a run ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +53,16 @@ class Run:
     write_files: Callable[[pathlib.Path], None]
     start: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `init_from`
 
+    @functools.cached_property
+    def eval_step(self) -> Callable:
+        """The task's, compiled once, however often the run is evaluated."""
+        return jax.jit(self.task.eval_step)
+
     def evaluate(self, state: TrainState, frozen: dict[str, Any]) -> dict[str, float]:
         """Means over the evaluation split, named eval_*; each process reads its rows."""
         totals: dict[str, float] = {}
         for batch in self.eval_batches(jax.process_index(), jax.process_count()):
-            sums = _eval_step(self.task)(state, self.parallel.rows(batch), frozen)
+            sums = self.eval_step(state, self.parallel.rows(batch), frozen)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         count = totals.pop("count")
@@ -105,14 +70,6 @@ class Run:
         if hasattr(self.task, "summarise"):
             means = self.task.summarise(means)
         return {f"eval_{name}": value for name, value in means.items()}
-
-
-_EVAL_STEPS: dict[int, Callable] = {}
-
-
-def _eval_step(of: Any) -> Callable:
-    # One compilation a task object, however often it is evaluated.
-    return _EVAL_STEPS.setdefault(id(of), jax.jit(of.eval_step))
 
 
 def _eval_size(config: ConfigDict, placed: Parallel) -> int:
@@ -129,7 +86,6 @@ def parallel(config: ConfigDict) -> Parallel:
 def build_run(config: ConfigDict) -> Run:
     """Opens the data and makes the task. Raises ValueError for whatever does not fit."""
     checks.check(config)
-    _check_numbers(config)
     try:
         placed = parallel(config)
         make = _latent_run if config.data.name == "latents" else _image_run
@@ -137,32 +93,31 @@ def build_run(config: ConfigDict) -> Run:
     except (ValueError, OSError):
         raise
     except Exception as error:  # of a network, a schedule, ... that no check of ours foresaw
-        log.debug("no run", exc_info=True)
-        reason = f"{type(error).__name__}: {str(error)[:300]}"
-        raise ValueError(f"the config builds no run ({reason}): undo what was set last") from error
+        raise cli.bug("the config builds no run", error) from error
 
 
 def _image_run(config: ConfigDict, placed: Parallel) -> Run:
     begun = networks.begin(config) if config.task == "denoiser" else networks.Beginning()
     frozen = {**begun.frozen, **perceptual_weights(config)}
-    source, steps = open_images(config, "train")
+    source, steps = data.open_images(config, "train")
     tokenizer, tokens, extra = None, (), begun.extra
     if "text_encoder" in config.model:
-        tokenizer = begun.tokenizer or captions.make_tokenizer(
-            config.online.tokenizer, source, steps
-        )
-        tokens = null_tokens(config, tokenizer)
-        captions.count_cut(source, steps, tokenizer, len(tokens))
+        tokenizer = begun.tokenizer or data.make_tokenizer(config.online.tokenizer, source, steps)
+        tokens = data.null_tokens(config, tokenizer)
+        data.count_cut(source, steps, tokenizer, len(tokens))
     if "online" in config and not extra:
         channels = build.sample_shape(config)[-1]
         scale = np.full(channels, config.online.scale, np.float32)
         extra = {"latent_shift": np.zeros_like(scale), "latent_scale": scale}
     ends = _ends(config, tokenizer, len(tokens))
     made = build.task(config, **({"null_tokens": tokens} if tokenizer else {}))
-    _check_image(source, [*steps, *ends], build.image_shape(config))
+    _check_example(config, made, source, [*steps, *ends])
+    held_out = functools.cache(lambda: data.open_images(config, config.data.eval_split))
+    if config.evaluation.every_steps:
+        held_out()  # a split that is missing is refused now, not after thousands of steps
 
     def eval_batches(process_index=0, process_count=1):
-        held, held_steps = open_images(config, config.data.eval_split)
+        held, held_steps = held_out()
         stop = min(config.evaluation.examples or len(held), len(held))
         size, where = _eval_size(config, placed), (process_index, process_count)
         return loader.one_pass(held, size, [*held_steps, *ends], *where, stop=stop)
@@ -233,7 +188,7 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
     source = latents.LatentSource(config.data.dir, latent_identity(config, begun))
     directory = pathlib.Path(config.data.dir)
     if "text_encoder" in config.model:
-        tokens = null_tokens(config, Tokenizer.load(directory / "tokenizer.json"))
+        tokens = data.null_tokens(config, Tokenizer.load(directory / "tokenizer.json"))
     made = build.task(config, **({"null_tokens": tokens} if tokens else {}))
 
     def write_files(workdir: pathlib.Path) -> None:
@@ -292,46 +247,29 @@ def latent_identity(config: ConfigDict, begun: networks.Beginning) -> dict[str, 
     return {"made_from": made_from}
 
 
-def null_tokens(config: ConfigDict, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The encoded empty caption, once the tokenizer is known to fit the text encoder."""
-    text = config.model.text_encoder
-    if tokenizer.vocabulary_size > text.vocab_size:
-        raise ValueError(
-            f"model.text_encoder.vocab_size={text.vocab_size} is under the tokenizer's "
-            f"{tokenizer.vocabulary_size} words: raise it to that"
-        )
-    return tuple(int(token) for token in tokenizer.null(text.max_length))
-
-
-def _check_numbers(config: ConfigDict) -> None:
-    at_least_one = ("steps", "batch_size", "accumulate", "log_every_steps", "save_every_steps")
-    for section, keys, least in (
-        ("train", (*at_least_one, "keep_checkpoints"), 1),
-        ("train", ("keep_every_steps",), 0),
-        ("evaluation", ("batch_size",), 1),
-        ("evaluation", ("every_steps", "examples", "preview"), 0),
-    ):
-        for key in keys:
-            if config[section][key] < least:
-                raise ValueError(f"{section}.{key}={config[section][key]} must be at least {least}")
-    spikes = config.train.max_loss_deviations
-    if spikes and config.task == "autoencoder" and config.loss.adversarial:
-        raise ValueError(
-            f"train.max_loss_deviations={spikes} takes the discriminator's start, a leap that "
-            "lasts, for a spike: set it to 0"
-        )
-    if config.train.keep_best and not config.evaluation.every_steps:
-        raise ValueError(
-            f"train.keep_best={config.train.keep_best!r} needs evaluations: set "
-            "evaluation.every_steps, best to train.save_every_steps"
-        )
-
-
-def _check_image(source: Any, steps: list, shape: tuple[int, ...]) -> None:
+def _check_example(config: ConfigDict, task: Any, source: Any, steps: list) -> None:
+    """The first example has the shape and the label that the task reads."""
     first = loader.fetch(source, *(np.zeros(1, np.int64),) * 3, steps)
-    found = first["image"].shape[1:]
+    found, shape = first["image"].shape[1:], build.image_shape(config)
     if found != shape:
         raise ValueError(
             f"data.image_size and data.channels say {shape}, but the images of "
             f"data.dir are {found}: set them to that"
+        )
+    classes = None
+    if config.task == "classifier":
+        classes = task.network.classes
+    elif config.task == "denoiser":
+        classes = build.null_label(config)  # the classes before it
+    if classes is None:
+        return
+    if "label" not in first:
+        raise ValueError(
+            f"the config tells {classes} classes apart, but the data of data.dir={config.data.dir} "
+            "have no labels: give data that have some, such as a folder of a sub-folder a class"
+        )
+    if isinstance(source, folder.FolderSource) and source.classes > classes:
+        raise ValueError(
+            f"data.dir={config.data.dir} has images of {source.classes} classes, but the config "
+            f"tells {classes} apart: leave some out, or give the network as many"
         )

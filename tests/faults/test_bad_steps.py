@@ -13,7 +13,7 @@ import pytest
 from diffusion.checkpoint import latest_step, restore_params
 from diffusion.training import optim
 from diffusion.training import state as ts
-from experiments.run import build, training
+from experiments.run import build, data
 
 LEARNED = ("params", "opt_state", "ema")
 
@@ -26,7 +26,7 @@ def made(trials_here: str, kind: str):
     task = build.task(config)
     state = task.init(jax.random.key(1))
     step = jax.jit(lambda state, batch: task.train_step(state, batch, {}))
-    source, _ = training.open_images(config, "train")
+    source, _ = data.open_images(config, "train")
     batch = {**source.batch(np.arange(8)), "position": np.arange(8, dtype=np.int32)}
     for _ in range(3):
         state, metrics = step(state, batch)

@@ -72,7 +72,6 @@ def folder():
     config.data.name = "folder"
     config.data.eval_split = "train"
     config.data.image_size = 8
-    config.data.max_bad_images = 0
     config.online = {"scale": 1.0, "tokenizer": "word"}
     config.model.unet = {**_unet(3), "channels": 8, "transformer_depth": 1}
     config.model.unet.update({"attention": (True,), "heads": 1})

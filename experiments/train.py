@@ -10,6 +10,7 @@ A task has `init(key, ...)`, `train_step(state, batch, frozen, axis_name)` and
 `eval_step(state, batch, frozen)`; nothing here knows which one it runs.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -22,11 +23,14 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from diffusion.checkpoint import Checkpoints
+from diffusion.data.loader import Loader
 from diffusion.manifest import SOUND
-from diffusion.writers import make_writer
+from diffusion.training.parallel import Parallel
+from diffusion.writers import Writer, make_writer
 from experiments.evaluate import in_loop, watched
 from experiments.host import cli, cluster
 from experiments.host.guards import INTERRUPTED, SkippedSteps, StopOnSignal, Watchdog
+from experiments.host.profile import Profile
 from experiments.run import data, training, workdir
 
 # Steps handed to the device before the host waits: enough to keep it busy, and so few that a signal
@@ -53,130 +57,168 @@ def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, flo
         return training.build_run(config)
 
     run = cluster.together(check_and_build)
-    parallel = run.parallel
-    if cluster.is_first():
-        print(
-            f"{jax.process_count()} processes, {parallel.devices} devices "
-            f"({jax.devices()[0].device_kind}), {parallel.mode}, mesh {dict(parallel.mesh.shape)}",
-            flush=True,
-        )
     key = jax.random.key(config.seed)
-    abstract = parallel.abstract(run.init, key)
-    left = parallel.check_split(abstract)
-    if left and cluster.is_first():
-        print(
-            f"whole on each device (parallel.fsdp divides none of their sizes): {', '.join(left)}"
-        )
+    abstract = run.parallel.abstract(run.init, key)
+    _say_where(run.parallel, abstract)
 
     # ---------------------------------------------------------------- claim, restore or init
     def claim() -> None:
         if cluster.is_first():
             workdir.claim(directory, config, data.model_card(config))
-            workdir.write_whole(directory / "devices.json", json.dumps(_devices(parallel)) + "\n")
+            workdir.write_whole(
+                directory / "devices.json", json.dumps(_devices(run.parallel)) + "\n"
+            )
             run.write_files(directory)
 
     cluster.together(claim)
     keep, limits = config.train, config.watchdog
-    with (
-        Checkpoints(
-            directory / "checkpoints",
-            keep_last=keep.keep_checkpoints,
-            keep_every_steps=keep.keep_every_steps or None,
-            keep_best=keep.keep_best or None,
-        ) as checkpoints,
-        Watchdog(limits.start_secs, limits.step_secs) as watchdog,
-    ):
-        return _loop(config, directory, run, key, abstract, checkpoints, stop, watchdog)
+    with contextlib.ExitStack() as held:
+        checkpoints = held.enter_context(
+            Checkpoints(
+                directory / "checkpoints",
+                keep_last=keep.keep_checkpoints,
+                keep_every_steps=keep.keep_every_steps or None,
+                keep_best=keep.keep_best or None,
+            )
+        )
+        watchdog = held.enter_context(Watchdog(limits.start_secs, limits.step_secs))
+        restored = checkpoints.restore(abstract)
+        batches = held.enter_context(contextlib.closing(run.train_batches()))
+        if restored is None:
+            start, state = 0, run.parallel.init(run.init, key, run.start)
+        else:
+            start, state, data_state, _ = restored
+            state = run.parallel.spread(state)
+            batches.set_state(data_state)
+        writer = make_writer(
+            directory,
+            wandb_mode=config.wandb.mode,
+            wandb_project=config.wandb.project,
+            total_steps=config.train.steps,
+            config_dict=config.to_dict(),
+            resume_step=start,
+            is_main=cluster.is_first(),
+            tensorboard=config.train.tensorboard,
+        )
+        held.enter_context(contextlib.closing(writer))
+        profile = held.enter_context(Profile(config.train.profile_steps, directory / "profile"))
+        if start and cluster.is_first():
+            finished = start >= config.train.steps
+            print(f"{'finished at' if finished else 'goes on from'} step {start:,}", flush=True)
+        loop = Loop(run, start, state, batches, checkpoints, writer, watchdog, profile)
+        return loop.steps(in_loop.Preview(run, directory), stop)
 
 
-def _devices(parallel: Any) -> dict[str, Any]:
+def _say_where(parallel: Parallel, abstract: Any) -> None:
+    """The devices, and what of the state they cannot share."""
+    left = parallel.check_split(abstract)
+    if not cluster.is_first():
+        return
+    print(
+        f"{jax.process_count()} processes, {parallel.devices} devices "
+        f"({jax.devices()[0].device_kind}), {parallel.mode}, mesh {dict(parallel.mesh.shape)}",
+        flush=True,
+    )
+    if left:
+        named = ", ".join(left)
+        print(f"whole on each device (parallel.fsdp divides none of their sizes): {named}")
+
+
+def _devices(parallel: Parallel) -> dict[str, Any]:
     """What the run trains on, for its report."""
     kind = jax.devices()[0].device_kind
     return {"processes": jax.process_count(), "devices": parallel.devices, "device": kind}
 
 
-def _loop(
-    config, directory, run, key, abstract, checkpoints, stop, watchdog
-) -> dict[str, float] | None:
-    parallel = run.parallel
-    restored = checkpoints.restore(abstract)
-    batches = run.train_batches()
-    if restored is None:
-        start, state = 0, parallel.init(run.init, key, run.start)
-    else:
-        start, state, data_state, _ = restored
-        state = parallel.spread(state)
-        batches.set_state(data_state)
-    writer = make_writer(
-        directory,
-        wandb_mode=config.wandb.mode,
-        wandb_project=config.wandb.project,
-        total_steps=config.train.steps,
-        config_dict=config.to_dict(),
-        resume_step=start,
-        is_main=cluster.is_first(),
-        tensorboard=config.train.tensorboard,
-    )
-    if start and cluster.is_first():
-        done = start >= config.train.steps
-        print(f"finished at step {start:,}" if done else f"goes on from step {start:,}", flush=True)
-    glimpse = in_loop.Preview(run, directory)
-    frozen = parallel.replicate(run.frozen)
-    train_step = parallel.step(run.task.train_step)
-    log = _Log(writer, config, parallel, start)
-    peers = cluster.Peers(config.parallel.agree_every_steps)
-    skipped = SkippedSteps(
-        config.train.max_skipped_in_a_row,
-        RUN_AHEAD_STEPS,
-        lambda count: int(parallel.scalars({"": count})[""]),
-        writer.message,
-    )
+@dataclasses.dataclass
+class Loop:
+    """A run in progress, as this process has it: `start` steps of it are done."""
 
-    # ---------------------------------------------------------------- the loop
-    try:
-        if stop.requested and peers.count == 1:
+    run: training.Run
+    start: int
+    state: Any  # in the form that the step takes: `Parallel.spread`
+    batches: Loader
+    checkpoints: Checkpoints
+    writer: Writer
+    watchdog: Watchdog
+    profile: Profile
+
+    def __post_init__(self):
+        run, keys = self.run, self.run.config.train
+        self.frozen = run.parallel.replicate(run.frozen)
+        self.train_step = run.parallel.step(run.task.train_step)
+        self.log = _Log(self.writer, run.config, run.parallel, self.start)
+        self.peers = cluster.Peers(run.config.parallel.agree_every_steps)
+        self.skipped = SkippedSteps(
+            keys.max_skipped_in_a_row,
+            RUN_AHEAD_STEPS,
+            lambda count: int(run.parallel.scalars({"": count})[""]),
+            self.writer.message,
+        )
+
+    def steps(self, glimpse: in_loop.Preview, stop: StopOnSignal) -> dict[str, float] | None:
+        """Those that are left. Returns the last metrics, None when a signal ended it before."""
+        keys = self.run.config.train
+        if stop.requested and self.peers.count == 1:
             return None  # a checkpoint would say nothing new
-        for step in range(start, config.train.steps):
+        for done in range(self.start + 1, keys.steps + 1):
             # 1. data  2. step  3. log (one step late)  4. evaluate  5. agree  6. save  7. stop
-            waited = time.perf_counter()
-            read = next(batches)
-            batch = parallel.batch(read)
-            log.waited_secs += time.perf_counter() - waited
-            state, metrics = train_step(state, batch, frozen)
-            skipped.step(step + 1, metrics["skipped_in_a_row"], read["index"])
-            done, last = step + 1, step + 1 == config.train.steps
-            log.step(done, metrics, last)
-            watchdog.doing(f"step {done + 1} or its data")
-            every, measured = config.evaluation.every_steps, {}
-            if every and (done % every == 0 or last):
-                watchdog.doing(f"the evaluation at step {done}")
-                whole = parallel.whole(state)
-                measured = run.evaluate(whole, parallel.whole(frozen))
-                measured |= watched.measure(run, whole) | glimpse.numbers(whole)
-                _check_best(config.train.keep_best, measured)
-                log.evaluation(done, measured)
-                glimpse.show(done, whole, writer)
-            report = peers.exchange(done, stop.requested, log.waited_secs_per_step(done))
-            stopping = report is not None and report.stop
-            log.report(report)
-            # The data state is that after this step's batch: what a resumed run reads next.
-            if stopping or last or done % config.train.save_every_steps == 0:
-                watchdog.doing(f"the save at step {done}")
-                log.flush()  # a step that is saved is never logged again
-                skipped.settle()
-                known = {**measured, SOUND: skipped.in_a_row == 0}
-                checkpoints.save(done, parallel.gather(state), batches.get_state(), known)
-                watchdog.doing(f"step {done + 1} or its data")
+            last = done == keys.steps
+            self.advance(done, last)
+            measured = self.evaluate(done, last, glimpse)
+            stopping = self.agree(done, stop)
+            if stopping or last or done % keys.save_every_steps == 0:
+                self.save(done, measured)
             if stopping:
-                checkpoints.wait()
-                writer.message(f"saved at step {done:,}; the same command goes on from there")
+                self.checkpoints.wait()
+                self.writer.message(f"saved at step {done:,}; the same command goes on from there")
                 return None
-        watchdog.doing("the last save")
-        checkpoints.wait()
-    finally:
-        batches.close()
-        writer.close()
-    return log.latest
+        self.watchdog.doing("the last save")
+        self.checkpoints.wait()
+        return self.log.latest
+
+    def advance(self, done: int, last: bool) -> None:
+        """1. data  2. step  3. log."""
+        with self.profile.step(done, lambda: self.state):
+            waited = time.perf_counter()
+            read = next(self.batches)
+            batch = self.run.parallel.batch(read)
+            self.log.waited_secs += time.perf_counter() - waited
+            self.state, metrics = self.train_step(self.state, batch, self.frozen)
+        self.skipped.step(done, metrics["skipped_in_a_row"], read["index"])
+        self.log.step(done, metrics, last)
+        self.watchdog.doing(f"step {done + 1} or its data")
+
+    def evaluate(self, done: int, last: bool, glimpse: in_loop.Preview) -> dict[str, float]:
+        """4. What is measured of the state, where it is time."""
+        every, parallel = self.run.config.evaluation.every_steps, self.run.parallel
+        if not every or not (done % every == 0 or last):
+            return {}
+        self.watchdog.doing(f"the evaluation at step {done}")
+        whole = parallel.whole(self.state)
+        measured = self.run.evaluate(whole, parallel.whole(self.frozen))
+        measured |= watched.measure(self.run, whole) | glimpse.numbers(whole)
+        _check_best(self.run.config.train.keep_best, measured)
+        self.log.evaluation(done, measured)
+        glimpse.show(done, whole, self.writer)
+        return measured
+
+    def agree(self, done: int, stop: StopOnSignal) -> bool:
+        """5. Whether the processes stop here."""
+        own_secs = self.log.waited_secs_per_step(done)
+        report = self.peers.exchange(done, stop.requested, own_secs)
+        self.log.report(report)
+        return report is not None and report.stop
+
+    def save(self, done: int, measured: dict[str, float]) -> None:
+        """6. The state, and what a resumed run reads next: the data after this step's batch."""
+        self.watchdog.doing(f"the save at step {done}")
+        self.log.flush()  # a step that is saved is never logged again
+        self.skipped.settle()
+        known = {**measured, SOUND: self.skipped.in_a_row == 0}
+        state = self.run.parallel.gather(self.state)
+        self.checkpoints.save(done, state, self.batches.get_state(), known)
+        self.watchdog.doing(f"step {done + 1} or its data")
 
 
 def _check_best(name: str, measured: dict[str, float]) -> None:
@@ -191,9 +233,9 @@ def _check_best(name: str, measured: dict[str, float]) -> None:
 class _Log:
     """Hands metrics to the writer one step late, so that the device never waits for the host."""
 
-    writer: Any
+    writer: Writer
     config: ConfigDict
-    parallel: Any
+    parallel: Parallel
     logged_step: int
     waited_secs: float = 0.0
     latest: dict[str, float] = dataclasses.field(default_factory=dict)

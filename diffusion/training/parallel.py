@@ -244,7 +244,7 @@ class Parallel:
 
     def scalars(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Metrics on the host; waits for the step that made them."""
-        return {k: float(v) for k, v in self.gather(metrics).items()}
+        return {k: float(v) for k, v in jax.device_get(self.gather(metrics)).items()}
 
 
 def _placed(start: Any, abstract: Any, shardings: Any) -> Any:

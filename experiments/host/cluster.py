@@ -318,7 +318,7 @@ class Peers:
         report = None
         if self._sent is not None:
             sent, array = self._sent
-            rows = np.asarray(array)
+            rows = jax.device_get(array)
             report = Report(sent, bool(rows[:, 0].any()), rows[:, 1].tolist())
         row = np.array([[float(stop), own_secs]], np.float32)
         self._sent = step, self._gather(jax.make_array_from_process_local_data(self._split, row))

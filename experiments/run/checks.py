@@ -79,6 +79,12 @@ def _check_counts(config: ConfigDict) -> None:
         for key in keys:
             if config[section][key] < least:
                 raise ValueError(f"{section}.{key}={config[section][key]} must be at least {least}")
+    profiled = tuple(config.train.profile_steps)
+    if profiled and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1]):
+        raise ValueError(
+            f"train.profile_steps={profiled} must be the first and the last step of a trace, such "
+            "as (10, 13), or (): give two numbers, from 1"
+        )
     spikes = config.train.max_loss_deviations
     if spikes and config.task == "autoencoder" and config.loss.adversarial:
         raise ValueError(

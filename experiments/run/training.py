@@ -63,7 +63,7 @@ class Run:
         totals: dict[str, float] = {}
         for batch in self.eval_batches(jax.process_index(), jax.process_count()):
             sums = self.eval_step(state, self.parallel.rows(batch), frozen)
-            for name, value in sums.items():
+            for name, value in jax.device_get(sums).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         count = totals.pop("count")
         means = {name: value / count for name, value in totals.items()}

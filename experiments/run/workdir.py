@@ -7,6 +7,7 @@ DIR/first_stage/    the frozen autoencoder of a latent run, copied from its late
 DIR/text_encoder/, DIR/unet/   networks that the run keeps frozen
 DIR/tokenizer.json  of a run that reads captions
 DIR/previews/       pictures of the run in progress, NAME-STEP.png (`evaluate/in_loop.py`)
+DIR/profile/        a trace of `train.profile_steps` (`host/profile.py`)
 DIR/devices.json    what it ran on, last
 DIR/README.md       the model card
 """
@@ -29,6 +30,7 @@ MAY_CHANGE = (
     "train.save_every_steps",
     "train.keep_",
     "train.tensorboard",
+    "train.profile_steps",
     "data.dir",
     "parallel.",
     "wandb.",

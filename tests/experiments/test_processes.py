@@ -35,7 +35,8 @@ def spy(self):
     time.sleep(600 if self.step == int(os.environ["HANG"]) else float(os.environ["PAUSE"]))
     return batch
 loader.Loader.__next__ = spy
-from experiments import cli, train
+from experiments import train
+from experiments.host import cli
 sys.exit(cli.run(train.define, train.main, sys.argv[1:]))
 """
 

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PROGRAMS = """
 import hashlib, jax
 from configs import digits_ldm, stable_diffusion
-from experiments import plan
+from experiments.plan import cost as plan
 for config in (digits_ldm.get_config("smoke"), stable_diffusion.get_config("v1,lora,smoke")):
     task, state, frozen = plan.shapes(config)
     step = jax.jit(task.train_step)

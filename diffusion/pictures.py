@@ -1,8 +1,10 @@
-"""PNGs: single images that carry how they were made, grids, captioned grids, curves."""
+"""PNGs that carry how they were made: images, grids, captioned grids, curves."""
 
-import json
+import itertools
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -57,69 +59,95 @@ def save_grid(path: pathlib.Path, pixels: np.ndarray, columns: int | None = None
     save_png(path, sheet, {})
 
 
-def captioned(path: pathlib.Path, pixels: np.ndarray, captions: Sequence[str], columns: int = 8):
-    """A grid with each image's caption under it."""
-    import textwrap
+# -- drawn by matplotlib -------------------------------------------------------------------------
 
-    plt = pyplot()
-    rows = -(-len(pixels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.95 * rows), squeeze=False)
+
+class Line(NamedTuple):
+    """y against x, each y within [low, high] where they are given."""
+
+    x: Sequence[Any]
+    y: Sequence[float]
+    label: str = ""
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+class Panel(NamedTuple):
+    """Lines in one frame; `settings` are those of matplotlib's `Axes.set`, `mark` an x to rule."""
+
+    lines: Sequence[Line]
+    settings: Mapping[str, Any]
+    mark: float | None = None
+
+
+def logged(rows: Sequence[Mapping[str, Any]], key: str) -> Line:
+    """`key` against the step, of rows as metrics.jsonl holds them."""
+    having = [row for row in rows if row.get(key) is not None]
+    return Line([row["step"] for row in having], [row[key] for row in having], key)
+
+
+def figure(
+    path: pathlib.Path,
+    panels: Sequence[Panel | None],
+    columns: int,
+    size: tuple[float, float] = (4.2, 2.8),
+    made: Mapping[str, str] | None = None,
+) -> None:
+    """Panels row by row, None leaving a place empty; `made`: how, as the PNG's text metadata.
+
+    `size`: inches of a panel, width and height.
+    """
+    rows = -(-len(panels) // columns)
+    frame, axes = _axes(rows, columns, size)
+    for axis, panel in itertools.zip_longest(axes.flat, panels):
+        if panel is None:
+            axis.axis("off")
+        else:
+            _draw(axis, panel)
+    frame.tight_layout()
+    frame.savefig(path, dpi=90, metadata=dict(made or {}))
+
+
+def _draw(axis: Any, panel: Panel) -> None:
+    for line, dash in zip(panel.lines, itertools.cycle(("-", "--", "-.", ":"))):
+        style: dict[str, Any] = {"label": line.label, "linestyle": dash, "linewidth": 1}
+        if line.low:
+            spans = [np.subtract(line.y, line.low), np.subtract(line.high, line.y)]
+            style |= {"yerr": np.maximum(spans, 0), "marker": "o", "markersize": 3, "capsize": 2}
+        if any(isinstance(x, str) for x in line.x):
+            style["linestyle"] = "none"
+        axis.errorbar(line.x, line.y, **style)
+    if panel.mark is not None:
+        axis.axvline(panel.mark, color="grey", linewidth=1, linestyle=":")
+    axis.set(**panel.settings)
+    if "xticks" in panel.settings:
+        axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    if len(panel.lines) > 1:
+        axis.legend(fontsize=7)
+
+
+def captioned(
+    path: pathlib.Path,
+    pixels: np.ndarray,
+    captions: Sequence[str],
+    columns: int = 8,
+    made: Mapping[str, str] | None = None,
+) -> None:
+    """A grid with each image's caption under it; its text metadata hold "generated" and `made`."""
+    frame, axes = _axes(-(-len(pixels) // columns), columns, (1.5, 1.95))
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, pixels, captions):
         axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         axis.set_title("\n".join(textwrap.wrap(caption, 22)), fontsize=6.5, y=-0.07, va="top")
-    figure.subplots_adjust(0.01, 0.06, 0.99, 0.99, wspace=0.08, hspace=0.42)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    frame.subplots_adjust(0.01, 0.06, 0.99, 0.99, wspace=0.08, hspace=0.42)
+    frame.savefig(path, dpi=90, metadata={"generated": "true", **(made or {})})
 
 
-def curves(path: pathlib.Path, runs: Mapping[str, pathlib.Path], key: str = "loss") -> None:
-    """`key` of each run's metrics.jsonl against the step, one panel a run."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.2), squeeze=False)
-    for axis, (name, directory) in zip(axes.flat, runs.items()):
-        lines = (directory / "metrics.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if row.get(key) is not None]
-        axis.plot([row["step"] for row in rows], [row[key] for row in rows], linewidth=1)
-        axis.set(title=name, xlabel="step", ylabel=key, yscale="log")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+def _axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
+    """A figure of its own, which no window and no list of open figures holds, and its axes."""
+    from matplotlib.figure import Figure
 
-
-def panels(
-    path: pathlib.Path,
-    rows: Sequence[Mapping[str, float | int]],
-    shown: Mapping[str, Sequence[str]],
-    mark: int | None = None,
-) -> None:
-    """Keys of `rows` against their "step", one panel a title; `mark`: a step to draw a line at."""
-    plt = pyplot()
-    columns = 3
-    figure, axes = plt.subplots(
-        -(-len(shown) // columns), columns, figsize=(4.2 * columns, 2.7 * -(-len(shown) // columns))
-    )
-    for axis, (title, keys) in zip(axes.flat, shown.items()):
-        for key in keys:
-            have = [row for row in rows if row.get(key) is not None]
-            axis.plot([r["step"] for r in have], [r[key] for r in have], linewidth=1, label=key)
-        if mark is not None:
-            axis.axvline(mark, color="grey", linewidth=1, linestyle=":")
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        if len(keys) > 1:
-            axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    frame = Figure((size[0] * columns, size[1] * rows))
+    return frame, frame.subplots(rows, columns, squeeze=False)

@@ -110,6 +110,11 @@ class Jsonl(Writer):
             self._file = -1
 
 
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """What a run logged, a dict a line of its `metrics.jsonl`."""
+    return [json.loads(line) for line in pathlib.Path(workdir, "metrics.jsonl").open()]
+
+
 def _repair(path: pathlib.Path, resume_step: int | None) -> None:
     """Drops torn and foreign lines and those of steps after `resume_step`; a rename, or nothing."""
     kept, torn, later = [], 0, 0

@@ -20,9 +20,10 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from diffusion import pictures
+from diffusion import pictures, wording, writers
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.data.prepare import prepare
+from diffusion.pictures import Panel, logged
 from experiments.encode_latents import encode
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate.metrics import Subject
@@ -93,8 +94,7 @@ def _train(config: ConfigDict, directory: pathlib.Path) -> float | None:
     if finished is None:
         raise Stopped(str(directory))
     # A run that was finished before logs nothing now: its numbers are in metrics.jsonl.
-    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-    return {k: v for row in rows for k, v in row.items()}.get("eval_accuracy")
+    return {k: v for row in writers.read(directory) for k, v in row.items()}.get("eval_accuracy")
 
 
 def _evaluate(root: pathlib.Path, smoke: bool, seed: int) -> dict:
@@ -123,8 +123,12 @@ def _pictures(root: pathlib.Path, seed: int) -> None:
     shown = np.linspace(0, len(steps) - 1, min(13, len(steps))).round().astype(int)
     strip = np.asarray(steps)[shown].swapaxes(0, 1).reshape(-1, *steps.shape[2:])
     pictures.save_grid(root / "denoising.png", strip, columns=len(shown), scale=2)
-    runs = {name: root / name for name in ("autoencoder", "classifier", "ldm")}
-    pictures.curves(root / "loss.png", runs)
+    settings = {"xlabel": "step", "ylabel": "loss", "yscale": "log"}
+    panels = [
+        Panel([logged(writers.read(root / name), "loss")], {"title": name, **settings})
+        for name in ("autoencoder", "classifier", "ldm")
+    ]
+    pictures.figure(root / "loss.png", panels, columns=3)
 
 
 def table(results: dict) -> str:
@@ -133,7 +137,7 @@ def table(results: dict) -> str:
     for name in ("digit", "colour", "background", "size", "place", "all"):
         seen, held = (results[key][name] for key in ("adherence", "adherence_held_out"))
         rows.append((name, f"{seen:.3f}", f"{held:.3f}"))
-    lines = [f"{a:<12} {b:>11} {c:>15}" for a, b, c in rows]
+    lines = [wording.table(rows, "<")]
     psnr, accuracy = results["autoencoder"]["psnr"], results["classifier_test_accuracy"]
     lines.append(f"first stage: {psnr:.1f} dB;  classifier: {accuracy:.3f} on test digits")
     lines.append(f"Frechet distance on its features: {results['frechet_distance']:.2f}")

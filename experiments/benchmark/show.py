@@ -3,10 +3,8 @@
 import pathlib
 from typing import Any
 
-import numpy as np
-
-from diffusion import wording
-from diffusion.pictures import pyplot
+from diffusion import pictures, wording
+from diffusion.pictures import Line, Panel
 
 
 def table(found: dict[str, Any]) -> str:
@@ -50,14 +48,9 @@ def plot(path: pathlib.Path, found: dict[str, Any]) -> None:
     """Examples a second of each side, p10 to p90."""
     if "sides" not in found:
         raise ValueError("--plot draws the sides of train, sample, autoencoder and compile")
-    plt = pyplot()
-    rates = {name: side["examples_per_sec"] for name, side in found["sides"].items()}
-    medians = np.array([r["median"] for r in rates.values()])
-    low = medians - [r["p10"] for r in rates.values()]
-    high = [r["p90"] for r in rates.values()] - medians
-    figure, axes = plt.subplots(figsize=(4, 3), layout="constrained")
-    axes.bar(list(rates), medians, yerr=np.maximum([low, high], 0), capsize=6)
-    axes.set_ylabel("examples a second")
-    axes.set_title(f"{found['suite']}, batch {found['batch']}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    rates = [side["examples_per_sec"] for side in found["sides"].values()]
+    medians, low, high = ([rate[key] for rate in rates] for key in ("median", "p10", "p90"))
+    title = f"{found['suite']}, batch {found['batch']}"
+    settings = {"title": title, "ylabel": "examples a second", "ylim": (0, 1.1 * max(high))}
+    line = Line(list(found["sides"]), medians, low=low, high=high)
+    pictures.figure(path, [Panel([line], settings)], columns=1)

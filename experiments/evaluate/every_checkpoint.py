@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from diffusion import pictures
+from diffusion import pictures, writers
 from diffusion.manifest import finished
+from diffusion.pictures import Panel, logged
 from experiments.evaluate import reconstructions
 from experiments.evaluate.metrics import Judge
 from experiments.host import cli
@@ -73,10 +74,13 @@ def report(
 
 
 def _curves(path: pathlib.Path, directory: pathlib.Path, found: dict, begins: int | None) -> None:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = writers.read(directory)
     rows += [{"step": step, **values} for step, values in found.items()]
-    pictures.panels(path, rows, PANELS, begins)
+    panels = [
+        Panel([logged(rows, key) for key in keys], {"title": title, "xlabel": "step"}, begins)
+        for title, keys in PANELS.items()
+    ]
+    pictures.figure(path, panels, columns=3)
 
 
 def _grid(path: pathlib.Path, images: np.ndarray, *stages: reconstructions.Stage) -> None:

@@ -1,11 +1,11 @@
 """Curves of an evaluation: numbers against guidance scale, sampler steps or training step."""
 
-import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion.pictures import pyplot
+from diffusion import pictures
+from diffusion.pictures import Line, Panel
 
 LABELS = {
     "guidance_scale": "guidance scale",
@@ -39,43 +39,28 @@ def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], across: Sequen
 
     A point belongs to the panels of its "curve".
     """
-    plt = pyplot()
     names = list(dict.fromkeys(name for point in points for name in numbers(point)))
     columns = min(COLUMNS, len(names))
-    rows = -(-len(names) // columns)
-    size = (3.6 * columns, 2.8 * rows * len(across))
-    figure, axes = plt.subplots(rows * len(across), columns, figsize=size, squeeze=False)
-    for block, curve in enumerate(across):
+    panels: list[Panel | None] = []
+    for curve in across:
         own = [point for point in points if point["curve"] == curve]
-        panels = axes[block * rows : (block + 1) * rows].flat
-        for panel, metric in itertools.zip_longest(panels, names):
-            if metric is None:
-                panel.axis("off")
-            else:
-                _panel(panel, own, curve, metric)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+        panels += [_panel(own, curve, metric) for metric in names]
+        panels += [None] * (-len(names) % columns)  # each of `across` begins a row
+    pictures.figure(path, panels, columns, size=(3.6, 2.8))
 
 
-def _panel(axis: Any, points: Sequence[Mapping[str, Any]], x: str, metric: str) -> None:
-    lines = dict.fromkeys(point["weights"] for point in points)
-    for which, line in zip(lines, itertools.cycle(("-", "--"))):
+def _panel(points: Sequence[Mapping[str, Any]], x: str, metric: str) -> Panel:
+    lines = []
+    for which in dict.fromkeys(point["weights"] for point in points):
         curve = sorted(
             (float(point[x]), *numbers(point)[metric])
             for point in points
             if point["weights"] == which and metric in numbers(point)
         )
         place, value, low, high = zip(*curve) if curve else ((), (), (), ())
-        below = [v - a for v, a in zip(value, low)]
-        above = [b - v for v, b in zip(value, high)]
-        style = {"marker": "o", "linestyle": line, "markersize": 3, "capsize": 2}
-        axis.errorbar(place, value, (below, above), label=which, **style)
-    axis.set(xlabel=LABELS[x], ylabel=metric.replace("_", " "))
+        lines.append(Line(place, value, which, low, high))
+    settings: dict[str, Any] = {"xlabel": LABELS[x], "ylabel": metric.replace("_", " ")}
     if x == "steps":
-        axis.set_xscale("log")
         ticks = sorted({float(point[x]) for point in points})
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+        settings |= {"xscale": "log", "xticks": ticks, "xticklabels": [f"{t:g}" for t in ticks]}
+    return Panel(lines, settings)

@@ -27,7 +27,7 @@ from diffusion.data.loader import Loader
 from diffusion.manifest import SOUND
 from diffusion.training.parallel import Parallel
 from diffusion.writers import Writer, make_writer
-from experiments.evaluate import in_loop, watched
+from experiments.evaluate import in_loop
 from experiments.host import cli, cluster
 from experiments.host.guards import INTERRUPTED, SkippedSteps, StopOnSignal, Watchdog
 from experiments.host.profile import Profile
@@ -53,7 +53,6 @@ def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, flo
     def check_and_build() -> training.Run:
         workdir.check(directory, config)
         in_loop.check(config)
-        watched.judge(config)
         return training.build_run(config)
 
     run = cluster.together(check_and_build)
@@ -105,8 +104,8 @@ def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, flo
         if start and cluster.is_first():
             finished = start >= config.train.steps
             print(f"{'finished at' if finished else 'goes on from'} step {start:,}", flush=True)
-        loop = Loop(run, start, state, batches, checkpoints, writer, watchdog, profile)
-        return loop.steps(in_loop.Preview(run, directory), stop)
+        loop = Loop(run, directory, start, state, batches, checkpoints, writer, watchdog, profile)
+        return loop.steps(stop)
 
 
 def _say_where(parallel: Parallel, abstract: Any) -> None:
@@ -135,6 +134,7 @@ class Loop:
     """A run in progress, as this process has it: `start` steps of it are done."""
 
     run: training.Run
+    directory: pathlib.Path
     start: int
     state: Any  # in the form that the step takes: `Parallel.spread`
     batches: Loader
@@ -146,6 +146,7 @@ class Loop:
     def __post_init__(self):
         run, keys = self.run, self.run.config.train
         self.frozen = run.parallel.replicate(run.frozen)
+        self.evaluators = in_loop.evaluators(run, self.directory, self.frozen)
         self.train_step = run.parallel.step(run.task.train_step)
         self.log = _Log(self.writer, run.config, run.parallel, self.start)
         self.peers = cluster.Peers(run.config.parallel.agree_every_steps)
@@ -156,7 +157,7 @@ class Loop:
             self.writer.message,
         )
 
-    def steps(self, glimpse: in_loop.Preview, stop: StopOnSignal) -> dict[str, float] | None:
+    def steps(self, stop: StopOnSignal) -> dict[str, float] | None:
         """Those that are left. Returns the last metrics, None when a signal ended it before."""
         keys = self.run.config.train
         if stop.requested and self.peers.count == 1:
@@ -165,7 +166,7 @@ class Loop:
             # 1. data  2. step  3. log (one step late)  4. evaluate  5. agree  6. save  7. stop
             last = done == keys.steps
             self.advance(done, last)
-            measured = self.evaluate(done, last, glimpse)
+            measured = self.evaluate(done, last)
             stopping = self.agree(done, stop)
             if stopping or last or done % keys.save_every_steps == 0:
                 self.save(done, measured)
@@ -189,18 +190,17 @@ class Loop:
         self.log.step(done, metrics, last)
         self.watchdog.doing(f"step {done + 1} or its data")
 
-    def evaluate(self, done: int, last: bool, glimpse: in_loop.Preview) -> dict[str, float]:
+    def evaluate(self, done: int, last: bool) -> dict[str, float]:
         """4. What is measured of the state, where it is time."""
-        every, parallel = self.run.config.evaluation.every_steps, self.run.parallel
+        every = self.run.config.evaluation.every_steps
         if not every or not (done % every == 0 or last):
             return {}
         self.watchdog.doing(f"the evaluation at step {done}")
-        whole = parallel.whole(self.state)
-        measured = self.run.evaluate(whole, parallel.whole(self.frozen))
-        measured |= watched.measure(self.run, whole) | glimpse.numbers(whole)
+        whole = self.run.parallel.whole(self.state)
+        measured = in_loop.measure(self.evaluators, done, whole)
         _check_best(self.run.config.train.keep_best, measured)
         self.log.evaluation(done, measured)
-        glimpse.show(done, whole, self.writer)
+        in_loop.show(self.evaluators, done, whole, self.writer, self.directory / "previews")
         return measured
 
     def agree(self, done: int, stop: StopOnSignal) -> bool:

@@ -1,20 +1,30 @@
-"""A run in progress, looked at: pictures, and where a classifier is named, numbers of samples.
+"""A run in progress, looked at: evaluators, which the loop iterates after every so many steps.
 
-With the held-out losses of `evaluation.every_steps` come pictures (`evaluation.preview` of them:
-samples of a denoiser, reconstructions of a first stage) for every writer and as
-DIR/previews/NAME-STEP.png, and with `evaluation.samples` the Frechet distance on the features of
-`evaluation.classifier`, and for captioned digits the adherence, of as few samples, for averaged and
-raw weights. So few that they rank the steps of one run, and nothing else: `experiments.evaluate`
-makes numbers to compare. Noise and prompts are those of `seed` at every step.
+Each gives numbers, named eval_*, and pictures of a state; both have the same names, and the numbers
+the same bits, on every process, so that `train.keep_best` is decided alike everywhere:
 
+HeldOut      the task's own sums over the evaluation split: losses, and of a first stage PSNR,
+             SSIM, sharpness and the latents' moments
+FirstStage   Frechet distance of reconstructions and held-out images on the features of
+             `evaluation.classifier`, LPIPS where `perceptual` names weights that the loss does not
+             use; pictures of images and reconstructions
+Samples      Frechet distance of `evaluation.samples` samples to training images on those features,
+             and adherence of as few for captioned digits, of averaged and raw weights; pictures of
+             samples. So few that they rank the steps of one run, and nothing else:
+             `experiments.evaluate` makes numbers to compare. Noise and prompts are those of `seed`
+             at every step.
+
+Pictures are `evaluation.preview` each; they go to every writer, and to DIR/previews/NAME-STEP.png.
 Nothing here draws from the stream of training batches or its keys.
 """
 
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -29,7 +39,7 @@ from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import to_host
 from diffusion.training.state import TrainState
 from diffusion.writers import Writer
-from experiments.evaluate import watched
+from experiments.evaluate import reconstructions, stream
 from experiments.evaluate.metrics import Judge, Subject, attributes
 from experiments.host import cluster
 from experiments.run import build, data, generate, training
@@ -38,11 +48,65 @@ CLASSIFIER = "evaluation.classifier"
 REFERENCE = 10_000  # training images, at most, that the Frechet distance is to
 
 
-def check(config: ConfigDict) -> None:
-    """ValueError for an `evaluation.samples` that nothing can judge."""
-    wanted = config.evaluation
-    if not wanted.samples:
+class Evaluator:
+    """Every process calls both, with the whole state, at the same steps."""
+
+    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """Numbers by name: the same on every process."""
+        return {}
+
+    def pictures(self, step: int, state: TrainState) -> dict[str, np.ndarray]:
+        """uint8 (images, height, width, channels) by name."""
+        return {}
+
+
+def evaluators(
+    run: training.Run, directory: pathlib.Path, frozen: dict[str, Any]
+) -> tuple[Evaluator, ...]:
+    """Those of a run in `directory`; `frozen`: its frozen weights, on the devices."""
+    found: list[Evaluator] = [HeldOut(run, frozen)]
+    if isinstance(run.task, Autoencoder):
+        found.append(FirstStage(run))
+    if isinstance(run.task, Denoiser):
+        found.append(Samples(run, directory))
+    return tuple(found)
+
+
+def measure(every: Sequence[Evaluator], step: int, state: TrainState) -> dict[str, float]:
+    return {k: v for one in every for k, v in one.evaluate(step, state).items()}
+
+
+def show(
+    every: Sequence[Evaluator], step: int, state: TrainState, writer: Writer, folder: pathlib.Path
+) -> None:
+    """Hands the pictures of `state` to the writer, and writes them to `folder` as PNGs."""
+    pictures = {k: v for one in every for k, v in one.pictures(step, state).items()}
+    if not pictures:
         return
+    writer.images(step, pictures)
+    if not cluster.is_first():
+        return
+    folder.mkdir(exist_ok=True)
+    for name, pixels in pictures.items():
+        sheets.save_grid(folder / f"{name}-{step:08d}.png", pixels)
+
+
+def check(config: ConfigDict) -> None:
+    """ValueError for an `evaluation.samples` or `evaluation.classifier` that does not fit."""
+    wanted = config.evaluation
+    if wanted.classifier and config.task not in ("autoencoder", "denoiser"):
+        raise ValueError(
+            f"{CLASSIFIER}={wanted.classifier} is for tasks 'autoencoder' and 'denoiser', not "
+            f"{config.task!r}: leave it empty"
+        )
+    if wanted.samples:
+        _check_samples(config)
+    if wanted.classifier and (wanted.samples or config.task == "autoencoder"):
+        classifier(wanted.classifier, _data_name(config))
+
+
+def _check_samples(config: ConfigDict) -> None:
+    wanted = config.evaluation
     if config.task != "denoiser" or "controlnet" in config.model or config.conditioning.concat:
         raise ValueError(
             f"evaluation.samples={wanted.samples} is for runs that sample from noise, with or "
@@ -60,45 +124,84 @@ def check(config: ConfigDict) -> None:
             f"evaluation.samples={wanted.samples} knows the captions of captioned_digits alone: "
             "set it to 0"
         )
-    watched.classifier(wanted.classifier, _data_name(config))
 
 
 def _data_name(config: ConfigDict) -> str:
     return data.images_config(config).data.name
 
 
+@functools.lru_cache(maxsize=1)
+def classifier(directory: str, data: str) -> Judge:
+    """`evaluation.classifier`. ValueError for no such run, and for one of other data."""
+    judge = Judge(pathlib.Path(directory), flag=f"--config.{CLASSIFIER}")
+    if judge.data != data:
+        raise ValueError(
+            f"--config.{CLASSIFIER}={directory} was trained on {judge.data!r}, but this "
+            f"run is on {data!r}: name one of that"
+        )
+    return judge
+
+
 @dataclasses.dataclass
-class Preview:
-    """Looks at states of one run; what they share is loaded and compiled once."""
+class HeldOut(Evaluator):
+    """Means over the evaluation split; each process reads its rows."""
 
     run: training.Run
-    directory: pathlib.Path
+    frozen: dict[str, Any]
 
-    def show(self, step: int, state: TrainState, writer: Writer) -> None:
-        """Hands the pictures of `state` to the writer, and writes them as PNGs."""
+    @functools.cached_property
+    def _step(self) -> Callable[..., dict[str, jax.Array]]:
+        return jax.jit(self.run.task.eval_step)
+
+    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        parallel, totals = self.run.parallel, {}
+        frozen = parallel.whole(self.frozen)
+        for batch in self.run.eval_batches(jax.process_index(), jax.process_count()):
+            sums = self._step(state, parallel.rows(batch), frozen)
+            for name, value in jax.device_get(sums).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        count = totals.pop("count")
+        means = {name: value / count for name, value in totals.items()}
+        if hasattr(self.run.task, "summarise"):
+            means = self.run.task.summarise(means)
+        return {f"eval_{name}": value for name, value in means.items()}
+
+
+@dataclasses.dataclass
+class FirstStage(Evaluator):
+    """Reconstructions with the averaged weights."""
+
+    run: training.Run
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what the task does not measure itself."""
+        config = self.run.config
+        given = config.perceptual.vgg and config.perceptual.heads
+        distance = ("frechet_distance",) if config.evaluation.classifier else ()
+        return distance + (("lpips",) if given and not config.loss.perceptual_weight else ())
+
+    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        if not self.names:
+            return {}
+        config, features = self.run.config, None
+        params = to_host(state.inference_params["autoencoder"])
+        if config.evaluation.classifier:
+            judge = classifier(config.evaluation.classifier, config.data.name)
+            features = lambda images: judge(images)[1]  # noqa: E731
+        stage = reconstructions.Stage(config, self.run.task.network, params, 0, "")
+        found = stream.of_first(
+            self.names, lambda: reconstructions.measure(stage, self._images(), features)
+        )
+        return {f"eval_{name}": value for name, value in found.items()}
+
+    def _images(self) -> Iterator[np.ndarray]:
+        for batch in self.run.eval_batches():
+            yield batch["image"][batch["valid"]]
+
+    def pictures(self, step: int, state: TrainState) -> dict[str, np.ndarray]:
         if not self.run.config.evaluation.preview:
-            return
-        pictures = self.pictures(state)
-        writer.images(step, pictures)
-        if not cluster.is_first():
-            return
-        folder = self.directory / "previews"
-        folder.mkdir(exist_ok=True)
-        for name, pixels in pictures.items():
-            sheets.save_grid(folder / f"{name}-{step:08d}.png", pixels)
-
-    def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
-        """What there is to see of `state`; empty for a task without pictures.
-
-        By name, uint8 (images, height, width, channels).
-        """
-        if isinstance(self.run.task, Autoencoder):
-            return self._reconstructions(state)
-        if isinstance(self.run.task, Denoiser):
-            return self._samples(state)
-        return {}
-
-    def _reconstructions(self, state: TrainState) -> dict[str, np.ndarray]:
+            return {}
         image = next(self.run.eval_batches())["image"][: self.run.config.evaluation.preview]
         params = {"params": state.inference_params["autoencoder"]}
         x = jnp.asarray(image, jnp.float32) / 127.5 - 1
@@ -106,24 +209,17 @@ class Preview:
         decoded = generate.to_uint8(self.run.task.network.apply(params, z, method="decode"))
         return {"images": image, "reconstructions": to_host(decoded)}
 
-    def _samples(self, state: TrainState) -> dict[str, np.ndarray]:
-        seen = next(self.run.eval_batches())
-        model, prompts, given = self.model(state), None, {}
-        if model.tokenizer is not None:
-            prompts = model.tokenizer.decode(seen["tokens"])
-        if "hint" in seen:
-            given = {"hint_0": seen["hint"], "hint_scale_0": np.ones(1, np.float32)}
-        num = self.run.config.evaluation.preview
-        batches = generate.images(model, num, prompts, given=given, run=self._sampler(model))
-        return {"samples": sheets.as_images(np.concatenate(list(batches)))}
 
-    # -- numbers -----------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Samples(Evaluator):
+    """Samples of a denoiser; what several looks share is loaded and compiled once."""
 
-    def numbers(self, state: TrainState) -> dict[str, float]:
-        """Of `evaluation.samples` samples: eval_frechet_distance_ema, eval_adherence_all_raw, ...
+    run: training.Run
+    directory: pathlib.Path
+    _sampler: Any = None
 
-        Empty where that is 0.
-        """
+    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """eval_frechet_distance_ema, eval_adherence_all_raw, ...; nothing for 0 samples."""
         if not self.run.config.evaluation.samples:
             return {}
         found = {}
@@ -132,8 +228,27 @@ class Preview:
             found |= {f"eval_{name}_{which}": value for name, value in values.items()}
         return found
 
+    def pictures(self, step: int, state: TrainState) -> dict[str, np.ndarray]:
+        num = self.run.config.evaluation.preview
+        if not num:
+            return {}
+        seen = next(self.run.eval_batches())
+        model, given = self._model(state), {}
+        prompts = model.tokenizer.decode(seen["tokens"]) if model.tokenizer is not None else None
+        if "hint" in seen:
+            given = {"hint_0": seen["hint"], "hint_scale_0": np.ones(1, np.float32)}
+        made = self._made(model, num, prompts, given=given)
+        return {"samples": sheets.as_images(made)}
+
+    def _made(self, model: generate.Model, num: int, *args: Any, **options: Any) -> np.ndarray:
+        """Compiled once: parameters are arguments, and the latents' scale never changes."""
+        if self._sampler is None:
+            self._sampler = generate.make_sampler(dataclasses.replace(model, params={}))
+        batches = generate.images(model, num, *args, **options, run=self._sampler)
+        return np.concatenate(list(batches))
+
     def _judged(self, state: TrainState, which: str) -> dict[str, float]:
-        config, model = self.run.config, self.model(state, which)
+        config, model = self.run.config, self._model(state, which)
         num, captioned = config.evaluation.samples, model.tokenizer is not None
         digits = captioned and data.known(_data_name(config)).judged
         sets = {"adherence": num, "adherence_held_out": max(num // 4, 1)} if digits else {"": num}
@@ -142,8 +257,7 @@ class Preview:
             prompts, asked = None, {}
             if digits:
                 prompts, asked = compose.prompts(count, config.seed, name == "adherence_held_out")
-            batches = generate.images(model, count, prompts, config.seed, run=self._sampler(model))
-            images = np.concatenate(list(batches))
+            images = self._made(model, count, prompts, config.seed)
             if "frechet_distance" not in found:
                 made = frechet.feature_statistics(self._judge(images)[1])
                 found["frechet_distance"] = frechet.frechet_distance(made, self._reference)
@@ -156,16 +270,14 @@ class Preview:
     @functools.cached_property
     def _judge(self) -> Judge:
         config = self.run.config
-        return watched.classifier(config.evaluation.classifier, _data_name(config))
+        return classifier(config.evaluation.classifier, _data_name(config))
 
     @functools.cached_property
     def _reference(self) -> frechet.FeatureStatistics:
         images = Subject(self.directory).data("train", REFERENCE)
         return frechet.feature_statistics(self._judge(images)[1])
 
-    # -- a state as a model ------------------------------------------------------------------------
-
-    def model(self, state: TrainState, which: str = "ema") -> generate.Model:
+    def _model(self, state: TrainState, which: str = "ema") -> generate.Model:
         """What samples from `state`, with averaged weights where there are any, or raw ones."""
         params = state.inference_params if which == "ema" else state.params
         return dataclasses.replace(
@@ -173,12 +285,6 @@ class Preview:
             params={**to_host(params), **self._around.params},
             extra=to_host(dict(state.extra)),
         )
-
-    def _sampler(self, model: generate.Model) -> Any:
-        """Compiled once: parameters are its arguments, and the latents' scale never changes."""
-        if "sampler" not in self.__dict__:
-            self.__dict__["sampler"] = generate.make_sampler(dataclasses.replace(model, params={}))
-        return self.__dict__["sampler"]
 
     @functools.cached_property
     def _around(self) -> generate.Model:

@@ -7,13 +7,14 @@ the way: arrays travel between processes as bytes, since JAX's own exchange woul
 float32.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from diffusion.metrics.frechet import FeatureStatistics, empty_statistics, merge_all
+from experiments.host import cluster
 
 Rows = dict[str, np.ndarray]
 Stream = Iterable[tuple[np.ndarray, np.ndarray]]
@@ -64,6 +65,13 @@ def gather(array: np.ndarray) -> np.ndarray:
     parts = [np.ascontiguousarray(e[:n]) for e, n in zip(every, lengths)]
     joined = np.concatenate(parts).view(array.dtype)
     return joined.reshape(-1, *array.shape[1:])
+
+
+def of_first(names: Sequence[str], measured: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+    """Numbers called `names`, which the first process alone measures; on every process."""
+    found = cluster.together(lambda: measured() if cluster.is_first() else {})
+    own = [found[name] for name in names] if cluster.is_first() else []
+    return dict(zip(names, gather(np.array(own, np.float64)).tolist(), strict=True))
 
 
 def statistics(vectors: np.ndarray) -> FeatureStatistics:

@@ -53,24 +53,6 @@ class Run:
     write_files: Callable[[pathlib.Path], None]
     start: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `init_from`
 
-    @functools.cached_property
-    def eval_step(self) -> Callable:
-        """The task's, compiled once, however often the run is evaluated."""
-        return jax.jit(self.task.eval_step)
-
-    def evaluate(self, state: TrainState, frozen: dict[str, Any]) -> dict[str, float]:
-        """Means over the evaluation split, named eval_*; each process reads its rows."""
-        totals: dict[str, float] = {}
-        for batch in self.eval_batches(jax.process_index(), jax.process_count()):
-            sums = self.eval_step(state, self.parallel.rows(batch), frozen)
-            for name, value in jax.device_get(sums).items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        count = totals.pop("count")
-        means = {name: value / count for name, value in totals.items()}
-        if hasattr(self.task, "summarise"):
-            means = self.task.summarise(means)
-        return {f"eval_{name}": value for name, value in means.items()}
-
 
 def _eval_size(config: ConfigDict, placed: Parallel) -> int:
     """evaluation.batch_size, rounded up to what the devices divide."""

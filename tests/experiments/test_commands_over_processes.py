@@ -110,3 +110,32 @@ def test_a_run_looks_at_samples_as_one_process_does(job, tmp_path, two):
     (name,) = [path.name for path in (tmp_path / "one/previews").iterdir()]
     a, b = (np.asarray(Image.open(tmp_path / n / "previews" / name), int) for n in ("one", "two"))
     assert np.abs(a - b).max() <= 2 and a.std() > 0
+
+
+@pytest.mark.slow  # two more runs to compile
+def test_the_best_of_what_the_first_process_measures_is_kept_by_two(job, tmp_path, two):
+    """A first stage's Frechet distance decides on every process which checkpoint is kept."""
+    config = ["--config=configs/digits_autoencoder.py:smoke", f"--config.data.dir={job}/data"]
+    config += ["--config.evaluation.every_steps=1", "--config.train.save_every_steps=1"]
+    config += ["--config.evaluation.preview=0", "--config.evaluation.examples=64"]
+    config += [f"--config.evaluation.classifier={job}/classifier", "--config.parallel.data=-1"]
+    config += ["--config.train.keep_best=eval_frechet_distance", "--config.train.steps=3"]
+    config += ["--config.train.keep_checkpoints=1"]
+    two("train", *config, f"--workdir={tmp_path}/two")
+    assert run_here(train.define, train.main, [*config, f"--workdir={tmp_path}/one"]) == 0
+    one, both = (
+        {
+            row["step"]: row["eval_frechet_distance"]
+            for row in map(json.loads, lines)
+            if "eval_frechet_distance" in row
+        }
+        for lines in (
+            (tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("one", "two")
+        )
+    )
+    assert one.keys() == both.keys() == {1, 2, 3}
+    np.testing.assert_allclose(list(both.values()), list(one.values()), rtol=1e-2)
+    kept = {
+        int(path.name) for path in (tmp_path / "two/checkpoints").iterdir() if path.name.isdigit()
+    }
+    assert kept == {min(both, key=both.get), 3}

@@ -57,6 +57,11 @@ def test_rows_come_back_in_order_and_to_the_bit(two, worker, size):
         np.testing.assert_array_equal(found[f"rows{size}"], worker.vectors())
 
 
+def test_what_the_first_process_measures_is_known_to_the_bit_on_both(two):
+    for found in two:
+        assert found["first"].tolist() == [1 / 3, 0.0]
+
+
 @pytest.mark.parametrize("chunk", SIZES)
 def test_statistics_in_chunks_are_those_of_the_whole(worker, monkeypatch, chunk):
     x = worker.vectors()

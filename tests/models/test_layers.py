@@ -141,21 +141,25 @@ class TestDropout:
         assert not np.array_equal(whole[3], whole[4])
 
     def test_two_layers_draw_apart(self):
-        block = layers.ResBlock(4, groups=2, dropout=0.5)
-        x = jnp.ones((8, 100))
-        masks = [
-            layers.Dropout(0.5, name=name, parent=None).apply({}, x, self.KEYS) for name in "ab"
-        ]
-        np.testing.assert_array_equal(*masks)  # without a parent both are the root: the same path
+        """Each by its own path, so that a module of the same name elsewhere draws apart too."""
 
         class Two(layers.nn.Module):
             @layers.nn.compact
             def __call__(self, x, keys):
                 return [layers.Dropout(0.5, name=name)(x, keys) for name in "ab"]
 
-        first, second = Two().apply({}, x, self.KEYS)
-        assert not np.array_equal(first, second)
-        assert block.dropout == 0.5
+        class Nested(layers.nn.Module):
+            @layers.nn.compact
+            def __call__(self, x, keys):
+                return [*Two(name="first")(x, keys), *Two(name="second")(x, keys)]
+
+        x = jnp.ones((8, 1000))
+        masks = [np.asarray(mask != 0) for mask in Nested().apply({}, x, self.KEYS)]
+        for i in range(4):
+            for j in range(i):  # independent masks agree in half of the places
+                assert abs((masks[i] == masks[j]).mean() - 0.5) < 0.05
+        again = Nested().apply({}, x, self.KEYS)
+        np.testing.assert_array_equal(again[2] != 0, masks[2])
 
 
 class TestTimestepEmbedding:

@@ -52,11 +52,26 @@ def test_targets_are_the_papers(x64):
     np.testing.assert_allclose(gaussian.targets("edm", x0, eps, a, s, 1.0), -v, atol=1e-12)
 
 
-@pytest.mark.parametrize("prediction", ["v", "velocity", "edm", "x0"])
-def test_no_signal_is_no_singularity(prediction):
-    x = jnp.ones((2, 3, 1))
-    x0 = gaussian.convert(x, prediction, "x0", x, 0.0, 1.0)
-    assert bool(jnp.isfinite(x0).all())
+# x0 and eps at alpha = 0, sigma = s (then x_t = s eps), and at sigma = 0, alpha = a (x_t = a x0),
+# from the pair's own definitions; the data's deviation is 0.5.
+@pytest.mark.parametrize(
+    "prediction, no_signal, no_noise",
+    [
+        ("v", lambda y, x, s: (-y / s, x / s), lambda y, x, a: (x / a, y / a)),
+        ("velocity", lambda y, x, s: (x / s - y, x / s), lambda y, x, a: (x / a, x / a + y)),
+        ("edm", lambda y, x, s: (0.5 * y, x / s), lambda y, x, a: (x / a, -y)),
+        ("x0", lambda y, x, s: (y, x / s), None),
+        ("eps", None, lambda y, x, a: (x / a, y)),
+    ],
+)
+def test_no_signal_and_no_noise_are_no_singularities(prediction, no_signal, no_noise, x64):
+    output, x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 2, 3, 1)))
+    for level, (a, s), expected in ((0.7, (0.0, 0.7), no_signal), (0.8, (0.8, 0.0), no_noise)):
+        if expected is None:
+            continue
+        for target, wanted in zip(("x0", "eps"), expected(output, x, level)):
+            got = gaussian.convert(output, prediction, target, x, a, s)
+            np.testing.assert_allclose(got, wanted, rtol=1e-12)
 
 
 def test_posterior_is_ddpm_equation_7(x64):

@@ -9,6 +9,7 @@ lowest and highest, so that a spike stays visible.
 """
 
 import base64
+import collections
 import dataclasses
 import io
 import json
@@ -68,6 +69,16 @@ class Run:
     def last_step(self) -> int | None:
         return max((int(s.steps[-1]) for s in self.series.values()), default=None)
 
+    def json(self, path: pathlib.Path) -> dict[str, Any]:
+        """The object in a file; {} where there is none, with a note where it cannot be read."""
+        try:
+            found = json.loads(path.read_bytes()) if path.is_file() else {}
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict):
+            self.notes.append(f"{path.name} cannot be read: it is not the JSON of an object")
+        return found if isinstance(found, dict) else {}
+
 
 def read(directories: Sequence[pathlib.Path]) -> list[Run]:
     """Every run of the folders given, and the folders of several themselves.
@@ -77,24 +88,18 @@ def read(directories: Sequence[pathlib.Path]) -> list[Run]:
     opened = [(directory, _kind(directory)) for directory in directories]
     found: list[Run] = []
     for directory, kind in opened:
-        if kind == "run":
-            found.append(_run(directory, _name(directory)))
-            continue
-        prefix = f"{_name(directory)}/" if len(opened) > 1 else ""
+        name = directory.absolute().name or str(directory)
+        prefix = f"{name}/" if len(opened) > 1 else ""
         if kind == "sweep":
             found += _trials(directory, prefix)
-        else:
-            found += [_run(path, prefix + path.name) for path in _runs_in(directory)]
-        found.append(_described(Run(_name(directory), directory, kind)))
+        elif kind == "set":
+            found += [_read(Run(prefix + path.name, path)) for path in _runs_in(directory)]
+        found.append(_read(Run(name, directory, kind)))
     _tell_apart(found)
     budget = ALL_PICTURE_BYTES
     for run in found:
         budget = _pictures(run, budget)
     return found
-
-
-def _name(directory: pathlib.Path) -> str:
-    return directory.absolute().name or str(directory)
 
 
 def _kind(directory: pathlib.Path) -> str:
@@ -115,66 +120,60 @@ def _kind(directory: pathlib.Path) -> str:
 
 def _runs_in(directory: pathlib.Path) -> list[pathlib.Path]:
     """The runs directly below. A network's own config.json (first_stage/) is none of a run."""
-    found = [
-        path
-        for path in directory.iterdir()
-        if (path / "config.json").is_file()
-        and ((path / "metrics.jsonl").exists() or (path / "checkpoints").exists())
-    ]
-    return sorted(found, key=lambda path: _natural(path.name))
+    found = {path.parent for path in directory.glob("*/config.json")}
+    of_runs = ("metrics.jsonl", "checkpoints")
+    return sorted((p for p in found if any((p / name).exists() for name in of_runs)), key=_natural)
 
 
-def _natural(text: str) -> list[Any]:
+def _natural(path: pathlib.Path) -> list[Any]:
     """Sorts "b=2" before "b=10", and 1e-05 before 0.001."""
-    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", text)  # numbers at the odd places
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", path.name)  # numbers at the odd places
     return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _tell_apart(runs: list[Run]) -> None:
     """Runs of one name from several folders get their folder's name as well."""
-    names = [run.name for run in runs if run.kind == "run"]
-    for i, run in enumerate(runs):
-        if run.kind == "run" and names.count(run.name) > 1:
-            run.name = f"{_name(run.directory.absolute().parent)}/{run.name}"
-        if sum(other.name == run.name and other.kind == run.kind for other in runs[:i]):
-            run.name = f"{run.name} ({i + 1})"
+    names = collections.Counter(run.name for run in runs if run.kind == "run")
+    seen = collections.Counter()
+    for run in runs:
+        if run.kind == "run" and names[run.name] > 1:
+            run.name = f"{run.directory.absolute().parent.name}/{run.name}"
+        seen[run.kind, run.name] += 1
+        if (count := seen[run.kind, run.name]) > 1:
+            run.name = f"{run.name} ({count})"
 
 
 # -- one run -------------------------------------------------------------------------------------
 
 
-def _run(directory: pathlib.Path, name: str) -> Run:
-    run = Run(name, directory)
-    run.config = flatten(redact(_json(directory / "config.json", run.notes)))
-    path = directory / "metrics.jsonl"
-    if path.is_file():
-        run.series = read_series(path, run.notes)
+def _read(run: Run) -> Run:
+    """Fills in what stands in the run's folder."""
+    run.documents = {
+        name: redact(found) for name in DOCUMENTS if (found := run.json(run.directory / name))
+    }
+    if run.kind != "run":
+        return run
+    run.config = flatten(redact(run.json(run.directory / "config.json")))
+    run.machine = run.json(run.directory / "devices.json")
+    path = run.directory / "metrics.jsonl"
+    run.series = read_series(path, run.notes) if path.is_file() else {}
     if not run.series:
         run.notes.append("no metrics logged yet")
-    run.machine = _json(directory / "devices.json", run.notes)
     steps, last = run.config.get("train.steps"), run.last_step or 0
     if isinstance(steps, int):
         run.state = "finished" if last >= steps else f"at step {last:,} of {steps:,}"
-    return _described(run)
-
-
-def _described(run: Run) -> Run:
-    for name in DOCUMENTS:
-        if found := _json(run.directory / name, run.notes):
-            run.documents[name] = redact(found)
     return run
 
 
 def _trials(directory: pathlib.Path, prefix: str) -> Iterable[Run]:
-    for path in sorted((directory / "state").glob("*.json"), key=lambda p: _natural(p.stem)):
+    for path in sorted((directory / "state").glob("*.json"), key=_natural):
         name = path.name.removesuffix(".json")
-        notes: list[str] = []
-        status = _json(path, notes).get("status", "state unknown")
-        if (directory / name / "config.json").is_file():
-            run = _run(directory / name, prefix + name)
+        run = Run(prefix + name, directory / name)
+        if (run.directory / "config.json").is_file():
+            _read(run)
         else:
-            run = Run(prefix + name, directory / name, notes=["no run yet: nothing was trained"])
-        run.notes += notes
+            run.notes.append("no run yet: nothing was trained")
+        status = run.json(path).get("status", "state unknown")
         run.failed = isinstance(status, int) and status not in STATES
         run.state = f"failed, status {status}" if run.failed else STATES.get(status, str(status))
         log = directory / "logs" / f"{name}.log"
@@ -190,77 +189,50 @@ def _last_line(path: pathlib.Path) -> str:
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "(empty)")
 
 
-def _json(path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        notes.append(f"{path.name} cannot be read: it is not the JSON of an object")
-        return {}
-    return found
-
-
 # -- logged numbers ------------------------------------------------------------------------------
 
 
 def read_series(path: pathlib.Path, notes: list[str]) -> dict[str, Series]:
     """The finite numbers of a metrics.jsonl by name; what is torn or not finite becomes a note."""
-    points: dict[str, tuple[list[int], list[float]]] = {}
-    torn, lost = 0, {}
+    points: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
+    torn, lost = 0, collections.Counter()
     with path.open("rb") as file:
         for line in file:
             try:
                 row = json.loads(line)
                 step = row.pop("step")
             except (ValueError, KeyError, AttributeError, TypeError):
-                torn += 1
-                continue
-            if isinstance(step, bool) or not isinstance(step, int):
+                step = None
+            if type(step) is not int:
                 torn += 1
                 continue
             for name, value in row.items():
                 if isinstance(value, int | float) and math.isfinite(value):
-                    steps, values = points.setdefault(name, ([], []))
-                    steps.append(step)
-                    values.append(value)
+                    points[name].append((step, value))
                 elif value is None or isinstance(value, float):
-                    lost[name] = lost.get(name, 0) + 1
+                    lost[name] += 1
     if torn:
         notes.append(f"{torn:,} torn lines of metrics.jsonl were left out")
     notes += [f"{count:,} values of {name} were not finite" for name, count in lost.items()]
-    return {name: _sorted(*pair) for name, pair in points.items()}
+    return {name: _series(pairs) for name, pairs in points.items()}
 
 
-def _sorted(steps: list[int], values: list[float]) -> Series:
-    order = np.argsort(steps, kind="stable")
-    return Series(np.asarray(steps)[order], np.asarray(values, np.float64)[order])
+def _series(pairs: list[tuple[int, float]]) -> Series:
+    steps, values = zip(*sorted(pairs, key=lambda pair: pair[0]))
+    return Series(np.asarray(steps), np.asarray(values, np.float64))
 
 
 def thin(series: Series, limit: int) -> list[list[float]]:
     """At most `limit` points [step, mean, lowest, highest]; [step, value] where none are joined."""
-    count = len(series.steps)
-    if count <= limit:
-        return [[int(s), _short(v)] for s, v in zip(series.steps, series.values)]
-    parts = np.array_split(np.arange(count), limit)
-    return [
-        [
-            int(series.steps[i[-1]]),
-            *(_short(f(series.values[i])) for f in (np.mean, np.min, np.max)),
-        ]
-        for i in parts
-    ]
 
+    def short(value: float) -> float:
+        return float(f"{value:.5g}")
 
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")
-
-
-def limit_of(count: int) -> int:
-    """Points of each of `count` series, so that the report stays small."""
-    return max(min(POINTS, ALL_POINTS // max(count, 1)), 40)
+    steps, values = series
+    if len(steps) <= limit:
+        return [[int(step), short(value)] for step, value in zip(steps, values)]
+    parts = zip(np.array_split(steps, limit), np.array_split(values, limit))
+    return [[int(s[-1]), *map(short, (v.mean(), v.min(), v.max()))] for s, v in parts]
 
 
 def spent_secs(run: Run) -> float | None:
@@ -277,11 +249,9 @@ def spent_secs(run: Run) -> float | None:
 
 def _pictures(run: Run, budget: int) -> int:
     """Adds what there is to see of a run; returns what is left of `budget` bytes."""
-    paths = [(path.stem, None, path) for path in sorted(run.directory.glob("*.png"))]
-    paths = [entry for entry in paths if entry[2].name not in OWN_CURVES]
-    paths += _previews(run)
+    paths = sorted(path for path in run.directory.glob("*.png") if path.name not in OWN_CURVES)
     left_out = 0
-    for name, step, path in paths:
+    for name, step, path in [*((path.stem, None, path) for path in paths), *_previews(run)]:
         try:
             data, kind, size = _embeddable(path)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -298,18 +268,16 @@ def _pictures(run: Run, budget: int) -> int:
     return budget
 
 
-def _previews(run: Run) -> list[tuple[str, int, pathlib.Path]]:
+def _previews(run: Run) -> Iterable[tuple[str, int, pathlib.Path]]:
     """Pictures that the run logged (`experiments/evaluate/in_loop.py`), of evenly spread steps."""
-    found: dict[str, list[tuple[str, int, pathlib.Path]]] = {}
+    found: dict[str, list[tuple[str, int, pathlib.Path]]] = collections.defaultdict(list)
     for path in sorted((run.directory / "previews").glob("*.png")):
         if match := re.fullmatch(r"(.+)-(\d+)", path.stem):
-            found.setdefault(match[1], []).append((match[1], int(match[2]), path))
-    shown = []
+            found[match[1]].append((match[1], int(match[2]), path))
     for entries in found.values():
         entries.sort(key=lambda entry: entry[1])
         chosen = np.linspace(0, len(entries) - 1, min(PREVIEWS, len(entries)))
-        shown += [entries[i] for i in chosen.round().astype(int)]
-    return shown
+        yield from (entries[i] for i in chosen.round().astype(int))
 
 
 def _embeddable(path: pathlib.Path) -> tuple[bytes, str, tuple[int, int]]:
@@ -319,9 +287,9 @@ def _embeddable(path: pathlib.Path) -> tuple[bytes, str, tuple[int, int]]:
         if len(data) <= PICTURE_BYTES:
             return data, "png", image.size
         small = image.convert("RGB")
-    quality, size = 85, 1600
+    size = 1600
     while len(data) > PICTURE_BYTES:
         small.thumbnail((size, size))
-        small.save(buffer := io.BytesIO(), "JPEG", quality=quality)
+        small.save(buffer := io.BytesIO(), "JPEG", quality=85)
         data, size = buffer.getvalue(), size * 3 // 4
     return data, "jpeg", small.size

@@ -1,15 +1,11 @@
-"""The tables of a report: configs that differ, ranks, numbers with intervals, cost.
+"""The tables of a report: runs ranked, configs that differ, numbers with intervals, cost."""
 
-HTML is built by `tag`, which escapes every string that is not `Html` already: what a file says is
-text, whatever it contains.
-"""
-
-import html
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from diffusion import wording
 from experiments.report.runs import Run, spent_secs
 
 ABSENT = "–"
@@ -17,117 +13,29 @@ ABSENT = "–"
 MADE_WITH = ("device", "weights", "step", "samples", "num", "seed", "sample", "checkpoint")
 NO_NUMBERS = ("versions", "sample", "seconds", "sweep")
 OF_INTERVALS = ("interval", "intervals", "standard_error", "low", "high")
+CURVES = {"sweep": "guidance and steps", "checkpoints": "checkpoints"}  # of an evaluation
+SET_BY = ("guidance_scale", "steps", "step", "weights")
+OPEN_ROWS = 20  # a longer table of configs is folded away
 
 
-class Html(str):
-    """Text that is HTML already."""
+class Table(NamedTuple):
+    """Cells as text; the first of a row is its header. `summary`: folded away under that."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    summary: str = ""
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Html:
-    """An element. `class_` is class, `aria_label` aria-label; True is a bare attribute."""
-    words = [name]
-    for key, value in attributes.items():
-        key = key.rstrip("_").replace("_", "-")
-        if value is True:
-            words.append(key)
-        elif value not in (None, False):
-            words.append(f'{key}="{html.escape(str(value))}"')
-    inner = "".join(
-        child if isinstance(child, Html) else html.escape(str(child)) for child in children
-    )
-    closed = name in ("img", "input", "br")
-    return Html(f"<{' '.join(words)}>" if closed else f"<{' '.join(words)}>{inner}</{name}>")
-
-
-def join(parts: Iterable[str]) -> Html:
-    return Html("".join(part if isinstance(part, Html) else html.escape(part) for part in parts))
-
-
-def table(caption: str, header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> Html:
-    """A table that scrolls by itself, by keyboard too; the first cell of a row is its header."""
-    head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
-    body = [
-        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))
-        for row in rows
-    ]
-    inner = tag(
-        "table", tag("caption", tag("span", caption)), tag("thead", head), tag("tbody", *body)
-    )
-    return tag("div", inner, class_="scroll", role="region", tabindex="0", aria_label=caption)
-
-
-def number(value: Any) -> str:
-    """Four significant digits, in full where that is short."""
-    if value is None:
-        return ABSENT
+def cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {cell(v)}" for k, v in value.items()) or ABSENT
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
-        return f"{int(value):,}"
-    if not math.isfinite(value):
-        return str(value)
-    size = abs(value)
-    return (
-        f"{value:.3e}"
-        if not 1e-4 <= size < 1e6
-        else f"{value:,.4g}"
-        if size < 1e4
-        else f"{value:,.0f}"
-    )
+        return ABSENT if value is None else str(value)
+    return wording.number(value)
 
 
-def duration(secs: float) -> str:
-    minutes, secs = divmod(round(secs), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes:02d} min"
-    return f"{minutes} min {secs:02d} s" if minutes else f"{secs} s"
-
-
-# -- configs -------------------------------------------------------------------------------------
-
-
-def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Keys of which the runs' configs do not all hold the same value, with a value a run."""
-    keys = sorted({key for run in runs for key in run.config})
-    found = {}
-    for key in keys:
-        values = [run.config.get(key, ABSENT) for run in runs]
-        if len({json.dumps(value, sort_keys=True) for value in values}) > 1:
-            found[key] = values
-    return found
-
-
-def configs(runs: Sequence[Run]) -> Html:
-    """What differs; for a single run its whole config, folded away."""
-    runs = [run for run in runs if run.config]
-    if not runs:
-        return tag("p", "No config was found.")
-    if len(runs) == 1:
-        rows = [(key, _value(value)) for key, value in sorted(runs[0].config.items())]
-        whole = table(f"Config of {runs[0].name}", ("key", "value"), rows)
-        return tag("details", tag("summary", f"All {len(rows)} keys"), whole)
-    keys = differing(runs)
-    if not keys:
-        return tag("p", f"The configs of the {len(runs)} runs are the same.")
-    caption = f"{len(keys)} keys in which the {len(runs)} runs differ"
-    names = [run.name for run in runs]
-    rows = [(key, *map(_value, values)) for key, values in keys.items()]
-    if len(keys) < len(runs):  # the longer side goes down
-        header, *rows = zip(*[("run", *names), *rows])
-        made = table(caption, header, rows)
-    else:
-        made = table(caption, ("key", *names), rows)
-    if len(keys) <= 20:
-        return made
-    return tag("details", tag("summary", caption), made)
-
-
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value)
-
-
-# -- runs: state, rank, cost ---------------------------------------------------------------------
+# -- runs: state, rank, configs, cost --------------------------------------------------------------
 
 
 class Ranking(NamedTuple):
@@ -142,15 +50,10 @@ class Ranking(NamedTuple):
             return None
         return float(found.values.max() if self.highest else found.values.min())
 
-    def sort(self, runs: Sequence[Run]) -> list[Run]:
+    def place(self, run: Run) -> tuple[bool, float]:
         """Best first; failed runs and those without the number last."""
-        sign = -1 if self.highest else 1
-
-        def key(run: Run):
-            best = self.best(run)
-            return (run.failed or best is None, sign * (best if best is not None else 0))
-
-        return sorted(runs, key=key)
+        best = self.best(run)
+        return run.failed or best is None, (-1 if self.highest else 1) * (best or 0)
 
 
 def ranking(runs: Sequence[Run], metric: str | None, highest: bool) -> Ranking | None:
@@ -163,112 +66,122 @@ def ranking(runs: Sequence[Run], metric: str | None, highest: bool) -> Ranking |
         some = ", ".join(known[:12]) or "nothing"
         raise ValueError(f"--metric={metric} was logged by none of the runs: they logged {some}")
     chosen = metric or next((name for name in ("eval_loss", "loss") if name in known), None)
-    return Ranking(chosen, highest and metric is not None) if chosen else None
+    return Ranking(chosen, highest) if chosen else None
 
 
-def overview(runs: Sequence[Run], by: Ranking | None) -> Html:
+def overview(runs: Sequence[Run], by: Ranking | None) -> Table:
     """A line a run; ranked where `by` says how."""
-    header = ["run", "state", "last step", "last loss"]
-    if by is not None:
-        best_of = f"{'highest' if by.highest else 'lowest'} {by.metric}"
-        header = [header[0], "rank", best_of, *header[1:]]
     rows = []
-    for place, run in enumerate(by.sort(runs) if by else runs, 1):
+    for place, run in enumerate(sorted(runs, key=by.place) if by else runs, 1):
         loss = run.series.get("loss")
-        state = tag("strong", f"✗ {run.state}", class_="failed") if run.failed else run.state
-        row = [run.name, state or ABSENT, number(run.last_step)]
-        row.append(number(float(loss.values[-1])) if loss else ABSENT)
+        state = f"✗ {run.state}" if run.failed else run.state or ABSENT
+        row = [state, cell(run.last_step), cell(float(loss.values[-1]) if loss else None)]
         if by is not None:
             best = by.best(run)
-            ranked = not run.failed and best is not None
-            row = [row[0], str(place) if ranked else ABSENT, number(best), *row[1:]]
-        rows.append(row)
-    return table("How far each run is" if by is None else "Best first", header, rows)
+            row = [ABSENT if run.failed or best is None else str(place), cell(best), *row]
+        rows.append([run.name, *row])
+    header = ["run", "state", "last step", "last loss"]
+    if by is None:
+        return Table("How far each run is", header, rows)
+    header[1:1] = ["rank", f"{'highest' if by.highest else 'lowest'} {by.metric}"]
+    return Table("Best first", header, rows)
 
 
-def cost(runs: Sequence[Run]) -> Html:
+def configs(runs: Sequence[Run]) -> Table | str:
+    """What differs; for a single run its whole config, folded away."""
+    runs = [run for run in runs if run.config]
+    if not runs:
+        return "No config was found."
+    found = {
+        key: [json.dumps(run.config[key]) if key in run.config else ABSENT for run in runs]
+        for key in sorted({key for run in runs for key in run.config})
+    }
+    if len(runs) > 1:
+        found = {key: values for key, values in found.items() if len(set(values)) > 1}
+    if not found:
+        return f"The configs of the {len(runs)} runs are the same."
+    rows = [[key, *map(_unquoted, values)] for key, values in found.items()]
+    if len(runs) == 1:
+        caption, summary = f"Config of {runs[0].name}", f"All {len(rows)} keys"
+        return Table(caption, ["key", "value"], rows, summary)
+    caption = f"{len(rows)} keys in which the {len(runs)} runs differ"
+    names = [run.name for run in runs]
+    summary = caption if len(rows) > OPEN_ROWS else ""
+    if len(rows) < len(runs):  # the longer side goes down
+        header, *rows = zip(*[["run", *names], *rows])
+        return Table(caption, header, rows, summary)
+    return Table(caption, ["key", *names], rows, summary)
+
+
+def _unquoted(value: str) -> str:
+    """A string of a config without its quotes, unless it is empty."""
+    return json.loads(value) if value.startswith('"') and len(value) > 2 else value
+
+
+def cost(runs: Sequence[Run]) -> Table:
     """Steps, examples, time in the training loop, speed and machine of each run."""
-    header = ("run", "steps", "examples", "training", "examples/s", "device", "processes")
     rows = []
     for run in runs:
         steps, batch = run.last_step, run.config.get("train.batch_size")
-        seconds, known = spent_secs(run), steps is not None and isinstance(batch, int)
-        examples = steps * batch if known else None
+        secs = spent_secs(run)
+        examples = steps * batch if steps is not None and isinstance(batch, int) else None
+        rate = round(examples / secs, 1) if secs and examples else None
         device = run.machine.get("device") or run.documents.get("evaluation.json", {}).get("device")
         count = run.machine.get("devices")
-        rows.append(
-            (
-                run.name,
-                number(steps),
-                number(examples),
-                duration(seconds) if seconds is not None else ABSENT,
-                number(round(examples / seconds, 1)) if seconds and examples else ABSENT,
-                f"{count} × {device}" if count and device else device or ABSENT,
-                number(run.machine.get("processes")),
-            )
-        )
-    return table("Cost of training", header, rows)
+        time = None if secs is None else wording.duration(secs)
+        device = f"{count} × {device}" if count and device else device
+        found = (run.name, steps, examples, time, rate, device, run.machine.get("processes"))
+        rows.append([*map(cell, found)])
+    header = ["run", "steps", "examples", "training", "examples/s", "device", "processes"]
+    return Table("Cost of training", header, rows)
 
 
-def stages(run: Run) -> Html:
+def stages(run: Run) -> Iterator[Table]:
     """Seconds of each stage, where a results.json says them."""
-    seconds = run.documents.get("results.json", {}).get("seconds")
-    if not isinstance(seconds, Mapping):
-        return Html("")
-    rows = [
-        (name, duration(value)) for name, value in seconds.items() if isinstance(value, int | float)
-    ]
-    return table(f"Time of {run.name} by stage", ("stage", "time"), rows)
+    secs = run.documents.get("results.json", {}).get("seconds")
+    if isinstance(secs, Mapping):
+        found = {name: value for name, value in secs.items() if isinstance(value, int | float)}
+        rows = [(name, wording.duration(value)) for name, value in found.items()]
+        yield Table(f"Time of {run.name} by stage", ["stage", "time"], rows)
 
 
 # -- numbers with intervals ----------------------------------------------------------------------
 
 
-class Estimate(NamedTuple):
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def text(self) -> str:
-        if self.low is None or self.high is None:
-            return number(self.value)
-        return f"{number(self.value)} [{number(self.low)}, {number(self.high)}]"
-
-
-def estimates(found: Mapping[str, Any], prefix: str = "") -> dict[str, Estimate]:
-    """Numbers by dotted name, with their intervals however they are written down.
+def estimates(found: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Numbers by dotted name as "value [low, high]", however their intervals are written down.
 
     As {"value", "low", "high"}, {"value", "interval": [low, high]}, {"a", "interval(s)": {"a":
     [low, high]}}, {"a", "a_interval": [low, high]} or {"mean", "standard_error"} (95%, normal).
     """
-    made: dict[str, Estimate] = {}
-    intervals = found.get("intervals", found.get("interval"))
+    made: dict[str, str] = {}
     for name, value in found.items():
         path = f"{prefix}{name}"
-        if name in (*NO_NUMBERS, *OF_INTERVALS) or (
-            name in MADE_WITH and not isinstance(value, Mapping)
-        ):
+        if name in (*NO_NUMBERS, *OF_INTERVALS):
             continue
         if isinstance(value, Mapping):
             made |= estimates(value, f"{path}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            pair = found.get(f"{name}_interval")
-            if isinstance(intervals, Mapping):
-                pair = intervals.get(name, pair)
-            elif name in ("value", "mean"):
-                pair = intervals or (found.get("low"), found.get("high"))
-            if name == "mean" and isinstance(error := found.get("standard_error"), int | float):
-                pair = (value - 1.96 * error, value + 1.96 * error)
-            name_only = path.removesuffix(".value").removesuffix(".mean")
-            made[name_only] = Estimate(value, *_pair(pair))
+        elif _is_number(value) and name not in MADE_WITH:
+            ends = _interval(found, name, value)
+            stated = isinstance(ends, list | tuple) and len(ends) == 2
+            stated = stated and all(_is_number(end) and math.isfinite(end) for end in ends)
+            text = f"{cell(value)} [{cell(ends[0])}, {cell(ends[1])}]" if stated else cell(value)
+            made[path.removesuffix(".value").removesuffix(".mean")] = text
     return made
 
 
-def _pair(pair: Any) -> tuple[float | None, float | None]:
-    good = isinstance(pair, list | tuple) and len(pair) == 2
-    if good and all(isinstance(x, int | float) and math.isfinite(x) for x in pair):
-        return pair[0], pair[1]
-    return None, None
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _interval(found: Mapping[str, Any], name: str, value: float) -> Any:
+    if name == "mean" and _is_number(error := found.get("standard_error")):
+        return value - 1.96 * error, value + 1.96 * error
+    stated = found.get("intervals", found.get("interval"))
+    own = found.get(f"{name}_interval")
+    if isinstance(stated, Mapping):
+        return stated.get(name, own)
+    return (stated or (found.get("low"), found.get("high"))) if name in ("value", "mean") else own
 
 
 def evaluations(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
@@ -278,67 +191,49 @@ def evaluations(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         for file, document in run.documents.items():
             which = document.get("weights")
             if isinstance(which, Mapping):
-                shared = {k: v for k, v in document.items() if k != "weights"}
                 for name, values in which.items():
                     if isinstance(values, Mapping):
-                        found[f"{run.name} ({name})"] = {**shared, **values, "weights": name}
+                        found[f"{run.name} ({name})"] = {**document, **values, "weights": name}
             else:
                 title = f"{run.name} ({which})" if which else run.name
                 found[title if title not in found else f"{title}: {file}"] = document
     return found
 
 
-def numbers(runs: Sequence[Run]) -> Html:
+def numbers(runs: Sequence[Run]) -> Iterator[Table | str]:
     """Every evaluation.json and results.json: a row a number, a column an evaluation."""
     columns = evaluations(runs)
     if not columns:
-        return tag("p", "No evaluation was found: experiments.evaluate writes one.")
-    found = {title: estimates(document) for title, document in columns.items()}
-    names = list(dict.fromkeys(name for column in found.values() for name in column))
-    rows = [
-        (name, *(column[name].text() if name in column else ABSENT for column in found.values()))
-        for name in names
-    ]
-    rows += [row for key in MADE_WITH if (row := _made_with(key, columns)) is not None]
+        yield "No evaluation was found: experiments.evaluate writes one."
+        return
+    rows = _rows([estimates(document) for document in columns.values()])
+    for key in MADE_WITH:
+        cells = [column.get(key) for column in columns.values()]
+        if any(value not in (None, {}) for value in cells):
+            rows.append([key, *map(cell, cells)])
     caption = "Evaluations; [low, high] is the interval that the evaluation states (95%)"
-    return join([table(caption, ("number", *found), rows), *map(trade_offs, runs)])
+    yield Table(caption, ["number", *columns], rows)
+    for run in runs:
+        yield from _trade_offs(run)
 
 
-def _made_with(key: str, columns: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...] | None:
-    cells = [column.get(key) for column in columns.values()]
-    if not any(cell not in (None, {}) for cell in cells):
-        return None
-    return (key, *(_text(cell) for cell in cells))
+def _rows(found: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """A row a name, with its value in each of `found`."""
+    names = dict.fromkeys(name for column in found for name in column)
+    return [[name, *(column.get(name, ABSENT) for column in found)] for name in names]
 
 
-def _text(cell: Any) -> str:
-    if isinstance(cell, Mapping):
-        return ", ".join(f"{k} {number(v)}" for k, v in cell.items()) or ABSENT
-    return number(cell)
-
-
-CURVES = {"sweep": "guidance and steps", "checkpoints": "checkpoints"}
-SET_BY = ("guidance_scale", "steps", "step", "weights")
-
-
-def trade_offs(run: Run) -> Html:
+def _trade_offs(run: Run) -> Iterator[Table]:
     """The rows of an evaluation over guidance scales and sampler steps, or over checkpoints."""
-    document = run.documents.get("evaluation.json", {})
-    return join(_curve(f"{run.name}: {what}", document.get(key)) for key, what in CURVES.items())
-
-
-def _curve(title: str, rows: Any) -> Html:
-    rows = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
-    if not rows:
-        return Html("")
-    set_by = [key for key in SET_BY if any(key in row for row in rows)]
-    found = [estimates({k: v for k, v in row.items() if k not in set_by}) for row in rows]
-    names = list(dict.fromkeys(name for row in found for name in row))
-    cells = [
-        (
-            *(_text(row.get(key)) for key in set_by),
-            *(values[name].text() if name in values else ABSENT for name in names),
-        )
-        for row, values in zip(rows, found)
-    ]
-    return table(title, (*set_by, *names), cells)
+    for key, what in CURVES.items():
+        points = run.documents.get("evaluation.json", {}).get(key)
+        points = [p for p in points if isinstance(p, Mapping)] if isinstance(points, list) else []
+        set_by = [k for k in SET_BY if any(k in point for point in points)]
+        found = [
+            {k: cell(point.get(k)) for k in set_by}
+            | estimates({k: v for k, v in point.items() if k not in set_by})
+            for point in points
+        ]
+        if found:
+            header, *rows = zip(*_rows(found))
+            yield Table(f"{run.name}: {what}", header, rows)

@@ -17,6 +17,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from plotly.offline import get_plotlyjs
 
 from experiments.host import cli
 from experiments.report import __main__ as report
@@ -36,7 +37,8 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.scripts, self.tables, self.text = [], [], {}, []
+        self.elements, self.scripts, self.styles = [], [], []
+        self.tables, self.text = {}, []
         self._within, self._row = [], None
         self.feed(text)
 
@@ -49,8 +51,8 @@ class Page(html.parser.HTMLParser):
             self._rows.append([])
         elif tag in ("td", "th"):
             self._rows[-1].append("")
-        elif tag == "script":
-            self.scripts.append("")
+        elif tag in ("script", "style"):
+            getattr(self, f"{tag}s").append("")
 
     def handle_endtag(self, tag):
         if tag == "table":
@@ -61,7 +63,9 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         if "script" in self._within:
             self.scripts[-1] += data
-        elif "style" not in self._within:
+        elif "style" in self._within:
+            self.styles[-1] += data
+        else:
             self.text.append(data)
         if "caption" in self._within:
             self._caption += data
@@ -182,8 +186,16 @@ def test_the_page_has_landmarks_headings_in_order_and_needs_no_network(tmp_path)
     assert all(image["src"].startswith("data:image/") for image in page.all("img"))
     assert not page.all("link") and not any("src" in script for script in page.all("script"))
     (policy,) = (m["content"] for m in page.all("meta") if "Policy" in m.get("http-equiv", ""))
-    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
-    assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    own = {"script-src": page.scripts[1:], "style-src": page.styles}
+    for kind, texts in own.items():
+        digests = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in texts]
+        assert rules.pop(kind).split() == [f"'sha256-{digest}'" for digest in digests]
+    assert len(page.scripts) == 3 and len(page.styles) == 1
+    assert rules.pop("img-src") == "data:" and set(rules.values()) == {"'none'"}
+    assert {"default-src", "base-uri", "form-action"} == set(rules)
+    for name, attributes in page.elements:
+        assert "style" not in attributes and not any(a.startswith("on") for a in attributes), name
 
 
 def test_what_files_say_is_text(tmp_path):
@@ -193,7 +205,7 @@ def test_what_files_say_is_text(tmp_path):
     other = make_run(tmp_path / "{{data}}", optim__name=evil)
     picture(run / 'x" onerror="alert(3).png')
     page = written([run, other], tmp_path)
-    assert len(page.scripts) == 2 and not page.all("b")
+    assert len(page.scripts) == 3 and not page.all("b")
     assert not any("onerror" in attributes for _, attributes in page.elements)
     assert list(page.data["charts"])[-1] == evil
     differing = next(rows for name, rows in page.tables.items() if "differ" in name)
@@ -262,8 +274,7 @@ def test_losses_of_different_tasks_are_drawn_apart(tmp_path):
     ],
 )
 def test_intervals_however_they_are_written(found, rows):
-    made = report_tables.estimates(found)
-    assert {name: estimate.text() for name, estimate in made.items()} == rows
+    assert report_tables.estimates(found) == rows
 
 
 def test_averaged_and_raw_weights_and_trade_offs_have_their_columns(tmp_path):
@@ -342,7 +353,7 @@ def test_a_hundred_thousand_lines_take_seconds_and_keep_their_spike(tmp_path):
     points = page.data["charts"]["loss"][0]["points"]
     assert len(points) == runs.POINTS and points[-1][0] == 100_000
     assert max(high for *_, high in points) == 900 and max(low for _, _, low, _ in points) < 2
-    assert (tmp_path / "out.html").stat().st_size < 200_000
+    assert (tmp_path / "out.html").stat().st_size - len(get_plotlyjs()) < 200_000
     np.testing.assert_allclose(np.mean([p[1] for p in points]), 1.05 + 0.00899, rtol=1e-4)
 
 
@@ -423,11 +434,16 @@ def browser(tmp_path, *flags):
     return done.stdout
 
 
+MARKED = "<b>a&lt;"  # the name of a run: Plotly would read it as marked text
+
+
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory):
     """A report with all there is to see: a sweep with failures, pictures, wide tables."""
     root = tmp_path_factory.mktemp("rich")
     sweep = make_sweep(root / ("a_sweep_with_quite_a_long_name_" * 2))
+    (sweep / "lr=0.01").rename(sweep / MARKED)
+    (sweep / "state" / "lr=0.01.json").rename(sweep / "state" / f"{MARKED}.json")
     run = sweep / "lr=0.1"
     picture(run / "denoising.png", (1400, 200), noise=True)
     picture(run / "previews" / "samples-00000040.png")
@@ -453,11 +469,11 @@ def test_a_browser_draws_it_and_it_answers(rich, tmp_path, width, scheme, ground
     seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dumped, re.S)[1]))
     assert "error" not in seen, seen
     assert seen["charts"] == seen["figures"] == 2
-    assert seen["lines"] == [2, 1, "false", 2, "true"]
-    assert seen["axis_changed"] and seen["smoothed"] == 2
-    assert seen["spoken"] == "step 20: lr=0.01 0.05, lr=0.1 0.15"
-    assert seen["tip"].split() == ["step", "20", "lr=0.01", "0.05", "lr=0.1", "0.15"]
-    assert seen["tip_hidden"] == [False, True]
+    assert seen["lines"] == [2, 1, False, 2, True]
+    assert seen["axis_changed"] and seen["smoothed"] == 4
+    assert seen["spoken"] == f"step 20: {MARKED} 0.05, lr=0.1 0.15"
+    assert seen["tip"] == ["step 20", f"{MARKED} : 0.05", "lr=0.1 : 0.15"]
+    assert seen["tip_after_escape"] == []
     assert seen["width"] == width and seen["overflow"] <= 0
     assert seen["ground"] == ground
     assert seen["contrast"][0] >= 4.5, seen["contrast"]

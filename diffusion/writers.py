@@ -112,7 +112,8 @@ class Jsonl(Writer):
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """What a run logged, a dict a line of its `metrics.jsonl`."""
-    return [json.loads(line) for line in pathlib.Path(workdir, "metrics.jsonl").open()]
+    text = pathlib.Path(workdir, "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _repair(path: pathlib.Path, resume_step: int | None) -> None:

@@ -1,6 +1,7 @@
 """The charts of a report: which numbers are drawn, in which order, with the table of each."""
 
 import bisect
+import collections
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,20 +41,20 @@ class Chart(NamedTuple):
 
 def constants(runs: Sequence[Run]) -> dict[str, float]:
     """Numbers that never changed, in any run."""
-    found: dict[str, set[float]] = {}
+    found = collections.defaultdict(set)
     for run in runs:
-        for key, series in run.series.items():
-            found.setdefault(key, set()).update((series.values.min(), series.values.max()))
+        for key, points in run.series.items():
+            found[key] |= {points[:, 1].min(), points[:, 1].max()}
     return {key: seen.pop() for key, seen in found.items() if len(seen) == 1}
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
     """One for each number that some run logged twice."""
-    keys = {key for run in runs for key, s in run.series.items() if len(s.steps) > 1}
+    keys = {key for run in runs for key, points in run.series.items() if len(points) > 1}
     keys -= constants(runs).keys()
     count = sum(key in run.series for run in runs for key in keys)
     limit = max(min(report_runs.POINTS, report_runs.ALL_POINTS // max(count, 1)), 40)
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     for key in sorted(keys, key=_place):
         tasks = {run.config.get("task") for run in runs if key in run.series}
         # Losses of different tasks do not compare.
@@ -61,8 +62,8 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         for i, run in enumerate(runs):
             if key in run.series:
                 title = f"{key} ({run.config.get('task')})" if apart else key
-                line = {"run": i, "points": report_runs.thin(run.series[key], limit)}
-                found.setdefault(title, []).append(line)
+                points = report_runs.thin(run.series[key], limit)
+                found[title].append({"run": i, "points": points})
     names = [run.name for run in runs]
     return [
         Chart(title, lines, _table(title, lines, names))

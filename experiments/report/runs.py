@@ -34,13 +34,6 @@ OWN_CURVES = {"loss.png"}  # the report draws them itself
 STATES = {0: "finished", 75: "stopped, to be resumed", "waiting": "waiting", "running": "running"}
 
 
-class Series(NamedTuple):
-    """One logged number of a run."""
-
-    steps: np.ndarray
-    values: np.ndarray
-
-
 class Picture(NamedTuple):
     name: str
     step: int | None
@@ -59,7 +52,7 @@ class Run:
     state: str = ""
     failed: bool = False
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    series: dict[str, Series] = dataclasses.field(default_factory=dict)
+    series: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # (n, 2): step, value
     documents: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
     pictures: list[Picture] = dataclasses.field(default_factory=list)
@@ -67,7 +60,7 @@ class Run:
 
     @property
     def last_step(self) -> int | None:
-        return max((int(s.steps[-1]) for s in self.series.values()), default=None)
+        return max((int(points[-1, 0]) for points in self.series.values()), default=None)
 
     def json(self, path: pathlib.Path) -> dict[str, Any]:
         """The object in a file; {} where there is none, with a note where it cannot be read."""
@@ -192,7 +185,7 @@ def _last_line(path: pathlib.Path) -> str:
 # -- logged numbers ------------------------------------------------------------------------------
 
 
-def read_series(path: pathlib.Path, notes: list[str]) -> dict[str, Series]:
+def read_series(path: pathlib.Path, notes: list[str]) -> dict[str, np.ndarray]:
     """The finite numbers of a metrics.jsonl by name; what is torn or not finite becomes a note."""
     points: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
     torn, lost = 0, collections.Counter()
@@ -214,34 +207,33 @@ def read_series(path: pathlib.Path, notes: list[str]) -> dict[str, Series]:
     if torn:
         notes.append(f"{torn:,} torn lines of metrics.jsonl were left out")
     notes += [f"{count:,} values of {name} were not finite" for name, count in lost.items()]
-    return {name: _series(pairs) for name, pairs in points.items()}
+    return {
+        name: np.array(sorted(pairs, key=lambda pair: pair[0]), np.float64)
+        for name, pairs in points.items()
+    }
 
 
-def _series(pairs: list[tuple[int, float]]) -> Series:
-    steps, values = zip(*sorted(pairs, key=lambda pair: pair[0]))
-    return Series(np.asarray(steps), np.asarray(values, np.float64))
-
-
-def thin(series: Series, limit: int) -> list[list[float]]:
+def thin(points: np.ndarray, limit: int) -> list[list[float]]:
     """At most `limit` points [step, mean, lowest, highest]; [step, value] where none are joined."""
 
     def short(value: float) -> float:
         return float(f"{value:.5g}")
 
-    steps, values = series
-    if len(steps) <= limit:
-        return [[int(step), short(value)] for step, value in zip(steps, values)]
-    parts = zip(np.array_split(steps, limit), np.array_split(values, limit))
-    return [[int(s[-1]), *map(short, (v.mean(), v.min(), v.max()))] for s, v in parts]
+    if len(points) <= limit:
+        return [[int(step), short(value)] for step, value in points]
+    parts = np.array_split(points, limit)
+    return [
+        [int(part[-1, 0]), *(short(f(part[:, 1])) for f in (np.mean, np.min, np.max))]
+        for part in parts
+    ]
 
 
 def spent_secs(run: Run) -> float | None:
     """Time in the training loop, from the logged examples a second."""
     speed, batch = run.series.get("examples_per_sec"), run.config.get("train.batch_size")
-    if speed is None or not isinstance(batch, int) or (speed.values <= 0).any():
+    if speed is None or not isinstance(batch, int) or (speed[:, 1] <= 0).any():
         return None
-    steps = np.diff(speed.steps, prepend=0)
-    return float((steps * batch / speed.values).sum())
+    return float((np.diff(speed[:, 0], prepend=0) * batch / speed[:, 1]).sum())
 
 
 # -- pictures ------------------------------------------------------------------------------------
@@ -270,14 +262,13 @@ def _pictures(run: Run, budget: int) -> int:
 
 def _previews(run: Run) -> Iterable[tuple[str, int, pathlib.Path]]:
     """Pictures that the run logged (`experiments/evaluate/in_loop.py`), of evenly spread steps."""
-    found: dict[str, list[tuple[str, int, pathlib.Path]]] = collections.defaultdict(list)
-    for path in sorted((run.directory / "previews").glob("*.png")):
+    found: dict[str, list[tuple[int, pathlib.Path]]] = collections.defaultdict(list)
+    for path in (run.directory / "previews").glob("*.png"):
         if match := re.fullmatch(r"(.+)-(\d+)", path.stem):
-            found[match[1]].append((match[1], int(match[2]), path))
-    for entries in found.values():
-        entries.sort(key=lambda entry: entry[1])
+            found[match[1]].append((int(match[2]), path))
+    for name, entries in sorted(found.items()):
         chosen = np.linspace(0, len(entries) - 1, min(PREVIEWS, len(entries)))
-        yield from (entries[i] for i in chosen.round().astype(int))
+        yield from ((name, *sorted(entries)[i]) for i in chosen.round().astype(int))
 
 
 def _embeddable(path: pathlib.Path) -> tuple[bytes, str, tuple[int, int]]:

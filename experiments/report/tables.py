@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from diffusion import wording
 from experiments.report.runs import Run, spent_secs
 
@@ -46,9 +48,8 @@ class Ranking(NamedTuple):
 
     def best(self, run: Run) -> float | None:
         found = run.series.get(self.metric)
-        if found is None:
-            return None
-        return float(found.values.max() if self.highest else found.values.min())
+        extreme = np.max if self.highest else np.min
+        return None if found is None else float(extreme(found[:, 1]))
 
     def place(self, run: Run) -> tuple[bool, float]:
         """Best first; failed runs and those without the number last."""
@@ -75,7 +76,7 @@ def overview(runs: Sequence[Run], by: Ranking | None) -> Table:
     for place, run in enumerate(sorted(runs, key=by.place) if by else runs, 1):
         loss = run.series.get("loss")
         state = f"✗ {run.state}" if run.failed else run.state or ABSENT
-        row = [state, cell(run.last_step), cell(float(loss.values[-1]) if loss else None)]
+        row = [state, cell(run.last_step), cell(None if loss is None else float(loss[-1, 1]))]
         if by is not None:
             best = by.best(run)
             row = [ABSENT if run.failed or best is None else str(place), cell(best), *row]

@@ -146,7 +146,8 @@ def test_signals_ask_once_and_then_end(monkeypatch):
             os.kill(os.getpid(), number)  # a launcher that passes the same Ctrl-C on
             assert stop.requested
     code = (
-        "import os, signal, time; from experiments.host import guards; guards.ONE_REQUEST_SECS = 0.1\n"
+        "import os, signal, time\n"
+        "from experiments.host import guards; guards.ONE_REQUEST_SECS = 0.1\n"
         "with guards.StopOnSignal():\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2)\n"
     )

@@ -67,9 +67,16 @@ def test_samples_do_not_depend_on_the_batch_size(job):
 
 def test_guidance_and_prompt_change_the_picture(job):
     model = generate.load(job / "ldm", which="raw")
-    one = next(generate.images(model, 1, ["a red seven"], steps=2, guidance_scale=1.0))
-    two = next(generate.images(model, 1, ["a red seven"], steps=2, guidance_scale=4.0))
-    assert np.abs(one.astype(int) - two).max() > 0
+
+    def picture(prompt, scale):
+        made = generate.images(model, 1, [prompt], steps=2, guidance_scale=scale)
+        return next(made).astype(int)
+
+    seven = picture("a red seven", 4.0)
+    assert np.abs(seven - picture("a large blue zero at the top", 4.0)).max() > 0
+    assert np.abs(seven - picture("a red seven", 1.0)).max() > 0
+    # Towards no words there is nothing to guide.
+    assert np.abs(picture("", 4.0) - picture("", 1.0)).max() <= 1
 
 
 def test_the_same_command_again_has_nothing_to_do_and_more_steps_extend(job):

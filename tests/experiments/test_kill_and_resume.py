@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -38,9 +39,17 @@ def start_and_wait_for_step(argv, workdir, step, env):
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
+def environment():
+    """Programs are compiled in a hurry and once: what is compared is runs, not their speed."""
+    cache = pathlib.Path(__file__).parents[2] / ".cache" / "jax-commands"
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +69,7 @@ def test_killed_and_resumed(job, tmp_path, environment, unbroken):
     assert len(set(unbroken.values())) == 8
 
 
+@pytest.mark.slow  # three signals of a smaller run: tests/faults/test_signals.py
 def test_sigterm_saves_and_says_to_run_again(job, tmp_path, environment, unbroken):
     workdir = tmp_path / "run"
     argv = command(job, workdir, "--config.train.save_every_steps=1000")

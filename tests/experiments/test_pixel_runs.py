@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion.metrics import motion
 from experiments import sample, train
 from experiments.evaluate import __main__ as evaluate
 from experiments.host import cli
+from experiments.run.data import open_images
 
 
 def config_of(file, arg, root, **data):
@@ -70,14 +72,22 @@ def test_fixed_variance_with_the_channels_of_a_learned_one_is_refused(job, tmp_p
 def test_a_series_trains_samples_and_is_measured(job, tmp_path):
     config = config_of("signal_ddpm", "smoke", job, examples=64)
     train.train(config, tmp_path)
-    assert sampled(tmp_path, "--npz") == 0
+    assert sampled(tmp_path, "--npz", "--num=8") == 0
     made = np.load(tmp_path / "made" / "samples.npz")["images"]
-    assert made.shape == (3, 256, 1) and made.dtype == np.float32
+    assert made.shape == (8, 256, 1) and made.dtype == np.float32
+    assert len(np.unique(made.round(3), axis=0)) == 8  # each of noise of its own
     assert sampled(tmp_path) == 0
     assert picture_size(tmp_path) == (256, 96)
     found = measured(tmp_path, "spectrum", "--num=8", "--sweep_steps=2,3")
-    assert found["spectrum"]["relative_error"] > 0
-    assert [point["steps"] for point in found["sweep"]] == [2, 3]  # written, with nothing to plot
+    # The same samples, measured here against the same data.
+    source, _ = open_images(config, "test")
+    real = source.batch(np.arange(8))["image"]
+    power, wanted = (np.square(np.abs(np.fft.rfft(x[..., 0]))).mean(0) for x in (made, real))
+    expected = np.linalg.norm(power - wanted) / np.linalg.norm(wanted)
+    np.testing.assert_allclose(found["spectrum"]["relative_error"], expected, rtol=1e-4)
+    two, three = found["sweep"]  # written, with nothing to plot
+    assert (two["steps"], three["steps"]) == (2, 3)
+    assert two["spectrum"] == found["spectrum"] != three["spectrum"]  # the config's steps are two
     argv = [f"--workdir={tmp_path}", "--metrics=bits_per_dim", "--num=2"]
     assert cli.run(evaluate.define, evaluate.main, argv) == 2
 
@@ -86,8 +96,18 @@ def test_a_video_trains_samples_and_is_measured(job, tmp_path):
     train.train(config_of("video_digits", "smoke", job), tmp_path)
     assert sampled(tmp_path) == 0
     assert picture_size(tmp_path) == (8 * 16, 16)
+    assert sampled(tmp_path, "--npz", "--num=8") == 0
+    made = np.load(tmp_path / "made" / "samples.npz")["images"]
+    assert made.shape == (8, 8, 16, 16, 1) and made.dtype == np.uint8
     found = measured(tmp_path, "motion", "--num=8")["motion"]
     assert found["data"]["straightness"] > 0.99 > 0.5 > found["data_shuffled"]["straightness"]
+    # The same samples, measured here: brightness above the ground's 32, its centre by frame.
+    path = motion.centres(np.maximum(made.astype(np.int16) - 32, 0))
+    expected = np.nanmedian(motion.straightness(path)), np.nanmedian(motion.speed(path))
+    measured_here = (found["samples"]["straightness"], found["samples"]["speed"])
+    np.testing.assert_allclose(measured_here, expected, rtol=1e-3)
+    # What has been trained for four steps moves as noise does, and not as the data.
+    assert found["samples"]["straightness"] < 0.9
 
 
 def test_metrics_of_another_rank_are_refused(learned, capsys):

@@ -1,10 +1,16 @@
-"""Whether the fault tests can fail: each guard is broken in a copy, and its test run.
+"""Whether the tests can fail: the code is broken in a copy, and its tests are run.
 
-    python tests/faults/mutations.py [OUT.json]
+    python tests/faults/mutations.py [OUT.json]                    each guard of the fault tests
+    python tests/faults/mutations.py --random=200 --seed=0 --out=OUT.json [--jobs=2] [--minutes=60]
+                                     [--suites=process,models]     drawn over the whole project
 
-A mutation that its test does not notice is printed as SURVIVED and makes the status 1.
+A mutation that is not noticed is printed as SURVIVED and makes the status 1. The second measures
+first which tests touch which lines, a whole run of the suite under coverage (`drawn.py` says more;
+`--suites` takes some folders of tests only, and leaves out the mutants of `experiments/` that they
+do not touch). Run again, it goes on where it stopped.
 """
 
+import argparse
 import json
 import pathlib
 import shutil
@@ -169,5 +175,23 @@ def main(out: str | None = None) -> int:
     return int(not all(entry["noticed"] for entry in found))
 
 
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("guards", nargs="?", metavar="OUT.json")
+    for name in ("random", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=0)
+    parser.add_argument("--suites", default="")
+    parser.add_argument("--out", default="")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    given = arguments()
+    if not given.random:
+        sys.exit(main(given.guards))
+    import drawn
+
+    suites = [name for name in given.suites.split(",") if name]
+    sys.exit(drawn.run(given.random, given.seed, given.jobs, suites, given.minutes, given.out))

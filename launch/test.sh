@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv, installs the test requirements, and runs the whole test suite.
+# Makes .venv, installs the test requirements, and runs the whole test suite, saying every half
+# minute how long is left.
 #   ./launch/test.sh                     every test of the default suite
 #   ./launch/test.sh -m slow             the slow suite
 #   ./launch/test.sh tests/process -x    anything that pytest takes
@@ -9,6 +10,7 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment requirements-test.txt
 if [ "$#" -eq 0 ]; then
-  set -- -m "not slow" -n 2 --dist loadfile # two processes, each with whole files
+  # two processes, each with whole files, the longest first (tests/conftest.py)
+  set -- -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 fi
 exec .venv/bin/python -m pytest "$@"

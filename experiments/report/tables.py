@@ -141,8 +141,8 @@ def stages(run: Run) -> Iterator[Table]:
     """Seconds of each stage, where a results.json says them."""
     secs = run.documents.get("results.json", {}).get("seconds")
     if isinstance(secs, Mapping):
-        found = {name: value for name, value in secs.items() if isinstance(value, int | float)}
-        rows = [(name, wording.duration(value)) for name, value in found.items()]
+        known = [(name, value) for name, value in secs.items() if _is_number(value)]
+        rows = [(name, wording.duration(value)) for name, value in known]
         yield Table(f"Time of {run.name} by stage", ["stage", "time"], rows)
 
 
@@ -162,17 +162,16 @@ def estimates(found: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             continue
         if isinstance(value, Mapping):
             made |= estimates(value, f"{path}.")
-        elif _is_number(value) and name not in MADE_WITH:
+        elif type(value) in (int, float) and name not in MADE_WITH:
             ends = _interval(found, name, value)
-            stated = isinstance(ends, list | tuple) and len(ends) == 2
-            stated = stated and all(_is_number(end) and math.isfinite(end) for end in ends)
+            stated = isinstance(ends, list | tuple) and [*map(_is_number, ends)] == [True, True]
             text = f"{cell(value)} [{cell(ends[0])}, {cell(ends[1])}]" if stated else cell(value)
             made[path.removesuffix(".value").removesuffix(".mean")] = text
     return made
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
 def _interval(found: Mapping[str, Any], name: str, value: float) -> Any:

@@ -203,6 +203,8 @@ def test_what_files_say_is_text(tmp_path):
     run = make_run(tmp_path / "<b>bold", [{"step": s, evil: s} for s in (1, 2)], task=evil)
     (run / "evaluation.json").write_text(json.dumps({"device": evil, evil: 1.5}))
     other = make_run(tmp_path / "{{data}}", optim__name=evil)
+    seconds = {"train": 61.2, "none": math.nan, "flag": True, evil: 3}
+    (other / "results.json").write_text(json.dumps({"device": "", "seconds": seconds}))
     picture(run / 'x" onerror="alert(3).png')
     page = written([run, other], tmp_path)
     assert len(page.scripts) == 3 and not page.all("b")
@@ -212,7 +214,9 @@ def test_what_files_say_is_text(tmp_path):
     assert differing[0] == ["key", "<b>bold", "{{data}}"]
     assert ["optim.name", "adam", evil] in differing and ["task", evil, "denoiser"] in differing
     numbers = next(rows for name, rows in page.tables.items() if name.startswith("Evaluations"))
-    assert [evil, "1.5"] in numbers and ["device", evil] in numbers
+    assert [evil, "1.5", "–"] in numbers and ["device", evil, ""] in numbers
+    stages = page.tables["Time of {{data}} by stage"]
+    assert stages == [["stage", "time"], ["train", "1 min 01 s"], [evil, "3 s"]]
 
 
 def test_only_what_differs_is_listed(tmp_path):

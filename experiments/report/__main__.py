@@ -72,7 +72,7 @@ def page(found: Sequence[Run], by: Ranking | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": tables.cell, "hash": _hash}
+    environment.filters |= {"text": tables.cell, "hash": _hash}
     return environment.get_template("page.html").render(
         found=found,
         runs=runs,

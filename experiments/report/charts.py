@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.report import runs as report_runs
 from experiments.report.runs import Run
-from experiments.report.tables import Table, cell
+from experiments.report.tables import Table
 
 TABLE_ROWS = 25  # of the table behind a chart
 FIRST = ("loss", "eval_loss")
@@ -86,7 +86,7 @@ def _table(key: str, lines: Sequence[dict[str, Any]], names: Sequence[str]) -> T
     steps = sorted({int(point[0]) for line in lines for point in line["points"]})
     if len(steps) > TABLE_ROWS:
         steps = [steps[i] for i in np.linspace(0, len(steps) - 1, TABLE_ROWS).round().astype(int)]
-    rows = [[cell(s), *(cell(_latest(line["points"], s)) for line in lines)] for s in steps]
+    rows = [[step, *(_latest(line["points"], step) for line in lines)] for step in steps]
     header = ["step", *(names[line["run"]] for line in lines)]
     return Table(f"{key}: each run's last value up to the step", header, rows, f"Table of {key}")
 

@@ -21,11 +21,11 @@ OPEN_ROWS = 20  # a longer table of configs is folded away
 
 
 class Table(NamedTuple):
-    """Cells as text; the first of a row is its header. `summary`: folded away under that."""
+    """Cells as `cell` shows them, a row's header first. `summary`: folded away under that."""
 
     caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    header: Sequence[Any]
+    rows: Sequence[Sequence[Any]]
     summary: str = ""
 
 
@@ -72,16 +72,14 @@ def ranking(runs: Sequence[Run], metric: str | None, highest: bool) -> Ranking |
 
 def overview(runs: Sequence[Run], by: Ranking | None) -> Table:
     """A line a run; ranked where `by` says how."""
-    rows = []
+    header, rows = ["run", "state", "last step", "last loss"], []
     for place, run in enumerate(sorted(runs, key=by.place) if by else runs, 1):
         loss = run.series.get("loss")
-        state = f"✗ {run.state}" if run.failed else run.state or ABSENT
-        row = [state, cell(run.last_step), cell(None if loss is None else float(loss[-1, 1]))]
+        state = f"✗ {run.state}" if run.failed else run.state or None
+        rows.append([run.name, state, run.last_step, None if loss is None else float(loss[-1, 1])])
         if by is not None:
             best = by.best(run)
-            row = [ABSENT if run.failed or best is None else str(place), cell(best), *row]
-        rows.append([run.name, *row])
-    header = ["run", "state", "last step", "last loss"]
+            rows[-1][1:1] = [None if run.failed or best is None else place, best]
     if by is None:
         return Table("How far each run is", header, rows)
     header[1:1] = ["rank", f"{'highest' if by.highest else 'lowest'} {by.metric}"]
@@ -93,15 +91,13 @@ def configs(runs: Sequence[Run]) -> Table | str:
     runs = [run for run in runs if run.config]
     if not runs:
         return "No config was found."
-    found = {
-        key: [json.dumps(run.config[key]) if key in run.config else ABSENT for run in runs]
-        for key in sorted({key for run in runs for key in run.config})
-    }
-    if len(runs) > 1:
-        found = {key: values for key, values in found.items() if len(set(values)) > 1}
-    if not found:
+    rows = []
+    for key in sorted({key for run in runs for key in run.config}):
+        values = [run.config.get(key) for run in runs]
+        if len(runs) == 1 or len(set(map(json.dumps, values))) > 1:
+            rows.append([key, *map(_exact, values)])
+    if not rows:
         return f"The configs of the {len(runs)} runs are the same."
-    rows = [[key, *map(_unquoted, values)] for key, values in found.items()]
     if len(runs) == 1:
         caption, summary = f"Config of {runs[0].name}", f"All {len(rows)} keys"
         return Table(caption, ["key", "value"], rows, summary)
@@ -114,9 +110,9 @@ def configs(runs: Sequence[Run]) -> Table | str:
     return Table(caption, ["key", *names], rows, summary)
 
 
-def _unquoted(value: str) -> str:
-    """A string of a config without its quotes, unless it is empty."""
-    return json.loads(value) if value.startswith('"') and len(value) > 2 else value
+def _exact(value: Any) -> str | None:
+    """As JSON, but a string without its quotes unless it is empty."""
+    return value if value is None or (value and isinstance(value, str)) else json.dumps(value)
 
 
 def cost(runs: Sequence[Run]) -> Table:
@@ -131,8 +127,8 @@ def cost(runs: Sequence[Run]) -> Table:
         count = run.machine.get("devices")
         time = None if secs is None else wording.duration(secs)
         device = f"{count} × {device}" if count and device else device
-        found = (run.name, steps, examples, time, rate, device, run.machine.get("processes"))
-        rows.append([*map(cell, found)])
+        machine = (device, run.machine.get("processes"))
+        rows.append((run.name, steps, examples, time, rate, *machine))
     header = ["run", "steps", "examples", "training", "examples/s", "device", "processes"]
     return Table("Cost of training", header, rows)
 
@@ -210,17 +206,17 @@ def numbers(runs: Sequence[Run]) -> Iterator[Table | str]:
     for key in MADE_WITH:
         cells = [column.get(key) for column in columns.values()]
         if any(value not in (None, {}) for value in cells):
-            rows.append([key, *map(cell, cells)])
+            rows.append([key, *cells])
     caption = "Evaluations; [low, high] is the interval that the evaluation states (95%)"
     yield Table(caption, ["number", *columns], rows)
     for run in runs:
         yield from _trade_offs(run)
 
 
-def _rows(found: Sequence[Mapping[str, str]]) -> list[list[str]]:
+def _rows(found: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """A row a name, with its value in each of `found`."""
     names = dict.fromkeys(name for column in found for name in column)
-    return [[name, *(column.get(name, ABSENT) for column in found)] for name in names]
+    return [[name, *(column.get(name) for column in found)] for name in names]
 
 
 def _trade_offs(run: Run) -> Iterator[Table]:
@@ -230,7 +226,7 @@ def _trade_offs(run: Run) -> Iterator[Table]:
         points = [p for p in points if isinstance(p, Mapping)] if isinstance(points, list) else []
         set_by = [k for k in SET_BY if any(k in point for point in points)]
         found = [
-            {k: cell(point.get(k)) for k in set_by}
+            {k: point.get(k) for k in set_by}
             | estimates({k: v for k, v in point.items() if k not in set_by})
             for point in points
         ]

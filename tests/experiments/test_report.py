@@ -220,13 +220,13 @@ def test_what_files_say_is_text(tmp_path):
 
 
 def test_only_what_differs_is_listed(tmp_path):
-    make_run(tmp_path / "set" / "a", optim__learning_rate=0.1)
+    make_run(tmp_path / "set" / "a", optim__learning_rate=0.123456)
     make_run(tmp_path / "set" / "b", optim__momentum=0.9)
     make_run(tmp_path / "set" / "c")
     page = written([tmp_path / "set"], tmp_path)
     assert page.tables["2 keys in which the 3 runs differ"] == [
         ["run", "optim.learning_rate", "optim.momentum"],
-        ["a", "0.1", "–"],
+        ["a", "0.123456", "–"],
         ["b", "0.001", "0.9"],
         ["c", "0.001", "–"],
     ]

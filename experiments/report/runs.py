@@ -14,6 +14,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -78,19 +79,18 @@ def read(directories: Sequence[pathlib.Path]) -> list[Run]:
 
     Raises ValueError for a folder that is missing or holds no run, before anything is read.
     """
-    opened = [(directory, _kind(directory)) for directory in directories]
     found: list[Run] = []
-    for directory, kind in opened:
-        name = directory.absolute().name or str(directory)
-        prefix = f"{name}/" if len(opened) > 1 else ""
+    for directory, kind in {path.absolute(): _kind(path) for path in directories}.items():
         if kind == "sweep":
-            found += _trials(directory, prefix)
+            found += _trials(directory)
         elif kind == "set":
-            found += [_read(Run(prefix + path.name, path)) for path in _runs_in(directory)]
-        found.append(_read(Run(name, directory, kind)))
-    _tell_apart(found)
+            found += [_read(Run(path.name, path)) for path in _runs_in(directory)]
+        found.append(_read(Run(directory.name, directory, kind)))
+    shared = os.path.commonpath([run.directory.parent for run in found if run.kind == "run"])
     budget = ALL_PICTURE_BYTES
     for run in found:
+        if run.directory != pathlib.Path(shared):  # those of one name in several folders differ
+            run.name = str(run.directory.relative_to(shared))
         budget = _pictures(run, budget)
     return found
 
@@ -124,18 +124,6 @@ def _natural(path: pathlib.Path) -> list[Any]:
     return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def _tell_apart(runs: list[Run]) -> None:
-    """Runs of one name from several folders get their folder's name as well."""
-    names = collections.Counter(run.name for run in runs if run.kind == "run")
-    seen = collections.Counter()
-    for run in runs:
-        if run.kind == "run" and names[run.name] > 1:
-            run.name = f"{run.directory.absolute().parent.name}/{run.name}"
-        seen[run.kind, run.name] += 1
-        if (count := seen[run.kind, run.name]) > 1:
-            run.name = f"{run.name} ({count})"
-
-
 # -- one run -------------------------------------------------------------------------------------
 
 
@@ -158,10 +146,10 @@ def _read(run: Run) -> Run:
     return run
 
 
-def _trials(directory: pathlib.Path, prefix: str) -> Iterable[Run]:
+def _trials(directory: pathlib.Path) -> Iterable[Run]:
     for path in sorted((directory / "state").glob("*.json"), key=_natural):
         name = path.name.removesuffix(".json")
-        run = Run(prefix + name, directory / name)
+        run = Run(name, directory / name)
         if (run.directory / "config.json").is_file():
             _read(run)
         else:

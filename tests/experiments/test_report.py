@@ -235,8 +235,15 @@ def test_only_what_differs_is_listed(tmp_path):
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
-    folders = [make_run(tmp_path / name / "run") for name in ("a", "b")]
-    assert written(folders, tmp_path).data["runs"] == ["a/run", "b/run"]
+    folders = [make_run(tmp_path / name / "set" / "run") for name in ("a", "b")]
+    assert written(folders, tmp_path).data["runs"] == ["a/set/run", "b/set/run"]
+    assert written([folders[0], folders[0]], tmp_path).data["runs"] == ["run"]
+    for folder in folders:
+        (folder.parent / "results.json").write_text('{"fid": 1}')
+    page = written([folder.parent for folder in folders], tmp_path)
+    assert page.data["runs"] == ["a/set/run", "b/set/run"]
+    numbers = next(rows for name, rows in page.tables.items() if name.startswith("Evaluations"))
+    assert numbers[0] == ["number", "a/set", "b/set"]
 
 
 def test_runs_are_sorted_by_their_numbers(tmp_path):

@@ -26,6 +26,7 @@ def ddpm(name: str, flip: bool) -> ConfigDict:
 def ddpm_unet() -> dict:
     """The U-Net for 32x32 images: 35,746,307 parameters on three channels."""
     return {
+        "kind": "unet",
         "out_channels": 3,
         "channels": 128,
         "multipliers": (1, 2, 2, 2),
@@ -48,8 +49,8 @@ def ddpm_unet_256() -> dict:
 
 def smoke_ddpm(config: ConfigDict) -> ConfigDict:
     """A pixel-space denoiser's run of seconds: the same kind of network, tiny."""
-    levels = min(2, len(config.model.unet.multipliers))
-    config.model.unet.update(
+    levels = min(2, len(config.model.denoiser.multipliers))
+    config.model.denoiser.update(
         {
             "channels": 8,
             "multipliers": (1, 2)[:levels],

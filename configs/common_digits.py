@@ -31,7 +31,8 @@ def digits_networks(config: ConfigDict) -> ConfigDict:
     """The default job's text encoder and U-Net, and how they are trained."""
     config.model.dtype = "float32"
     config.model.autoencoder = digits_first_stage()
-    config.model.unet = {
+    config.model.denoiser = {
+        "kind": "unet",
         "out_channels": 4,
         "channels": 32,
         "multipliers": (1, 3),

@@ -77,7 +77,8 @@ def latent_diffusion(stage: str, data_name: str) -> ConfigDict:
     }
     config.model.dtype = "float32"
     config.model.autoencoder = {"channels": 128, "blocks": 2, **FIRST_STAGES[stage]}
-    config.model.unet = {
+    config.model.denoiser = {
+        "kind": "unet",
         "out_channels": config.model.autoencoder.z_channels,
         "blocks": 2,
         "heads": None,
@@ -98,7 +99,7 @@ def latent_diffusion(stage: str, data_name: str) -> ConfigDict:
     config.optim.weight_decay = 1e-2
     config.ema.decay = 0.9999
     config.ema.ramp = True
-    config.ema.networks = ("unet",)
+    config.ema.networks = ("denoiser",)
     config.train.save_every_steps = 5000
     config.train.log_every_steps = 100
     config.sample.sampler = "ddim"
@@ -161,9 +162,9 @@ def latent_smoke(config: ConfigDict) -> ConfigDict:
     if "latents" in config:
         config.latents.update({"shard_size": 500, "batch_size": 8})
     config.model.autoencoder.update({"channels": 8, "groups": 4, "blocks": 1})
-    config.model.unet.update({"channels": 16, "groups": 8, "blocks": 1})
-    if config.model.unet.head_dim is not None:
-        config.model.unet.head_dim = 8
+    config.model.denoiser.update({"channels": 16, "groups": 8, "blocks": 1})
+    if config.model.denoiser.head_dim is not None:
+        config.model.denoiser.head_dim = 8
     config.sample.update({"steps": 2, "batch_size": 8})
     return smoke(config)
 

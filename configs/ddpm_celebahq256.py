@@ -16,7 +16,7 @@ def get_config(arg=None):
     config = common_ddpm.ddpm("celeb_a_hq/256", flip=True)
     config.data.image_size = 256
     config.data.eval_split = "train[:1%]"  # there is no other split
-    config.model.unet = common_ddpm.ddpm_unet_256()
+    config.model.denoiser = common_ddpm.ddpm_unet_256()
     config.train.steps = 500_000
     config.train.batch_size = 64
     config.optim.learning_rate = 2e-5

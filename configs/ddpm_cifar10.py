@@ -17,7 +17,7 @@ from configs import common, common_ddpm
 def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common_ddpm.ddpm("cifar10", flip=True)
-    config.model.unet = common_ddpm.ddpm_unet()
+    config.model.denoiser = common_ddpm.ddpm_unet()
     config.train.steps = 800_000
     config.train.batch_size = 128
     config.optim.learning_rate = 2e-4

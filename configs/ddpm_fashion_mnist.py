@@ -16,7 +16,7 @@ def get_config(arg=None):
     config = common_ddpm.ddpm("fashion_mnist", flip=False)
     config.data.channels = 1
     config.data.fit = "pad"
-    config.model.unet = common_ddpm.ddpm_unet() | {"out_channels": 1}
+    config.model.denoiser = common_ddpm.ddpm_unet() | {"out_channels": 1}
     config.train.steps = 20_000
     config.train.batch_size = 128
     config.optim.learning_rate = 2e-4
@@ -25,7 +25,7 @@ def get_config(arg=None):
     config.evaluation.every_steps = 2000
     config.evaluation.examples = 1000
     if kind == "cpu":
-        config.model.unet.update(
+        config.model.denoiser.update(
             {
                 "channels": 24,
                 "multipliers": (1, 2, 2),

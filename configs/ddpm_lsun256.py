@@ -24,7 +24,7 @@ def get_config(arg=None):
     config = common_ddpm.ddpm(f"lsun/{name}", flip=scene != "cat")
     config.data.image_size = 256
     config.data.eval_split = "train[:1%]" if scene == "cat" else "validation"
-    config.model.unet = common_ddpm.ddpm_unet_256()
+    config.model.denoiser = common_ddpm.ddpm_unet_256()
     config.train.steps = steps
     config.train.batch_size = 64
     config.optim.learning_rate = 2e-5

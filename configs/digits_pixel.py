@@ -12,7 +12,8 @@ def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common_digits.digits_data(common.denoiser())
     config.model.dtype = "float32"
-    config.model.unet = {
+    config.model.denoiser = {
+        "kind": "unet",
         "out_channels": 3,
         "channels": 32,
         "multipliers": (1, 2, 2, 2),
@@ -30,7 +31,7 @@ def get_config(arg=None):
     config.ema.decay = 0.999
     config.sample.clip = True
     if smoke:
-        config.model.unet.update(
+        config.model.denoiser.update(
             {"channels": 8, "groups": 4, "multipliers": (1, 2), "attention": (False, True)}
         )
         config.sample.update({"steps": 2, "batch_size": 8})

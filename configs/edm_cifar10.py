@@ -17,7 +17,7 @@ BATCH = 512
 def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common_ddpm.ddpm("cifar10", flip=True)
-    config.model.unet = common_ddpm.ddpm_unet() | {
+    config.model.denoiser = common_ddpm.ddpm_unet() | {
         "multipliers": (2, 2, 2),
         "blocks": 4,
         "attention": (False, True, False),

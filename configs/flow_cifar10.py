@@ -14,7 +14,7 @@ from configs import common, common_ddpm
 def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common_ddpm.ddpm("cifar10", flip=True)
-    config.model.unet = common_ddpm.ddpm_unet()
+    config.model.denoiser = common_ddpm.ddpm_unet()
     config.process.prediction = "velocity"
     config.process.schedule = {"name": "flow"}
     config.train.steps = 400_000

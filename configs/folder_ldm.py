@@ -19,7 +19,7 @@ def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common_ldm.online_latents("kl_f8", 0.18215)
     config.init_from = "runs/kl_f8"
-    config.model.unet.update(
+    config.model.denoiser.update(
         {
             "channels": 128,
             "multipliers": (1, 2, 3, 4),

@@ -17,7 +17,7 @@ from configs import common, common_ddpm
 def get_config(arg=None):
     kind, smoke = common.parse(arg, ("hybrid", "simple", "vlb"))
     config = common_ddpm.ddpm("cifar10", flip=True)
-    config.model.unet = common_ddpm.ddpm_unet() | {
+    config.model.denoiser = common_ddpm.ddpm_unet() | {
         "out_channels": 3 if kind == "simple" else 6,
         "blocks": 3,
         "attention": (False, True, True, False),

@@ -17,7 +17,7 @@ from configs import common, common_ldm
 def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common_ldm.latent_diffusion("vq_f4", "ffhq")
-    config.model.unet.update(
+    config.model.denoiser.update(
         {
             "channels": 224,
             "multipliers": (1, 2, 3, 4),

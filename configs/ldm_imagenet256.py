@@ -20,11 +20,11 @@ from configs import common, common_ldm
 def get_config(arg=None):
     which, smoke = common.parse(arg, ("f4", "f8"))
     config = common_ldm.latent_diffusion(f"vq_{which}", "imagenet2012")
-    config.model.unet.transformer_depth = 1
+    config.model.denoiser.transformer_depth = 1
     config.model.class_embedder = {"num_classes": 1001, "width": 512}  # the last is the null one
     config.conditioning.drop = 0.1
     if which == "f4":
-        config.model.unet.update(
+        config.model.denoiser.update(
             {
                 "channels": 192,
                 "multipliers": (1, 2, 3, 5),
@@ -38,7 +38,7 @@ def get_config(arg=None):
         config.sample.steps = 250
         config.sample.guidance_scale = 1.5
     else:
-        config.model.unet.update(
+        config.model.denoiser.update(
             {
                 "channels": 256,
                 "multipliers": (1, 2, 4),

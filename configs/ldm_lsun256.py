@@ -26,7 +26,7 @@ def get_config(arg=None):
 
 def _beds():
     config = common_ldm.latent_diffusion("vq_f4", "lsun/bedroom")
-    config.model.unet.update(
+    config.model.denoiser.update(
         {
             "channels": 224,
             "multipliers": (1, 2, 3, 4),
@@ -43,7 +43,7 @@ def _beds():
 
 def _churches():
     config = common_ldm.latent_diffusion("kl_f8", "lsun/church_outdoor")
-    config.model.unet.update(
+    config.model.denoiser.update(
         {
             "channels": 192,
             "multipliers": (1, 2, 2, 4, 4),

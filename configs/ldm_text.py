@@ -20,7 +20,7 @@ def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common_ldm.latent_diffusion("kl_f8", "captioned_images")
     config.latents.update({"tokenizer": "runs/bert-base-uncased", "scale": 0.18215})
-    config.model.unet.update(
+    config.model.denoiser.update(
         {
             "channels": 320,
             "multipliers": (1, 2, 4, 4),

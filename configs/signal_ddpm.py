@@ -17,7 +17,8 @@ def get_config(arg=None):
     config.data.image_size = (256,)
     config.data.channels = 1
     config.model.dtype = "float32"
-    config.model.unet = {
+    config.model.denoiser = {
+        "kind": "unet",
         "out_channels": 1,
         "channels": 32,
         "multipliers": (1, 2, 2, 2),

@@ -42,7 +42,7 @@ def get_config(arg=None):
         config.latents.first_stage = config.init_from
         config.data.dir = f"runs/latents/sd_{which}"
     config.data.image_size = 512 if which == "v1" else 768
-    config.model.unet.update(
+    config.model.denoiser.update(
         {
             "channels": 320,
             "multipliers": (1, 2, 4, 4),
@@ -52,12 +52,12 @@ def get_config(arg=None):
     )
     config.model.text_encoder = {"vocab_size": 49408, "max_length": 77, "causal": True}
     if which == "v1":
-        config.model.unet.heads = 8
+        config.model.denoiser.heads = 8
         config.model.text_encoder.update(
             {"width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu"}
         )
     else:
-        config.model.unet.update({"head_dim": 64, "linear_projection": True})
+        config.model.denoiser.update({"head_dim": 64, "linear_projection": True})
         # The 23 layers of 24 whose output is used.
         config.model.text_encoder.update(
             {"width": 1024, "layers": 23, "heads": 16, "activation": "gelu"}
@@ -77,7 +77,7 @@ def get_config(arg=None):
         common_ldm.controlnet(config, (16, 32, 96, 256))
     if smoke:
         common_ldm.latent_smoke(config)
-        config.model.unet.update({"heads": 2, "head_dim": None})
+        config.model.denoiser.update({"heads": 2, "head_dim": None})
         config.model.text_encoder.update({"vocab_size": 1024, "width": 32, "layers": 2, "heads": 2})
         if "controlnet" in switches:
             config.model.controlnet.hint_widths = (8, 8, 8, 8)

@@ -59,6 +59,7 @@ __all__ = [
     "verify",
 ]
 
+TODAY = {"unet": "denoiser"}  # a network by what checkpoints made before called it
 _NONE = -1  # "no step", where processes exchange step numbers
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _name(key: Any) -> str:
 
 
 def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Leaves by the names on their path: `("opt_state", "unet", "0", "mu", "kernel")`."""
+    """Leaves by the names on their path: `("opt_state", "denoiser", "0", "mu", "kernel")`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     flat = {tuple(_name(key) for key in path): leaf for path, leaf in leaves}
     if len(flat) < len(leaves):
@@ -124,9 +125,14 @@ def _saved_leaves(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
     return _flatten(ocp.metadata(str(folder)).metadata)
 
 
+def _today(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A saved leaf's path by today's names of the networks."""
+    return path[:1] + tuple(TODAY.get(name, name) for name in path[1:2]) + path[2:]
+
+
 def _check_target(folder: pathlib.Path, target: Mapping[tuple[str, ...], Any]) -> None:
     """ValueError when the target's tree is not the saved one: another network or optimiser."""
-    saved = _saved_leaves(folder)
+    saved = {_today(path): leaf for path, leaf in _saved_leaves(folder).items()}
     problems = [f"{'.'.join(p)} is in the checkpoint only" for p in saved if p not in target]
     for path, leaf in target.items():
         if path not in saved:
@@ -173,7 +179,8 @@ def restore_params(
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        tree = ocp.load(str(folder), _nest(wanted)) if wanted else {}
+        found = _flatten(ocp.load(str(folder), _nest(wanted))) if wanted else {}
+    tree = _nest({_today(path): leaf for path, leaf in found.items()})
     return Items(
         step=chosen,
         items={name: tree.get(name, {}) for name in items},
@@ -339,8 +346,12 @@ class Checkpoints:
         folder = self.directory / str(agreed)
         manifest, wanted = read_manifest(folder), _flatten(target)
         _check_target(folder, wanted)
-        tree = _flatten(ocp.load(str(folder), _nest({p: _abstract(x) for p, x in wanted.items()})))
-        state = jax.tree.unflatten(jax.tree.structure(target), [tree[path] for path in wanted])
+        stored = {_today(path): path for path in _saved_leaves(folder)}
+        named = _nest({stored[path]: _abstract(leaf) for path, leaf in wanted.items()})
+        tree = _flatten(ocp.load(str(folder), named))
+        state = jax.tree.unflatten(
+            jax.tree.structure(target), [tree[stored[path]] for path in wanted]
+        )
         return Restored(agreed, state, manifest["data_state"], manifest["metadata"])
 
 

@@ -45,15 +45,15 @@ def build(seed: int = 0) -> State:
         "bias": jax.random.normal(keys[1], (8,)),
     }
     half = jax.random.normal(keys[2], (8, 4)).astype(jnp.bfloat16)
-    params = {"unet": {"dense": dense, "out": {"kernel": half}}}
-    grads = jax.tree.map(lambda x: x * 0.1, params["unet"])
-    _, opt = TRANSFORM.update(grads, TRANSFORM.init(params["unet"]), params["unet"])
+    params = {"denoiser": {"dense": dense, "out": {"kernel": half}}}
+    grads = jax.tree.map(lambda x: x * 0.1, params["denoiser"])
+    _, opt = TRANSFORM.update(grads, TRANSFORM.init(params["denoiser"]), params["denoiser"])
     return State(
         step=jnp.int32(seed),
         rng=jax.random.key_data(jax.random.key(seed)),
         params=params,
-        opt_state={"unet": opt},
-        ema={"unet": jax.tree.map(lambda x: x / 3, params["unet"])},
+        opt_state={"denoiser": opt},
+        ema={"denoiser": jax.tree.map(lambda x: x / 3, params["denoiser"])},
         extra={"scale": jnp.float32(0.18215), "skipped": jnp.int32(2)},
     )
 
@@ -108,12 +108,12 @@ def test_types_of_the_target_are_rebuilt(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore(jax.eval_shape(lambda: state)).state
     assert type(restored) is State
-    clip, adamw = restored.opt_state["unet"]
+    clip, adamw = restored.opt_state["denoiser"]
     assert isinstance(clip, optax.EmptyState)
     assert isinstance(adamw[0], optax.ScaleByAdamState)
     assert_same_bits(restored, state)
     updates = [
-        TRANSFORM.update(s.params["unet"], s.opt_state["unet"], s.params["unet"])
+        TRANSFORM.update(s.params["denoiser"], s.opt_state["denoiser"], s.params["denoiser"])
         for s in (state, restored)
     ]
     assert_same_bits(*updates)

@@ -20,9 +20,9 @@ VQ_F4, VQ_F8, KL_F8, CLIP_L, CLIP_H = 55_322_782, 67_717_295, 83_653_863, 123_06
 LDM_256, SD_V1, SD_V2 = 274_056_163, 859_520_964, 865_910_724
 KL_GAN = {"discriminator": 2_765_633}
 VQ_GAN = {"discriminator": 663_361}  # of two layers
-DIGITS = {"unet": 1_502_244, "text_encoder": 119_712, "autoencoder": 926_356}
-V1 = {"unet": SD_V1, "text_encoder": CLIP_L, "autoencoder": KL_F8}
-V2 = {"unet": SD_V2, "text_encoder": CLIP_H, "autoencoder": KL_F8}
+DIGITS = {"denoiser": 1_502_244, "text_encoder": 119_712, "autoencoder": 926_356}
+V1 = {"denoiser": SD_V1, "text_encoder": CLIP_L, "autoencoder": KL_F8}
+V2 = {"denoiser": SD_V2, "text_encoder": CLIP_H, "autoencoder": KL_F8}
 # Every network of every config and argument (after a colon; the first argument is the default).
 # Those of DDPM, LDM, Stable Diffusion, its adapters and text encoders, and of PatchGAN are the
 # published counts; the others are this project's own networks, written down so as not to drift.
@@ -36,44 +36,44 @@ PARAMETERS = {
     "autoencoder_vq:f8": {"autoencoder": VQ_F8, **VQ_GAN},
     "autoencoder_vq:f8_n256": {"autoencoder": VQ_F8 - (16_384 - 256) * 4, **KL_GAN},
     "autoencoder_vq:f16": {"autoencoder": 69_593_371, **VQ_GAN},
-    "ddpm_celebahq256": {"unet": 113_673_219},
-    "ddpm_cifar10": {"unet": 35_746_307},
+    "ddpm_celebahq256": {"denoiser": 113_673_219},
+    "ddpm_cifar10": {"denoiser": 35_746_307},
     # of one channel for three: the first and the last convolution are narrower
-    "ddpm_fashion_mnist:gpu": {"unet": 35_746_307 - 2 * 9 * 128 - 2 * (9 * 128 + 1)},
-    "ddpm_fashion_mnist:cpu": {"unet": 627_433},
-    "ddpm_lsun256:church": {"unet": 113_673_219},
-    "ddpm_lsun256:bedroom": {"unet": 113_673_219},
-    "ddpm_lsun256:cat": {"unet": 113_673_219},
+    "ddpm_fashion_mnist:gpu": {"denoiser": 35_746_307 - 2 * 9 * 128 - 2 * (9 * 128 + 1)},
+    "ddpm_fashion_mnist:cpu": {"denoiser": 627_433},
+    "ddpm_lsun256:church": {"denoiser": 113_673_219},
+    "ddpm_lsun256:bedroom": {"denoiser": 113_673_219},
+    "ddpm_lsun256:cat": {"denoiser": 113_673_219},
     "digits_autoencoder": {"autoencoder": 926_356},
     "digits_classifier": {"classifier": 131_114},
     "digits_controlnet": {**DIGITS, "controlnet": 872_080},
     "digits_ldm": DIGITS,
     "digits_lora": {**DIGITS, "lora": 31_488},
-    "digits_pixel": {"unet": 1_525_411},
-    "edm_cifar10": {"unet": 53_634_563},
+    "digits_pixel": {"denoiser": 1_525_411},
+    "edm_cifar10": {"denoiser": 53_634_563},
     "fashion_autoencoder": {"autoencoder": 396_404, "discriminator": 42_545},
     "fashion_classifier": {"classifier": 174_122},
-    "flow_cifar10": {"unet": 35_746_307},
-    "folder_ldm": {"unet": 138_259_716, "text_encoder": 23_149_056, "autoencoder": KL_F8},
-    "iddpm_cifar10:hybrid": {"unet": 52_542_979 + 3 * (9 * 128 + 1)},  # a variance beside eps
-    "iddpm_cifar10:simple": {"unet": 52_542_979},
-    "iddpm_cifar10:vlb": {"unet": 52_542_979 + 3 * (9 * 128 + 1)},
-    "ldm_celebahq256": {"unet": LDM_256, "autoencoder": VQ_F4},
-    "ldm_ffhq256": {"unet": LDM_256, "autoencoder": VQ_F4},
+    "flow_cifar10": {"denoiser": 35_746_307},
+    "folder_ldm": {"denoiser": 138_259_716, "text_encoder": 23_149_056, "autoencoder": KL_F8},
+    "iddpm_cifar10:hybrid": {"denoiser": 52_542_979 + 3 * (9 * 128 + 1)},  # a variance beside eps
+    "iddpm_cifar10:simple": {"denoiser": 52_542_979},
+    "iddpm_cifar10:vlb": {"denoiser": 52_542_979 + 3 * (9 * 128 + 1)},
+    "ldm_celebahq256": {"denoiser": LDM_256, "autoencoder": VQ_F4},
+    "ldm_ffhq256": {"denoiser": LDM_256, "autoencoder": VQ_F4},
     "ldm_imagenet256:f4": {
-        "unet": 400_920_579,
+        "denoiser": 400_920_579,
         "class_embedder": 1001 * 512,
         "autoencoder": VQ_F4,
     },
     "ldm_imagenet256:f8": {
-        "unet": 394_984_196,
+        "denoiser": 394_984_196,
         "class_embedder": 1001 * 512,
         "autoencoder": VQ_F8,
     },
-    "ldm_lsun256:beds": {"unet": LDM_256, "autoencoder": VQ_F4},
-    "ldm_lsun256:churches": {"unet": 294_966_916, "autoencoder": KL_F8},
-    "ldm_text": {"unet": 872_300_484, "text_encoder": 581_994_042, "autoencoder": KL_F8},
-    "signal_ddpm": {"unet": 726_305},
+    "ldm_lsun256:beds": {"denoiser": LDM_256, "autoencoder": VQ_F4},
+    "ldm_lsun256:churches": {"denoiser": 294_966_916, "autoencoder": KL_F8},
+    "ldm_text": {"denoiser": 872_300_484, "text_encoder": 581_994_042, "autoencoder": KL_F8},
+    "signal_ddpm": {"denoiser": 726_305},
     "stable_diffusion:v1": V1,
     "stable_diffusion:v2": V2,
     "stable_diffusion:online": V1,
@@ -81,7 +81,7 @@ PARAMETERS = {
     "stable_diffusion:v2,lora": {**V2, "lora": 829_952},
     "stable_diffusion:v1,controlnet": {**V1, "controlnet": 361_279_120},
     "stable_diffusion:v2,controlnet": {**V2, "controlnet": 364_228_240},
-    "video_digits": {"unet": 732_337},
+    "video_digits": {"denoiser": 732_337},
 }
 
 
@@ -157,7 +157,7 @@ def test_a_typo_in_a_key_is_an_error(name):
 
 def test_words_of_an_argument_combine_and_contradictions_are_refused():
     config = load("stable_diffusion", "v2,lora,smoke")
-    assert config.model.unet.linear_projection and "lora" in config.model
+    assert config.model.denoiser.linear_projection and "lora" in config.model
     assert "controlnet" in load("stable_diffusion", "controlnet,smoke").model
     assert load("stable_diffusion", "v1,lora").latents.contexts
     assert "latents" not in load("stable_diffusion", "online,controlnet")
@@ -178,7 +178,7 @@ def test_two_adapters_or_none_to_start_from_are_refused():
 
 
 def test_the_text_encoder_is_trained_where_the_config_says_so():
-    assert build.trained(load("ldm_text")) == ("unet", "text_encoder")
-    assert build.trained(load("stable_diffusion")) == ("unet",)
-    assert build.trained(load("ldm_imagenet256")) == ("unet", "class_embedder")
+    assert build.trained(load("ldm_text")) == ("text_encoder", "denoiser")
+    assert build.trained(load("stable_diffusion")) == ("denoiser",)
+    assert build.trained(load("ldm_imagenet256")) == ("class_embedder", "denoiser")
     assert build.null_label(load("ldm_imagenet256")) == 1000

@@ -41,7 +41,7 @@ def test_collectives_are_read_with_the_trip_counts_of_their_loops():
 
 def tiny() -> ConfigDict:
     config = digits_pixel.get_config("smoke")
-    config.model.unet.update({"channels": 128, "multipliers": (1,), "attention": (False,)})
+    config.model.denoiser.update({"channels": 128, "multipliers": (1,), "attention": (False,)})
     config.train.batch_size = 16
     return config
 

@@ -37,7 +37,9 @@ class Denoiser:
     """Flax modules and functions of the task; holds no arrays. See `experiments/run/build.py`.
 
     sample_shape: (*space, channels) of what is diffused. objective and draw come from
-    `process/losses.py`. Networks with a transform in `optimizer` are trained, the others frozen.
+    `process/losses.py`. `network`, "denoiser" among the
+    parameters, is any that is called as `models/unet.py` is. Networks with a transform in
+    `optimizer` are trained, the others frozen.
     null_tokens is the encoded empty caption; null_label the extra class.
     loss_history is the empty history of second-moment resampling, None: t as `draw` has it.
     class_embedder: makes a context of the label (LDM on ImageNet); without it the U-Net is given
@@ -46,7 +48,7 @@ class Denoiser:
     concat_channels: how many of the condition's join x_t's.
     """
 
-    unet: Any
+    network: Any
     sample_shape: tuple[int, ...]
     objective: Callable
     draw: Callable
@@ -94,7 +96,7 @@ class Denoiser:
 
     def networks_init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters of every network of the task, trained or not."""
-        unet_key, text_key = jax.random.split(key)
+        network_key, text_key = jax.random.split(key)
         params: Params = {}
         *space, channels = self.sample_shape
         x, t = jnp.zeros((1, *space, channels + self.concat_channels)), jnp.zeros((1,))
@@ -110,9 +112,9 @@ class Denoiser:
             condition, params["class_embedder"] = {"context": context}, variables["params"]
         elif self.null_label is not None:
             condition["labels"] = jnp.zeros((1,), jnp.int32)
-        params["unet"] = self.unet.init(unet_key, x, t, **condition)["params"]
+        params["denoiser"] = self.network.init(network_key, x, t, **condition)["params"]
         if self.lora is not None:
-            params["lora"] = self.lora.init(jax.random.fold_in(key, 2), params["unet"])
+            params["lora"] = self.lora.init(jax.random.fold_in(key, 2), params["denoiser"])
         for i, network in enumerate(self.controlnets):
             hint = jnp.zeros(self._hint_shape(network))
             control_key = jax.random.fold_in(key, 3 + i)
@@ -190,7 +192,7 @@ class Denoiser:
         """The parameters with the low-rank updates in the U-Net's."""
         if self.lora is None or "lora" not in params:
             return params
-        return {**params, "unet": self.lora.merge(params["unet"], params["lora"])}
+        return {**params, "denoiser": self.lora.merge(params["denoiser"], params["lora"])}
 
     def predict(
         self, params: Params, x_t: Array, t: Array, condition: dict[str, Any], keys: Any = None
@@ -211,8 +213,8 @@ class Denoiser:
             found = network.apply(variables, x, t, hint, keys=keys, **given)
             found = [scale.reshape(-1, *[1] * (r.ndim - 1)) * r for r in found]
             total = found if total is None else [a + b for a, b in zip(total, found)]
-        return self.unet.apply(
-            {"params": params["unet"]}, x, t, residuals=total, keys=keys, **given
+        return self.network.apply(
+            {"params": params["denoiser"]}, x, t, residuals=total, keys=keys, **given
         )
 
     def clean(

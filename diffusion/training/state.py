@@ -31,7 +31,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-Params = dict[str, Any]  # one entry a network: {"unet": ..., "text_encoder": ...}
+Params = dict[str, Any]  # one entry a network: {"denoiser": ..., "text_encoder": ...}
 Metrics = dict[str, Array]
 
 # What a key is folded with before each purpose, so that no two draws of a step share a key.
@@ -209,7 +209,8 @@ def apply_gradients(
     parameter, optimiser state or average: it is counted in `extra["skipped_steps"]` and
     `extra["skipped_in_a_row"]`.
     """
-    norm = optax.tree.norm(grads)
+    # In the optimiser's order and not by name, as a sum of floats depends on it.
+    norm = optax.tree.norm([grads[name] for name in optimizer.transforms if name in grads])
     ok = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates_done = state.step + 1 - state.extra["skipped_steps"]
     extra = dict(state.extra)
@@ -251,7 +252,9 @@ def apply_gradients(
     extra |= {"skipped_steps": skipped, "skipped_in_a_row": in_a_row}
     metrics = {
         "grad_norm": norm,
-        "param_norm": optax.tree.norm(params),  # of the old ones it would keep them alive
+        "param_norm": optax.tree.norm(
+            [params[name] for name in optimizer.transforms]
+        ),  # of the old ones it would keep them alive
         "learning_rate": optimizer.learning_rate(updates_done - 1),
         "skipped_steps": skipped,
         "skipped_in_a_row": in_a_row,

@@ -45,7 +45,9 @@ class Given(Denoiser):
         return {k: batch[k] for k in ("context", "labels") if k in batch}
 
 
-def unet_task(config: ConfigDict, networks: tuple[str, ...] = ("unet",)) -> tuple[Given, Any, dict]:
+def denoiser_task(
+    config: ConfigDict, networks: tuple[str, ...] = ("denoiser",)
+) -> tuple[Given, Any, dict]:
     """The task, the U-Net's parameter shapes, and the shapes of a batch of one."""
     full = build.denoiser(config)
     fields = {f.name: getattr(full, f.name) for f in dataclasses.fields(full)}
@@ -55,7 +57,7 @@ def unet_task(config: ConfigDict, networks: tuple[str, ...] = ("unet",)) -> tupl
     shapes = {"x": full.sample_shape}
     if full.text_encoder is not None:
         shapes["context"] = (len(full.null_tokens), full.text_encoder.width)
-    params = jax.eval_shape(full.networks_init, jax.random.key(0))["unet"]
+    params = jax.eval_shape(full.networks_init, jax.random.key(0))["denoiser"]
     return Given(**fields), params, shapes
 
 
@@ -84,8 +86,8 @@ def prepare(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
     jax.config.update("jax_default_matmul_precision", "highest")
     if work["suite"] == "autoencoder":
         return _prepare_autoencoder(work, config, directory)
-    task, shapes, sizes = unet_task(config)
-    network = task.unet.clone(dtype=None, remat=None)
+    task, shapes, sizes = denoiser_task(config)
+    network = task.network.clone(dtype=None, remat=None)
     params = random_params(shapes, work["seed"])
     interop.save_unet(directory / WEIGHTS, network, params)
     arrays = inputs(work, {k: (work["batch"], *s) for k, s in sizes.items()})
@@ -146,7 +148,7 @@ def _step_flops(work: dict[str, Any], config: ConfigDict) -> int:
 
 def sampling(work: dict[str, Any], config: ConfigDict) -> Any:
     """(params, arrays, count) -> x0 of DDIM with eta 0, guided where there is a context."""
-    task, _, _ = unet_task(config)
+    task, _, _ = denoiser_task(config)
     method = samplers.SAMPLERS["ddim"](build.schedule(config), steps=work["sample_steps"])
     scale = work["guidance_scale"]
 
@@ -159,7 +161,7 @@ def sampling(work: dict[str, Any], config: ConfigDict) -> Any:
 
         def network(x_t, t):
             given = {} if context is None else {"context": context}
-            return task.predict({"unet": params}, x_t, t, given)
+            return task.predict({"denoiser": params}, x_t, t, given)
 
         denoise = gaussian.make_denoise(network, task_schedule, config.process.prediction)
         if context is not None and scale != 1:
@@ -193,11 +195,11 @@ def _call(work: dict[str, Any], config: ConfigDict, directory: pathlib.Path | No
         init, name = task.init, "autoencoder"
         shapes = {"image": build.image_shape(config)}
     else:
-        task, params, shapes = unet_task(config)
-        name = "unet"
+        task, params, shapes = denoiser_task(config)
+        name = "denoiser"
 
         def init(key):
-            zeros = {"unet": jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params)}
+            zeros = {"denoiser": jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params)}
             return ts.create_state(key, zeros, task.optimizer, task.ema, {})
 
     if directory is None:
@@ -217,7 +219,10 @@ def _call(work: dict[str, Any], config: ConfigDict, directory: pathlib.Path | No
         batch = placed.batch(batch)
     if work["suite"] == "sample":
         run = sampling(work, config)
-        return jax.jit(functools.partial(run, count=work["batch"])), (state.params["unet"], batch)
+        return jax.jit(functools.partial(run, count=work["batch"])), (
+            state.params["denoiser"],
+            batch,
+        )
     if "x" in batch:
         batch["image"] = batch.pop("x")
     step = task.train_step

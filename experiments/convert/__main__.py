@@ -65,12 +65,12 @@ def write_workdir(target: pathlib.Path, parts: Parts) -> None:
         channels = build.sample_shape(config)[-1]
         extra["latent_scale"] = np.full(channels, parts.scale, np.float32)
         extra["latent_shift"] = np.full(channels, parts.shift, np.float32)
-    if config.task == "autoencoder" or "unet" in parts.params:
+    if config.task == "autoencoder" or "denoiser" in parts.params:
         build.task(config)
     with whole(target) as scratch:
         workdir.claim(scratch, config, data.model_card(config))
         for name in parts.params.keys() - trained.keys():
-            folder = scratch / networks.FOLDERS[name]
+            folder = networks.folder(scratch, name)
             weights.save_weights(folder, parts.params[name], config.model[name].to_dict())
         if parts.tokenizer is not None:
             parts.tokenizer.save(scratch / "tokenizer.json")
@@ -110,7 +110,7 @@ def main(values: flags.FlagValues) -> None:
         parts = from_compvis(source, values.config, tokenizer)
     write_workdir(target, parts)
     ready = f"{target} is ready: "
-    if "unet" in parts.params:
+    if "denoiser" in parts.params:
         print(f"{ready}python -m experiments.sample --workdir={target}")
     else:
         print(f"{ready}it holds {', '.join(parts.params)} alone, for a config's init_from")

@@ -64,17 +64,17 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
     if not (source / "model_index.json").exists() and (source / "config.json").exists():
         return _alone(source, tokenizer)
     index, kind = _index(source)
-    unet, params = interop.load_unet(source / "unet")
+    network, params = interop.load_unet(source / "unet")
     described = scheduler.read_scheduler(source / "scheduler")
     side = files.read_config(source / "unet", ()).get("sample_size") or 64
-    parts = Parts(ConfigDict(), {"unet": params})
+    parts = Parts(ConfigDict(), {"denoiser": params})
     first = next((name for name in ("vae", "vqvae") if index.get(name)), None)
     module = None
     if first:
         module, parts.params["autoencoder"] = interop.load_autoencoder(source / first)
         if kind != "LDMSuperResolutionPipeline":  # which decodes latents as they are
             parts.scale, parts.shift = _scaling(source / first, module)
-    config = _config(unet, module, described)
+    config = _config(network, module, described)
     if module is not None:
         config.online.scale = parts.scale
     config.data.image_size = side * (module.downsampling if module else 1)
@@ -163,11 +163,11 @@ def json_object(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def _config(unet: Any, first_stage: Any, described: scheduler.Scheduler) -> ConfigDict:
+def _config(network: Any, first_stage: Any, described: scheduler.Scheduler) -> ConfigDict:
     """A config of sampling, and of training on a folder of images."""
     config = common_ldm.online_latents("kl_f8", 1.0) if first_stage else common.denoiser()
     config.model.dtype = "float32"
-    config.model.unet = _fields(unet)
+    config.model.denoiser = {"kind": "unet", **_fields(network)}
     if first_stage is not None:
         config.model.autoencoder = {"name": _kind(first_stage), **_fields(first_stage)}
     config.process.schedule = described.schedule
@@ -181,9 +181,9 @@ def _config(unet: Any, first_stage: Any, described: scheduler.Scheduler) -> Conf
     return config
 
 
-def _finish(config: ConfigDict, unet: Any, source: object) -> ConfigDict:
+def _finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
     """What the U-Net's channels say: what joins x_t, whether a variance is learned."""
-    found, out = unet["conv_in"]["kernel"].shape[-2], config.model.unet.out_channels
+    found, out = params["conv_in"]["kernel"].shape[-2], config.model.denoiser.out_channels
     channels = build.sample_shape(config)[-1]
     kinds = {channels: "", 2 * channels + 1: "inpaint"}
     kinds[channels + config.data.channels] = "low_resolution"
@@ -214,7 +214,9 @@ def from_compvis(
     if config.task == "autoencoder" if config else bare:
         return _first_stage(*_compvis_first_stage(source, config), 1.0, 0.0, 256)
     config = ConfigDict((config or _guess(held.tensors, source)).to_dict())
-    params: dict[str, Any] = {"unet": compvis_ldm.read_unet(held, build.unet(config))}
+    params: dict[str, Any] = {
+        "denoiser": compvis_ldm.read_unet(held, build.denoiser_network(config))
+    }
     if "autoencoder" in config.model:
         module, params["autoencoder"] = _compvis_first_stage(source, config)
         config.model.autoencoder = {"name": _kind(module), **_fields(module)}
@@ -232,7 +234,7 @@ def from_compvis(
             )
         parts.tokenizer = tokenizer_files.load(tokenizer)
     config.init_from = ""
-    parts.config = _finish(config, params["unet"], source)
+    parts.config = _finish(config, params["denoiser"], source)
     return parts
 
 

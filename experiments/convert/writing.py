@@ -26,7 +26,7 @@ def to_diffusers(directory: pathlib.Path, scratch: pathlib.Path, which: str) -> 
         interop.save_controlnet(scratch, build.controlnets(config)[0], found.params["controlnet"])
     elif config.task == "autoencoder":
         _write_first_stage(scratch, found)
-    elif "unet" not in config.model:
+    elif "denoiser" not in config.model:
         _write_text_encoder(scratch, scratch, found)
     else:
         _write_pipeline(scratch, found)
@@ -36,7 +36,9 @@ def _write_pipeline(scratch: pathlib.Path, found: networks.Networks) -> None:
     config, params = found.config, found.params
     latent = build.sample_shape(config)
     index: dict[str, Any] = {"_class_name": _pipeline(config), "_diffusers_version": "0.30.0"}
-    interop.save_unet(scratch / "unet", build.unet(config), params["unet"], latent[0])
+    interop.save_unet(
+        scratch / "unet", build.denoiser_network(config), params["denoiser"], latent[0]
+    )
     index["unet"] = ["diffusers", json_object(scratch / "unet" / "config.json")["_class_name"]]
     if found.first_stage is not None:
         name = "vqvae" if isinstance(found.first_stage, VQModel) else "vae"

@@ -39,6 +39,7 @@ SCHEDULES: dict[str, Callable[..., schedules.Schedule]] = {
     "edm": schedules.edm,
     "flow": schedules.flow,
 }
+DENOISERS: dict[str, Any] = {"unet": UNet}
 AUTOENCODERS: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel}
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
@@ -53,8 +54,8 @@ def choose(table: dict[str, Any], name: str, key: str) -> Any:
 
 
 def options(section: ConfigDict | dict[str, Any]) -> dict[str, Any]:
-    """A section's keys but its name as keyword arguments, lists made tuples."""
-    items = {k: v for k, v in section.items() if k != "name"}
+    """A section's keys but its name or kind as keyword arguments, lists made tuples."""
+    items = {k: v for k, v in section.items() if k not in ("name", "kind")}
     return {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in items.items()}
 
 
@@ -103,9 +104,11 @@ def _compute(config: ConfigDict) -> dict[str, Any]:
     return {"dtype": choose(DTYPES, config.model.dtype, "model.dtype")}
 
 
-def unet(config: ConfigDict) -> UNet:
+def denoiser_network(config: ConfigDict) -> Any:
+    section = config.model.denoiser
+    make = choose(DENOISERS, section.kind, "model.denoiser.kind")
     remat = None if config.parallel.remat == "none" else config.parallel.remat
-    return construct(UNet, config.model.unet, "model.unet", remat=remat, **_compute(config))
+    return construct(make, section, "model.denoiser", remat=remat, **_compute(config))
 
 
 def autoencoder(section: ConfigDict, dtype: Any = None, remat: bool = False) -> Any:
@@ -135,7 +138,7 @@ def lora(config: ConfigDict) -> Lora | None:
 def controlnets(config: ConfigDict) -> tuple[ControlNet, ...]:
     if "controlnet" not in config.model:
         return ()
-    fields = {**options(config.model.unet), **options(config.model.controlnet)}
+    fields = {**options(config.model.denoiser), **options(config.model.controlnet)}
     return (construct(ControlNet, ConfigDict(fields), "model.controlnet", **_compute(config)),)
 
 
@@ -156,14 +159,14 @@ def trained(config: ConfigDict) -> tuple[str, ...]:
             raise ValueError(f"init_from is empty, but model.{adapters[0]} adapts a trained run")
         return adapters
     text = "text_encoder" in config.model and config.conditioning.train_text_encoder
-    names = ("unet",) + ("text_encoder",) * text
-    return names + ("class_embedder",) * ("class_embedder" in config.model)
+    classes = "class_embedder" in config.model
+    return ("class_embedder",) * classes + ("text_encoder",) * text + ("denoiser",)
 
 
 def null_label(config: ConfigDict) -> int | None:
     """The null class: the last of the classes that the condition knows; None: no classes."""
     embedder = class_embedder(config)
-    classes = unet(config).num_classes if embedder is None else embedder.num_classes
+    classes = denoiser_network(config).num_classes if embedder is None else embedder.num_classes
     return None if classes is None else classes - 1
 
 
@@ -246,7 +249,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     jax.eval_shape(lambda key, x0: draw(key[None], x0=x0), jax.random.key(0), one)  # checks names
     sampler(config)  # one that the schedule cannot serve is refused now, not after training
     return Denoiser(
-        unet=unet(config),
+        network=denoiser_network(config),
         sample_shape=shape,
         objective=objective,
         draw=lambda keys, x0: draw(keys, x0=x0),
@@ -269,11 +272,11 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
 
 
 def _check_output(config: ConfigDict, channels: int) -> None:
-    variance, found = config.process.variance, config.model.unet.out_channels
+    variance, found = config.process.variance, config.model.denoiser.out_channels
     needed = channels * (2 if variance == "learned" else 1)
     if found != needed:
         raise ValueError(
-            f"model.unet.out_channels={found}, but data of {channels} channels with "
+            f"model.denoiser.out_channels={found}, but data of {channels} channels with "
             f"process.variance={variance!r} needs {needed}: set one or the other"
         )
 

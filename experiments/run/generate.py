@@ -48,7 +48,7 @@ def load(directory: str | pathlib.Path, which: str = "ema", step: int | None = N
         raise ValueError(
             f"--workdir={directory} holds a run of task={config.task!r}: name one of 'denoiser'"
         )
-    if "unet" not in config.model:
+    if "denoiser" not in config.model:
         raise ValueError(
             f"--workdir={directory} holds a text encoder alone: name a run of a denoiser, or give "
             "this one to a config's init_from"

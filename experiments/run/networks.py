@@ -1,8 +1,8 @@
 """The networks of a workdir: what sampling loads, and what another run starts from or keeps frozen.
 
 A workdir has trained networks in checkpoints/, and each frozen one as a folder of its own beside
-them: first_stage/ (the autoencoder), text_encoder/, unet/ (under LoRA or a ControlNet). A run with
-`init_from` copies what it keeps frozen into its own workdir, which is then whole by itself.
+them: first_stage/ (the autoencoder), text_encoder/, denoiser/ (under LoRA or a ControlNet). A run
+with `init_from` copies what it keeps frozen into its own workdir, which is then whole by itself.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from diffusion.data.tokenizers import Tokenizer
 from diffusion.models import lora
 from experiments.run import build, workdir
 
-FOLDERS = {"autoencoder": "first_stage", "text_encoder": "text_encoder", "unet": "unet"}
+FOLDERS = {"autoencoder": "first_stage", "text_encoder": "text_encoder", "denoiser": "denoiser"}
+FORMER = {"denoiser": "unet"}  # the folder in workdirs made before a denoiser was called so
 # Fields of a network that its parameters do not depend on.
 FREE = ("dtype", "remat", "dropout", "embedding_dropout", "parent", "name")
 
@@ -63,9 +64,9 @@ def load(
     if which == "ema":
         params.update(saved.items["ema"])
     first_stage = None
-    for name, folder in FOLDERS.items():
+    for name in FOLDERS:
         if name in config.model and name not in params:
-            params[name], described, _ = weights.load_weights(directory / folder)
+            params[name], described, _ = weights.load_weights(folder(directory, name))
             first_stage = (
                 build.autoencoder(ConfigDict(described)) if name == "autoencoder" else first_stage
             )
@@ -73,12 +74,18 @@ def load(
         first_stage = build.autoencoder(config.model.autoencoder)
     if "lora" in params and merged:
         scale = build.lora(config).scale
-        params["unet"] = lora.merge(params["unet"], params.pop("lora"), scale)
+        params["denoiser"] = lora.merge(params["denoiser"], params.pop("lora"), scale)
     path = directory / "tokenizer.json"
     tokenizer = Tokenizer.load(path) if "text_encoder" in config.model else None
     return Networks(
         config, params, saved.items["extra"], first_stage, tokenizer, saved.hash, saved.step
     )
+
+
+def folder(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """Where a workdir keeps a frozen network."""
+    former = directory / FORMER.get(name, FOLDERS[name])
+    return former if former.is_dir() else directory / FOLDERS[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +101,9 @@ class Beginning:
     def write(self, config: ConfigDict, directory: pathlib.Path) -> None:
         """The frozen networks and the tokenizer, into the run's own folder, once."""
         for name, params in self.frozen.items():
-            folder = directory / FOLDERS[name]
-            if not (folder / weights.WEIGHTS).exists():
-                weights.save_weights(folder, params, config.model[name].to_dict())
+            path = folder(directory, name)
+            if not (path / weights.WEIGHTS).exists():
+                weights.save_weights(path, params, config.model[name].to_dict())
 
 
 def begin(config: ConfigDict) -> Beginning:
@@ -122,7 +129,7 @@ def begin(config: ConfigDict) -> Beginning:
         )
     params = {name: tree for name, tree in found.params.items() if name in taken}
     if "controlnet" in trained and "controlnet" not in params:
-        params["controlnet"] = _encoder(params["unet"])
+        params["controlnet"] = _encoder(params["denoiser"])
     start = {name: params[name] for name in trained if name in params}
     for name in {*frozen, *start} & set(FOLDERS):
         _check_same(config, found.config, name)
@@ -131,15 +138,15 @@ def begin(config: ConfigDict) -> Beginning:
     return Beginning(start, {name: params[name] for name in frozen}, kept, tokenizer)
 
 
-def _encoder(unet: dict[str, Any]) -> dict[str, Any]:
+def _encoder(network: dict[str, Any]) -> dict[str, Any]:
     """What a ControlNet copies of a U-Net (`models/controlnet.py`)."""
     decoder = ("up_", "norm_out", "conv_out")
-    return {name: tree for name, tree in unet.items() if not name.startswith(decoder)}
+    return {name: tree for name, tree in network.items() if not name.startswith(decoder)}
 
 
 def _check_same(config: ConfigDict, other: ConfigDict, name: str) -> None:
     make = {
-        "unet": build.unet,
+        "denoiser": build.denoiser_network,
         "text_encoder": build.text_encoder,
         "autoencoder": lambda c: build.autoencoder(c.model.autoencoder),
     }[name]

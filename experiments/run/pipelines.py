@@ -102,7 +102,7 @@ def image_size(model: Any) -> tuple[int, ...]:
 def resized(model: Any, size: Sequence[int]) -> Any:
     """The model for pictures of (height, width) pixels. ValueError where the networks refuse."""
     factor = 1 if model.first_stage is None else model.first_stage.downsampling
-    levels = 2 ** (len(model.task.unet.multipliers) - 1)
+    levels = 2 ** (len(model.task.network.multipliers) - 1)
     if len(size) != 2 or any(side < 1 or side % (factor * levels) for side in size):
         raise ValueError(
             f"--size={','.join(map(str, size))} must be height,width in multiples of "
@@ -116,7 +116,9 @@ def with_lora(model: Any, paths: Sequence[str], scale: float = 1.0) -> Any:
     """The model with `scale` times the updates of each file in Diffusers' format."""
     params = dict(model.params)
     for path in paths:
-        for name, tree in interop.load_lora(path, params).items():
+        theirs = {"unet" if k == "denoiser" else k: v for k, v in params.items()}
+        for name, tree in interop.load_lora(path, theirs).items():
+            name = "denoiser" if name == "unet" else name
             params[name] = lora.merge(params[name], tree, scale)
     return dataclasses.replace(model, params=params)
 
@@ -143,9 +145,8 @@ def _controlnet(directory: pathlib.Path, model: Any) -> tuple[ControlNet, Any]:
         net, tree = nets[0], found.params["controlnet"]
     else:
         net, tree = interop.load_controlnet(directory)
-    unet = model.task.unet
     for key in ("channels", "multipliers", "blocks"):
-        ours, theirs = (n.per_level(getattr(n, key)) for n in (unet, net))
+        ours, theirs = (n.per_level(getattr(n, key)) for n in (model.task.network, net))
         if ours != theirs:
             raise ValueError(
                 f"--controlnet={directory} has {key}={theirs}, but the U-Net has {ours}: it steers "

@@ -4,7 +4,7 @@ DIR/config.json     the resolved config
 DIR/metrics.jsonl   one object a logged step
 DIR/checkpoints/    see diffusion/checkpoint.py
 DIR/first_stage/    the frozen autoencoder of a latent run, copied from its latents
-DIR/text_encoder/, DIR/unet/   networks that the run keeps frozen
+DIR/text_encoder/, DIR/denoiser/   networks that the run keeps frozen
 DIR/tokenizer.json  of a run that reads captions
 DIR/previews/       pictures of the run in progress, NAME-STEP.png (`evaluate/in_loop.py`)
 DIR/profile/        a trace of `train.profile_steps` (`host/profile.py`)
@@ -102,9 +102,25 @@ def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:
         raise ValueError(f"{path} is not valid JSON ({error}): restore it from a copy") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no object of settings: restore it from a copy")
+    found = _renamed(found)
     task = found.get("task")
     known = common.denoiser() if task == "denoiser" else common.base(task)
     return ConfigDict(_completed(found, json.loads(to_json(known)))).lock()
+
+
+def _renamed(found: dict) -> dict:
+    """In today's words: the denoiser was once called by the kind of its network, "unet"."""
+    if not isinstance(model := found.get("model"), dict) or "unet" not in model:
+        return found
+
+    def today(names):
+        return ["denoiser" if name == "unet" else name for name in names]
+
+    model = dict(zip(today(model), model.values()))
+    model["denoiser"] = {"kind": "unet", **model["denoiser"]}
+    ema = {**found["ema"], "networks": today(found["ema"]["networks"])}
+    named = {"init_networks": today(found.get("init_networks", ()))}
+    return {**found, **named, "model": model, "ema": ema}
 
 
 def _completed(found: dict, known: dict) -> dict:

@@ -38,10 +38,12 @@ def test_lora_trains_updates_alone_and_writes_diffusers_file(job, tmp_path, caps
     base, found = networks.load(job / "ldm"), networks.load(target)
     assert same(base.params["text_encoder"], found.params["text_encoder"])
     assert same(base.params["autoencoder"], found.params["autoencoder"])
-    assert not same(base.params["unet"], found.params["unet"])  # the updates are merged
+    assert not same(base.params["denoiser"], found.params["denoiser"])  # the updates are merged
     changed = [
         (a != b).any()
-        for a, b in zip(*(jax.tree.leaves(n.params["unet"]) for n in (base, found)), strict=True)
+        for a, b in zip(
+            *(jax.tree.leaves(n.params["denoiser"]) for n in (base, found)), strict=True
+        )
     ]
     # q, k, v and out of the two attentions in the middle; the projections of the pooled caption.
     assert sum(changed) == 17
@@ -70,7 +72,7 @@ def test_a_controlnet_starts_from_the_unet_and_steers(job, tmp_path):
     assert trained(job, target, "digits_controlnet") == 0
     saved = restore_params(target / "checkpoints").items["params"]
     assert set(saved) == {"controlnet"}
-    base = networks.load(job / "ldm").params["unet"]
+    base = networks.load(job / "ldm").params["denoiser"]
     steps = np.abs(saved["controlnet"]["conv_in"]["kernel"] - base["conv_in"]["kernel"])
     assert steps.max() < 0.05  # a few steps away from the U-Net's
     assert np.abs(saved["controlnet"]["zero_mid"]["kernel"]).max() > 0
@@ -88,7 +90,11 @@ def test_a_controlnet_starts_from_the_unet_and_steers(job, tmp_path):
     [
         ("digits_lora", ("--config.init_from=nowhere",), ("--config.init_from=nowhere", "no run")),
         ("digits_lora", ("--config.data.colour=pink",), ("pink", "yellow")),
-        ("digits_lora", ("--config.model.unet.channels=64",), ("model.unet.channels", "64", "32")),
+        (
+            "digits_lora",
+            ("--config.model.denoiser.channels=64",),
+            ("model.denoiser.channels", "64", "32"),
+        ),
         ("digits_lora", ("--config.model.lora.rank=0",), ("rank=0",)),
         ("digits_controlnet", ("--config.conditioning.control=depth",), ("depth", "edges")),
         ("digits_controlnet", ("--config.data.flip=True",), ("data.flip=True", "set it to False")),

@@ -90,7 +90,7 @@ def test_sides_that_differ_get_no_ratio(tmp_path, monkeypatch, capsys):
 
 def test_what_the_peer_lacks_is_changed_and_said():
     ldm, said = command.fitted(digits_ldm.get_config())
-    assert said == {"model.unet.pool_context": False} and not ldm.model.unet.pool_context
+    assert said == {"model.denoiser.pool_context": False} and not ldm.model.denoiser.pool_context
     first, said = command.fitted(digits_autoencoder.get_config())
     assert said["data.channels"] == first.data.channels == 48
     assert command.fitted(ddpm_cifar10.get_config())[1] == {}

@@ -133,7 +133,7 @@ def whole_file(converted):
     """Every network of the workdir as CompVis has them in one file, and what else is there."""
     found = networks.load(converted)
     params, prefix = found.params, "cond_stage_model.transformer.text_model."
-    tensors = compvis_ldm.unet_tensors(build.unet(found.config), params["unet"])
+    tensors = compvis_ldm.unet_tensors(build.denoiser_network(found.config), params["denoiser"])
     first = compvis.to_compvis_tensors(found.first_stage, params["autoencoder"])
     tensors |= {f"first_stage_model.{name}": tensor for name, tensor in first.items()}
     text = to_tensors(params["text_encoder"], text_encoder.RULES)

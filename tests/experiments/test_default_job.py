@@ -99,6 +99,6 @@ def test_plan_counts_what_training_makes(job):
     config = workdir.read_config(job / "ldm")
     saved = restore_params(job / "ldm" / "checkpoints").items["params"]
     networks = cost.plan(config)["networks"]
-    for name in ("unet", "text_encoder"):
+    for name in ("denoiser", "text_encoder"):
         assert networks[name]["parameters"] == cost.count(saved[name])
     assert networks["autoencoder"]["parameters"] > 0

@@ -60,10 +60,10 @@ def test_fine_tuning_begins_from_a_converted_pipeline(sd, converted, pictures, t
     assert tune(sd, converted, pictures, target, "--config.data.max_bad_images=1") == 0
     assert "1 of 5 files are no image" in capsys.readouterr().out
     base, found = networks.load(converted), networks.load(target, "raw")
-    assert set(found.params) == {"unet", "text_encoder", "autoencoder"}
+    assert set(found.params) == {"denoiser", "text_encoder", "autoencoder"}
     for name in ("text_encoder", "autoencoder"):
         jax.tree.map(np.testing.assert_array_equal, found.params[name], base.params[name])
-    pairs = zip(*(jax.tree.leaves(n.params["unet"]) for n in (base, found)), strict=True)
+    pairs = zip(*(jax.tree.leaves(n.params["denoiser"]) for n in (base, found)), strict=True)
     steps = [np.abs(a - b).max() for a, b in pairs]
     assert 0 < max(steps) < 1e-4  # Adam's two steps at a rate of 1e-5
     np.testing.assert_array_equal(found.extra["latent_scale"], base.extra["latent_scale"])
@@ -138,7 +138,7 @@ def test_contexts_of_another_text_encoder_are_refused(stored, converted, tmp_pat
     ("argv", "words"),
     [
         ((), ("4.png is no image", "one of 1 of 5", "max_bad_images=0")),
-        (("--config.model.unet.heads=2",), ("model.unet.heads=4", "2")),
+        (("--config.model.denoiser.heads=2",), ("model.denoiser.heads=4", "2")),
         (("--config.model.text_encoder.layers=3",), ("model.text_encoder.layers=2", "3")),
         (("--config.model.autoencoder.blocks=2",), ("model.autoencoder.blocks=1", "2")),
     ],
@@ -192,7 +192,7 @@ def test_published_networks_are_those_of_the_configs(version):
         **UNETS[version],
     }
     theirs = unet_config.read_unet_config(published, pathlib.Path("config.json"))[0]
-    assert networks.difference(build.unet(config), theirs) is None
+    assert networks.difference(build.denoiser_network(config), theirs) is None
     width = TEXTS[version]["hidden_size"]
     published = {
         "vocab_size": 49408,

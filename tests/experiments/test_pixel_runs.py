@@ -64,7 +64,7 @@ def test_fixed_variance_with_the_channels_of_a_learned_one_is_refused(job, tmp_p
     data = {"name": "captioned_digits", "compose_held_out": False}
     config = config_of("iddpm_cifar10", "hybrid,smoke", job, **data).copy_and_resolve_references()
     config.process.variance = "fixed_large"
-    with pytest.raises(ValueError, match=r"model\.unet\.out_channels=6"):
+    with pytest.raises(ValueError, match=r"model\.denoiser\.out_channels=6"):
         train.train(config.lock(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

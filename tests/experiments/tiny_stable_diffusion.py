@@ -48,8 +48,8 @@ UNET = {
 # The same networks as flags of a config.
 FLAGS = (
     "--config.data.image_size=16",
-    *(f"--config.model.unet.{k}" for k in ("multipliers=(1,2)", "attention=(True,False)")),
-    *(f"--config.model.unet.{k}" for k in ("channels=16", "blocks=1", "groups=8", "heads=4")),
+    *(f"--config.model.denoiser.{k}" for k in ("multipliers=(1,2)", "attention=(True,False)")),
+    *(f"--config.model.denoiser.{k}" for k in ("channels=16", "blocks=1", "groups=8", "heads=4")),
     *(f"--config.model.autoencoder.{k}" for k in ("channels=8", "multipliers=(1,2)", "groups=4")),
     *(f"--config.model.text_encoder.{k}" for k in ("vocab_size=514", "max_length=16")),
     *(f"--config.model.text_encoder.{k}" for k in ("width=24", "layers=2", "heads=3")),

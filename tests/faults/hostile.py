@@ -314,9 +314,16 @@ SCHEDULER = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000}
 def pipeline(root: pathlib.Path):
     """Diffusers' DDPMPipeline, tiny: the folder, and its weights' header and data."""
     config = runpy.run_path(f"{TINY}")["get_config"]("folder")
-    fields = {"out_channels": 3, "channels": 8, "multipliers": (1,), "blocks": 1, "groups": 4}
-    config.model.unet = {**fields, "attention": (False,), "mid_attention": True, "heads": 1}
-    unet = build.unet(config)
+    fields = {
+        "kind": "unet",
+        "out_channels": 3,
+        "channels": 8,
+        "multipliers": (1,),
+        "blocks": 1,
+        "groups": 4,
+    }
+    config.model.denoiser = {**fields, "attention": (False,), "mid_attention": True, "heads": 1}
+    unet = build.denoiser_network(config)
     params = unet.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1))["params"]
     root.mkdir()
     interop.save_unet(root / "unet", unet, params, 8)

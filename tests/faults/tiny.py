@@ -31,6 +31,7 @@ def _series(config):
 
 def _unet(channels):
     return {
+        "kind": "unet",
         "out_channels": channels,
         "channels": 32,  # its kernels are large enough to be split over devices
         "multipliers": (1,),
@@ -43,7 +44,7 @@ def _unet(channels):
 
 def denoiser():
     config = _series(common.denoiser())
-    config.model.unet = _unet(1)
+    config.model.denoiser = _unet(1)
     config.process.schedule = {"name": "ddpm_linear", "num_steps": 20}
     config.sample.steps = 2
     config.optim.clip_norm = 1.0
@@ -73,8 +74,8 @@ def folder():
     config.data.eval_split = "train"
     config.data.image_size = 8
     config.online = {"scale": 1.0, "tokenizer": "word"}
-    config.model.unet = {**_unet(3), "channels": 8, "transformer_depth": 1}
-    config.model.unet.update({"attention": (True,), "heads": 1})
+    config.model.denoiser = {**_unet(3), "channels": 8, "transformer_depth": 1}
+    config.model.denoiser.update({"attention": (True,), "heads": 1})
     config.model.text_encoder = {
         "vocab_size": 4096,
         "max_length": 8,

@@ -246,8 +246,8 @@ def environment():
 def submit(data, workdir, *options):
     argv = ["./launch/slurm.sh", "--nodes=2", "--requeue", *options, "--"]
     argv += ["--config=configs/digits_pixel.py:smoke", f"--workdir={workdir}"]
-    argv += [f"--config.data.dir={data}", "--config.model.unet.multipliers=(1,)"]
-    argv += ["--config.model.unet.attention=(False,)", "--config.train.steps=300"]
+    argv += [f"--config.data.dir={data}", "--config.model.denoiser.multipliers=(1,)"]
+    argv += ["--config.model.denoiser.attention=(False,)", "--config.train.steps=300"]
     argv += ["--config.train.save_every_steps=1000"]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -20,12 +20,12 @@ def make_task(shape) -> Denoiser:
     schedule = schedules.cosine(100)
     rate = optim.learning_rate(3e-3)
     return Denoiser(
-        unet=UNet(1, 8, (1, 2), 1, (False, True), groups=4),
+        network=UNet(1, 8, (1, 2), 1, (False, True), groups=4),
         sample_shape=shape,
         objective=losses.objective(schedule, "eps"),
         draw=lambda keys, x0: losses.draw(keys, schedule, x0),
-        optimizer=Optimizer({"unet": optim.make_transform(rate, "adam")}, rate, clip_norm=1.0),
-        ema=Ema(0.9, networks=("unet",)),
+        optimizer=Optimizer({"denoiser": optim.make_transform(rate, "adam")}, rate, clip_norm=1.0),
+        ema=Ema(0.9, networks=("denoiser",)),
     )
 
 

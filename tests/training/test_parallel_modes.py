@@ -24,12 +24,12 @@ def make_task(accumulate=1, remat=None, optimizer="sgd") -> Denoiser:
     rate = optim.learning_rate(0.1 if optimizer == "sgd" else 1e-3)
     transform = optim.make_transform(rate, optimizer, eps=1e-3)
     return Denoiser(
-        unet=UNet(4, 32, (1,), 1, (True,), False, groups=8, dropout=0.1, remat=remat),
+        network=UNet(4, 32, (1,), 1, (True,), False, groups=8, dropout=0.1, remat=remat),
         sample_shape=SHAPE,
         objective=losses.objective(schedule, "eps"),
         draw=lambda keys, x0: losses.draw(keys, schedule, x0),
-        optimizer=Optimizer({"unet": transform}, rate, clip_norm=1.0),
-        ema=Ema(0.9, networks=("unet",)),
+        optimizer=Optimizer({"denoiser": transform}, rate, clip_norm=1.0),
+        ema=Ema(0.9, networks=("denoiser",)),
         accumulate=accumulate,
     )
 
@@ -207,7 +207,7 @@ def test_what_fsdp_cannot_split_is_listed_and_none_at_all_is_refused():
 def test_fsdp_holds_an_eighth_of_what_is_large():
     parallel, task = Parallel("jit", make_mesh(1, 8)), make_task()
     state = parallel.init(task.init, jax.random.key(0))
-    kernel = state.params["unet"]["mid_res_0"]["conv1"]["kernel"]
+    kernel = state.params["denoiser"]["mid_res_0"]["conv1"]["kernel"]
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
     assert unsharded(parallel.mesh, jax.eval_shape(task.init, jax.random.key(0))) == []
 
@@ -256,17 +256,17 @@ def test_a_state_begins_with_the_parameters_that_it_is_given(mode, fsdp):
     task, key = make_task(optimizer="adam"), jax.random.key(0)
     parallel = Parallel(mode, make_mesh(fsdp=fsdp))
     fresh = jax.device_get(single().init(task.init, key))
-    conv_in = jax.tree.map(lambda x: np.asarray(x) + 1, fresh.params["unet"]["conv_in"])
-    start = {"unet": {"conv_in": conv_in}}
+    conv_in = jax.tree.map(lambda x: np.asarray(x) + 1, fresh.params["denoiser"]["conv_in"])
+    start = {"denoiser": {"conv_in": conv_in}}
     state = parallel.init(task.init, key, start)
     found = jax.device_get(parallel.gather(state))
     shardings = parallel.shardings(jax.eval_shape(task.init, key))
     if mode == "jit":
         assert jax.tree.map(lambda x: x.sharding, state) == shardings
-    wanted = {**fresh.params["unet"], "conv_in": conv_in}
-    for tree in (found.params["unet"], found.ema["unet"]):
+    wanted = {**fresh.params["denoiser"], "conv_in": conv_in}
+    for tree in (found.params["denoiser"], found.ema["denoiser"]):
         jax.tree.map(np.testing.assert_array_equal, tree, wanted)
     jax.tree.map(np.testing.assert_array_equal, found.opt_state, fresh.opt_state)
-    wrong = {"unet": {"conv_in": {"bias": np.zeros(3, np.float32)}}}
+    wrong = {"denoiser": {"conv_in": {"bias": np.zeros(3, np.float32)}}}
     with pytest.raises(ValueError, match=r"init_from: a parameter has shape \(3,\), not \(32,\)"):
         parallel.init(task.init, key, wrong)

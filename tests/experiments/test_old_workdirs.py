@@ -1,0 +1,76 @@
+"""Workdirs made when the denoiser was called by the kind of its network, "unet", are read."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion import manifest
+from diffusion.checkpoint import Checkpoints, restore_params
+from experiments import train
+from experiments.run import generate, networks, workdir
+
+STATE = ("step", "rng", "params", "opt_state", "ema", "extra")
+
+
+def aged(source, target):
+    """A copy of a run with its config and its newest checkpoint as they were once written."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    model = config["model"]
+    model["unet"] = model.pop("denoiser")
+    del model["unet"]["kind"]
+    config["ema"]["networks"] = ["unet"]
+    (target / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(target / "checkpoints")
+    found = restore_params(source / "checkpoints", STATE)
+    state = dict(found.items)
+    for item in ("params", "opt_state", "ema"):
+        tree = state[item]
+        state[item] = {"unet" if name == "denoiser" else name: tree[name] for name in tree}
+    del state["ema"]["text_encoder"]
+    body = manifest.read_manifest(source / "checkpoints" / str(found.step))
+    with Checkpoints(target / "checkpoints", async_save=False) as checkpoints:
+        checkpoints.save(found.step, state, body["data_state"], found.metadata)
+    return target
+
+
+@pytest.fixture
+def old(job, tmp_path):
+    return aged(job / "ldm", tmp_path / "old")
+
+
+def test_an_old_run_samples_the_same_pixels(job, old):
+    config = workdir.read_config(old)
+    assert config.model.denoiser.kind == "unet" and "unet" not in config.model
+    assert list(config.ema.networks) == ["denoiser"]
+    assert old.joinpath("config.json").read_text().count('"unet"') == 2
+    ours, theirs = (
+        next(generate.images(generate.load(d, "raw"), 2, ["a red seven"], steps=2))
+        for d in (job / "ldm", old)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    averages = [networks.load(d).params["denoiser"] for d in (job / "ldm", old)]
+    jax.tree.map(np.testing.assert_array_equal, *averages)
+
+
+def test_an_old_run_goes_on_to_the_same_bits(job, old, tmp_path):
+    new = shutil.copytree(job / "ldm", tmp_path / "new")
+    for directory in (new, old):
+        config = workdir.read_config(directory)
+        config.train.steps += 1
+        train.train(config, directory)
+    ours, theirs = (restore_params(d / "checkpoints", STATE).items for d in (new, old))
+    for item in ("params", "opt_state", "extra"):
+        jax.tree.map(np.testing.assert_array_equal, ours[item], theirs[item])
+    jax.tree.map(np.testing.assert_array_equal, ours["ema"]["denoiser"], theirs["ema"]["denoiser"])
+    assert json.loads((old / "config.json").read_text())["model"]["denoiser"]["kind"] == "unet"
+
+
+def test_the_folder_of_an_old_frozen_denoiser_is_read(tmp_path):
+    assert networks.folder(tmp_path, "denoiser") == tmp_path / "denoiser"
+    (tmp_path / "unet").mkdir()
+    assert networks.folder(tmp_path, "denoiser") == tmp_path / "unet"
+    assert networks.folder(tmp_path, "text_encoder") == tmp_path / "text_encoder"

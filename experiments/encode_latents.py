@@ -13,7 +13,6 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
@@ -21,6 +20,7 @@ from ml_collections import ConfigDict
 
 from diffusion import weights
 from diffusion.data import latents, loader, transforms
+from diffusion.training import codec
 from diffusion.training.parallel import BATCH, make_mesh
 from diffusion.wording import Progress
 from experiments.evaluate import reconstructions
@@ -61,7 +61,7 @@ def encode(config: ConfigDict) -> dict:
         pipeline.append(transforms.Tokenize(tokenizer, length))
         if section.contexts:
             fields["context"] = ("float16", (length, config.model.text_encoder.width))
-            text = build.denoiser(config, null).encode_text
+            text = build.text(config, null)
     if build.null_label(config) is not None:
         fields["label"] = ("int32", ())
     plan = latents.Plan(
@@ -96,11 +96,11 @@ def encode(config: ConfigDict) -> dict:
 
     @jax.jit
     def encoded(params, frozen, batch):
-        x = batch["image"].astype(jnp.float32) / 127.5 - 1
+        x = codec.signed(batch["image"])
         found = network.apply({"params": params}, x, method="encode")
         columns = {"mean": found.mean, "logvar": found.logvar}
         if "context" in fields:
-            columns["context"] = text(frozen, batch["tokens"])["context"]
+            columns["context"] = text.encode(frozen, {"tokens": batch["tokens"]})["context"]
         return columns
 
     progress = Progress("latents", count, silent=not cluster.is_first())

@@ -33,22 +33,15 @@ pair" followed by "from the pair":
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from diffusion.process.schedules import Schedule
 
 PREDICTIONS = ("eps", "x0", "v", "velocity", "edm")
 Network = Callable[[Array, Array], Array]
 Denoise = Callable[[Array, Array], Any]
-
-
-def normal(keys: Key[Array, "batch"], shape: tuple[int, ...], dtype: Any = None) -> Array:
-    """Unit noise of ``shape`` = (batch, ...), example i drawn from keys[i] alone."""
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    return jax.vmap(lambda key: jax.random.normal(key, tuple(shape[1:]), dtype))(keys)
 
 
 def expand(values: Any, like: Array) -> Array:

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, Shaped
 
 from diffusion.process import gaussian
+from diffusion.process.keys import normal, stream
 from diffusion.process.schedules import Schedule
 
 VARIANCES = ("fixed_small", "fixed_large", "learned")
@@ -159,7 +160,7 @@ def bits_per_dim(
 def _term(denoise, schedule, x0, keys, step, variance) -> tuple[Array, Array]:
     """The bound's term and the error of x_0 at one step, each (batch,)."""
     t = jnp.full(x0.shape[:1], step, jnp.int32)
-    noise = gaussian.normal(jax.vmap(jax.random.fold_in, (0, None))(keys, step), x0.shape, x0.dtype)
+    noise = normal(stream(keys, step), x0.shape, x0.dtype)
     x_t = gaussian.q_sample(schedule, x0, t, noise)
     out = denoise(x_t, t)
     estimate, output = out if isinstance(out, tuple) else (out, None)

@@ -32,16 +32,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from diffusion.process import gaussian, likelihood
+from diffusion.process.keys import normal, stream
 from diffusion.process.schedules import EDM, Schedule
 
 TIME_PURPOSE, NOISE_PURPOSE = 0x71DE, 0x4015E
 NORMS = ("l2", "l1")
 WEIGHTINGS = ("simple", "min_snr", "edm", "vlb")
 Objective = Callable[..., tuple[Array, dict[str, Array]]]
-
-
-def _fold(keys: Key[Array, "batch"], purpose: int) -> Key[Array, "batch"]:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)
 
 
 def uniform_times(keys: Key[Array, "batch"], schedule: Schedule) -> Array:
@@ -60,7 +57,7 @@ def lognormal_times(keys: Key[Array, "batch"], schedule: Schedule) -> Array:
             f"process.times: 'lognormal' draws levels sigma for EDM's schedule, not for "
             f"{type(schedule).__name__}; choose uniform or logit_normal"
         )
-    return jnp.exp(schedule.p_mean + schedule.p_std * gaussian.normal(keys, keys.shape))
+    return jnp.exp(schedule.p_mean + schedule.p_std * normal(keys, keys.shape))
 
 
 def logit_normal_times(
@@ -72,7 +69,7 @@ def logit_normal_times(
             f"process.times: 'logit_normal' draws t in (0, 1), which {type(schedule).__name__} "
             "does not run over; choose uniform, or the schedule flow"
         )
-    return jax.nn.sigmoid(mean + std * gaussian.normal(keys, keys.shape))
+    return jax.nn.sigmoid(mean + std * normal(keys, keys.shape))
 
 
 TIMES: dict[str, Callable[..., Array]] = {
@@ -97,8 +94,8 @@ def draw(
     times = times or ("lognormal" if isinstance(schedule, EDM) else "uniform")
     if times not in TIMES:
         raise ValueError(f"process.times: {times!r} is unknown; choose one of {', '.join(TIMES)}")
-    t = TIMES[times](_fold(keys, TIME_PURPOSE), schedule, **options)
-    return t, gaussian.normal(_fold(keys, NOISE_PURPOSE), x0.shape, x0.dtype)
+    t = TIMES[times](stream(keys, TIME_PURPOSE), schedule, **options)
+    return t, normal(stream(keys, NOISE_PURPOSE), x0.shape, x0.dtype)
 
 
 def squared_jacobian(prediction: str, alpha: Array, sigma: Array, sigma_data: float | int) -> Array:
@@ -240,7 +237,7 @@ def resampled_times(
     keys: Key[Array, "batch"], probabilities: Float[Array, "steps"]
 ) -> tuple[Int[Array, "batch"], Float[Array, "batch"]]:
     """(t (batch,), weight 1/(T p_t) (batch,)), which keeps the mean loss unbiased."""
-    folded = _fold(keys, TIME_PURPOSE)
+    folded = stream(keys, TIME_PURPOSE)
     t = jax.vmap(lambda key: jax.random.categorical(key, jnp.log(probabilities)))(folded)
     t = t.astype(jnp.int32)
     return t, 1 / (probabilities.shape[0] * probabilities[t])

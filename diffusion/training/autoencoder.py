@@ -31,10 +31,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from diffusion.metrics import reconstruction as quality
-from diffusion.training import adversarial, codebook
+from diffusion.process import keys as ks
+from diffusion.training import adversarial, codebook, codec
 from diffusion.training import state as ts
 from diffusion.training.adversarial import Adversary
-from diffusion.training.state import Ema, Metrics, Optimizer, Params, TrainState
+from diffusion.training.ema import Ema
+from diffusion.training.state import Metrics, Optimizer, Params, TrainState
 
 RECONSTRUCTION = {"l1": jnp.abs, "l2": jnp.square}
 REDUCTIONS = ("sum", "mean")
@@ -118,7 +120,7 @@ class Autoencoder:
     def eval_step(self, state: TrainState, batch: Batch, frozen: Params) -> dict[str, Array]:
         """Sums over a batch, from the posterior's mean: the terms, PSNR (dB), SSIM, energies of
         high frequencies, moments of the latent's channels; and "count"."""
-        x = batch["image"].astype(jnp.float32) / 127.5 - 1
+        x = codec.signed(batch["image"])
         params = state.inference_params["autoencoder"]
         x_hat, (bottleneck, z) = self._reconstruct(params, x, None)
         terms = self.terms(frozen, x, x_hat) | self._regularizer(bottleneck)
@@ -182,13 +184,13 @@ class Autoencoder:
             quantised = self.network.apply(variables, posterior.mean, method="quantize")
             x_hat = self.network.apply(variables, quantised.codes, method="decode_codes")
             return x_hat, (quantised, posterior.mean)
-        z = posterior.mean if keys is None else posterior.sample(ts.stream(keys, ts.POSTERIOR))
+        z = posterior.mean if keys is None else posterior.sample(ks.stream(keys, ks.POSTERIOR))
         return self.network.apply(variables, z, method="decode"), (posterior, posterior.mean)
 
     def _inputs(self, state: TrainState, batch: Batch) -> tuple[Array, Key[Array, " batch"]]:
-        keys = ts.example_keys(state.rng, state.step, batch["position"])
-        x = batch["image"].astype(jnp.result_type(float)) / 127.5 - 1
-        return (ts.random_flip(x, ts.stream(keys, ts.DATA)) if self.flip else x), keys
+        keys = ks.example_keys(state.rng, state.step, batch["position"])
+        x = codec.signed(batch["image"], jnp.result_type(float))
+        return (ts.random_flip(x, ks.stream(keys, ks.DATA)) if self.flip else x), keys
 
     def _weigh(
         self, state: TrainState, batch: Batch, frozen: Params, axis_name: str | None

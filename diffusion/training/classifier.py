@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
+from diffusion.process import keys as ks
+from diffusion.training import codec
 from diffusion.training import state as ts
-from diffusion.training.state import Ema, Metrics, Optimizer, Params, TrainState
+from diffusion.training.ema import Ema
+from diffusion.training.state import Metrics, Optimizer, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Classifier:
         self, state: TrainState, batch: dict[str, Array], frozen: Params, axis_name=None
     ) -> tuple[TrainState, Metrics]:
         def loss_fn(params, batch):
-            keys = ts.example_keys(state.rng, state.step, batch["position"])
-            logits = self.logits(params, batch["image"], ts.stream(keys, ts.DROPOUT))
+            keys = ks.example_keys(state.rng, state.step, batch["position"])
+            logits = self.logits(params, batch["image"], ks.stream(keys, ks.DROPOUT))
             return _cross_entropy(logits, batch["label"]).mean()
 
         grad_fn = ts.accumulate(jax.value_and_grad(loss_fn), self.accumulate)
@@ -58,7 +61,7 @@ class Classifier:
     def logits(
         self, params: Params, image: Array, keys: Array | None = None
     ) -> Float[Array, "batch classes"]:
-        x = image.astype(jnp.float32) / 127.5 - 1
+        x = codec.signed(image)
         return self.network.apply({"params": params["classifier"]}, x, keys=keys)
 
 

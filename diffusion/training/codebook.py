@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from diffusion.models import bottleneck
 
 COUNTS = "code_counts"  # of `TrainState.extra`
-RESEED = 10_000  # folded into the key beside the step; far from `state.stream`'s purposes
+RESEED = 10_000  # folded into the key beside the step; far from the purposes of `process/keys.py`
 
 
 def statistics(indices: Int[Array, "..."], num_codes: int) -> dict[str, Array]:

@@ -17,17 +17,21 @@ more often (Improved DDPM section 3.3, arXiv:2102.09672; the equations are in `p
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from diffusion.models.lora import Lora
+from diffusion.process import keys as ks
 from diffusion.process import losses
+from diffusion.training import codec, conditions
 from diffusion.training import state as ts
-from diffusion.training.state import Ema, Metrics, Optimizer, Params, TrainState
+from diffusion.training.conditions import Condition
+from diffusion.training.ema import Ema
+from diffusion.training.state import Metrics, Optimizer, Params, TrainState
 
 Batch = dict[str, Array]
 
@@ -40,10 +44,9 @@ class Denoiser:
     `process/losses.py`. `network`, "denoiser" among the
     parameters, is any that is called as `models/unet.py` is. Networks with a transform in
     `optimizer` are trained, the others frozen.
-    null_tokens is the encoded empty caption; null_label the extra class.
-    loss_history is the empty history of second-moment resampling, None: t as `draw` has it.
-    class_embedder: makes a context of the label (LDM on ImageNet); without it the U-Net is given
-    the label itself. lora: low-rank updates of the U-Net. controlnets: each reads one of the
+    conditions: by name, what the network is told (`conditions.py`), a fraction `drop_condition` of
+    them dropped in training. loss_history is the empty history of second-moment resampling, None:
+    t as `draw` has it. lora: low-rank updates of the U-Net. controlnets: each reads one of the
     condition's hints; the first is "controlnet" among the parameters, the next "controlnet_1".
     concat_channels: how many of the condition's join x_t's.
     """
@@ -54,11 +57,7 @@ class Denoiser:
     draw: Callable
     optimizer: Optimizer
     ema: Ema
-    text_encoder: Any = None
-    null_tokens: tuple[int, ...] = ()
-    mask_padding: bool = False
-    null_label: int | None = None
-    class_embedder: Any = None
+    conditions: Mapping[str, Condition] = dataclasses.field(default_factory=dict)
     lora: Lora | None = None
     controlnets: tuple[Any, ...] = ()
     concat_channels: int = 0
@@ -96,29 +95,22 @@ class Denoiser:
 
     def networks_init(self, key: Key[Array, ""]) -> Params:
         """Fresh parameters of every network of the task, trained or not."""
-        network_key, text_key = jax.random.split(key)
+        network_key, condition_key = jax.random.split(key)
         params: Params = {}
+        given: dict[str, Any] = {}
         *space, channels = self.sample_shape
         x, t = jnp.zeros((1, *space, channels + self.concat_channels)), jnp.zeros((1,))
-        condition: dict[str, Any] = {}
-        if self.text_encoder is not None:
-            tokens = jnp.zeros((1, len(self.null_tokens)), jnp.int32)
-            context, variables = self.text_encoder.init_with_output(text_key, tokens)
-            condition, params["text_encoder"] = {"context": context}, variables["params"]
-        if self.class_embedder is not None:
-            label = jnp.zeros((1,), jnp.int32)
-            class_key = jax.random.fold_in(text_key, 1)
-            context, variables = self.class_embedder.init_with_output(class_key, label)
-            condition, params["class_embedder"] = {"context": context}, variables["params"]
-        elif self.null_label is not None:
-            condition["labels"] = jnp.zeros((1,), jnp.int32)
-        params["denoiser"] = self.network.init(network_key, x, t, **condition)["params"]
+        for condition in self.conditions.values():
+            of_one, own = condition.init(condition_key)
+            given |= of_one
+            params |= own
+        params["denoiser"] = self.network.init(network_key, x, t, **given)["params"]
         if self.lora is not None:
             params["lora"] = self.lora.init(jax.random.fold_in(key, 2), params["denoiser"])
         for i, network in enumerate(self.controlnets):
             hint = jnp.zeros(self._hint_shape(network))
             control_key = jax.random.fold_in(key, 3 + i)
-            params[_control_name(i)] = network.init(control_key, x, t, hint, **condition)["params"]
+            params[_control_name(i)] = network.init(control_key, x, t, hint, **given)["params"]
         return params
 
     def _hint_shape(self, network: Any) -> tuple[int, ...]:
@@ -131,7 +123,7 @@ class Denoiser:
         """Gradients of equation 3, their mean over devices, a guarded update."""
 
         def loss_fn(params, batch):
-            keys = ts.example_keys(state.rng, state.step, batch["position"])
+            keys = ks.example_keys(state.rng, state.step, batch["position"])
             loss, aux = self.loss({**frozen, **params}, state.extra, batch, keys, train=True)
             return loss.mean(), aux if self.loss_history is not None else {}
 
@@ -158,7 +150,7 @@ class Denoiser:
 
         Times and noise are keyed by each example's index, so the number is the same every time.
         """
-        keys = ts.example_keys(
+        keys = ks.example_keys(
             jax.random.key_data(jax.random.key(0)), jnp.zeros((), jnp.int32), batch["index"]
         )
         params = {**frozen, **state.inference_params}
@@ -175,16 +167,16 @@ class Denoiser:
         params = self.merged(params)
         x0 = self.clean(params, extra, batch, keys, train)
         condition = self.condition(params, batch, keys, train)
-        dropout_keys = ts.stream(keys, ts.DROPOUT) if train else None
+        dropout_keys = ks.stream(keys, ks.DROPOUT) if train else None
 
         def network(x_t, t):
             return self.predict(params, x_t, t, condition, dropout_keys)
 
-        t, noise = self.draw(ts.stream(keys, ts.TIMES), x0)
+        t, noise = self.draw(ks.stream(keys, ks.TIMES), x0)
         if self.loss_history is None or not train:
             return self.objective(network, x0, t, noise)
         p = losses.second_moment_probabilities(extra["loss_history"])
-        t, weight = losses.resampled_times(ts.stream(keys, ts.TIMES), p)
+        t, weight = losses.resampled_times(ks.stream(keys, ks.TIMES), p)
         loss, aux = self.objective(network, x0, t, noise)
         return loss * weight, {**aux, "t": t, "unweighted": jax.lax.stop_gradient(loss)}
 
@@ -221,94 +213,32 @@ class Denoiser:
         self, params: Params, extra: dict[str, Array], batch: Batch, keys: Array, train: bool
     ) -> Float[Array, "batch *space channels"]:
         """z0 of equation 1 from stored moments or from pixels; uint8 becomes [-1, 1] here."""
+        drawn = ks.stream(keys, ks.POSTERIOR) if train else None
         if "mean" in batch:
-            z = batch["mean"]  # a VQ stage's codes have no variance
-            if train and "logvar" in batch:
-                noise = _normal(ts.stream(keys, ts.POSTERIOR), z.shape[1:])
-                z = z + jnp.exp(0.5 * batch["logvar"]) * noise
-        else:
-            z = batch["image"]
-            if z.dtype == jnp.uint8:
-                z = z.astype(jnp.float32) / 127.5 - 1
-            if self.flip and train:
-                z = ts.random_flip(z, ts.stream(keys, ts.DATA))
-            if self.autoencoder is not None:
-                posterior = self.autoencoder.apply(
-                    {"params": params["autoencoder"]}, z, method="encode"
-                )
-                z = posterior.sample(ts.stream(keys, ts.POSTERIOR)) if train else posterior.mean
-        if "latent_scale" in extra:
-            z = (z - _channels(extra["latent_shift"], z)) * _channels(extra["latent_scale"], z)
-        return z
+            z = batch["mean"]
+            if drawn is not None and "logvar" in batch:  # a VQ stage's codes have no variance
+                z = z + jnp.exp(0.5 * batch["logvar"]) * ks.normal(drawn, z.shape)
+            return codec.scaled(z, extra)
+        x = batch["image"]
+        if x.dtype == jnp.uint8:
+            x = codec.signed(x)
+        if self.flip and train:
+            x = ts.random_flip(x, ks.stream(keys, ks.DATA))
+        return codec.encode(self.autoencoder, params, extra, x, drawn)
 
     def condition(
-        self, params: Params, batch: Batch, keys: Array | None, train: bool
+        self, params: Params, batch: Batch, keys: Array | None = None, train: bool = False
     ) -> dict[str, Any]:
-        """What the U-Net is given besides x_t and t, some of it dropped when training."""
-        rate = self.drop_condition if train else 0.0
-        drop = None
-        if rate and keys is not None:
-            uniform = jax.vmap(jax.random.uniform)(ts.stream(keys, ts.CAPTION))
-            drop = uniform < rate
-        condition: dict[str, Any] = {}
-        if self.text_encoder is not None:
-            tokens = batch["tokens"]
-            if drop is not None:
-                null = jnp.asarray(self.null_tokens, tokens.dtype)[None]
-                tokens = jnp.where(drop[:, None], null, tokens)
-            if "context" in batch:
-                condition = self._masked(self._stored(params, batch["context"], drop), tokens)
-            else:
-                text_keys = ts.stream(keys, ts.DROPOUT) if train and keys is not None else None
-                condition = self.encode_text(params, tokens, text_keys)
-        if self.null_label is not None:
-            labels = batch["label"]
-            labels = labels if drop is None else jnp.where(drop, self.null_label, labels)
-            condition |= self.encode_labels(params, labels)
-        if "hint" in batch:
-            condition["hints"] = (batch["hint"].astype(jnp.float32) / 255,)
-        return condition
-
-    def encode_labels(self, params: Params, labels: Int[Array, " batch"]) -> dict[str, Array]:
-        """What the U-Net is given of a label."""
-        if self.class_embedder is None:
-            return {"labels": labels}
-        embedded = self.class_embedder.apply({"params": params["class_embedder"]}, labels)
-        return {"context": embedded}
-
-    def encode_text(
-        self, params: Params, tokens: Int[Array, "batch length"], keys: Array | None = None
-    ) -> dict[str, Array]:
-        """tau_theta: tokens to the U-Net's context, and its mask if padding is to be hidden."""
-        assert self.text_encoder is not None
-        context = self.text_encoder.apply(
-            {"params": params["text_encoder"]}, tokens, mask=self._mask(tokens), keys=keys
-        )
-        return self._masked(context, tokens)
-
-    def _stored(self, params: Params, context: Array, drop: Array | None) -> Array:
-        """The stored outputs of a frozen text encoder, where `drop` the empty caption's."""
-        if drop is None:
-            return context
-        null = jnp.asarray(self.null_tokens, jnp.int32)[None]
-        empty = self.encode_text(params, null)["context"]
-        return jnp.where(drop[:, None, None], empty.astype(context.dtype), context)
-
-    def _mask(self, tokens: Array) -> Array | None:
-        return tokens != 0 if self.mask_padding else None
-
-    def _masked(self, context: Array, tokens: Array) -> dict[str, Array]:
-        mask = self._mask(tokens)
-        return {"context": context} | ({} if mask is None else {"context_mask": mask})
+        """What the network is given besides x_t and t, some of it dropped when training."""
+        if not train or keys is None:
+            return conditions.encode(self.conditions, params, batch)
+        if self.drop_condition:
+            uniform = jax.vmap(jax.random.uniform)(ks.stream(keys, ks.CAPTION))
+            which = uniform < self.drop_condition
+            batch = conditions.drop(self.conditions, params, batch, which)
+        dropout_keys = ks.stream(keys, ks.DROPOUT)
+        return conditions.encode(self.conditions, params, batch, dropout_keys)
 
 
 def _control_name(i: int) -> str:
     return f"controlnet_{i}" if i else "controlnet"
-
-
-def _normal(keys: Key[Array, " batch"], shape: tuple[int, ...]) -> Float[Array, "batch ..."]:
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-
-def _channels(per_channel: Array, like: Array) -> Array:
-    return per_channel.reshape(*[1] * (like.ndim - 1), -1).astype(like.dtype)

@@ -4,17 +4,11 @@ A step is: per-example keys, gradients (accumulated over parts of the batch), th
 devices, a guarded update of parameters, optimiser and EMA. All of it is pure; the tasks
 (`denoiser.py`, `autoencoder.py`, `classifier.py`) supply the loss, `parallel.py` runs it.
 
-Exponential moving average (DDPM section 4, LDM `ema.py`):
-
-    (1) ema_n = d_n ema_{n-1} + (1 - d_n) params_n,   n = 1, 2, ...
-    (2) d_n = decay for n > 1 and d_1 = 0             (DDPM: starts at the weights after step 1)
-    (3) d_n = min(decay, (1 + n) / (10 + n))          (LDM: `ramp`)
-
 Guard: a step is skipped whose loss or gradient is not finite and, with `max_loss_deviations` = k,
 one whose loss l leaps above what the steps taken so far had (n of them, from the 101st on):
 
-    (4) l > m_n + k sqrt(v_n)
-    (5) m_n = m_{n-1} + a_n (l_n - m_{n-1}),  v_n = (1 - a_n) (v_{n-1} + a_n (l_n - m_{n-1})^2),
+    (1) l > m_n + k sqrt(v_n)
+    (2) m_n = m_{n-1} + a_n (l_n - m_{n-1}),  v_n = (1 - a_n) (v_{n-1} + a_n (l_n - m_{n-1})^2),
         a_n = max(1 / n, 1 / 100)
 
 the sample's mean and variance over the first 100, exponential averages afterwards.
@@ -29,16 +23,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from diffusion.training.ema import Ema
+from diffusion.training.ema import update as averaged
 
 Params = dict[str, Any]  # one entry a network: {"denoiser": ..., "text_encoder": ...}
 Metrics = dict[str, Array]
 
-# What a key is folded with before each purpose, so that no two draws of a step share a key.
-DATA, TIMES, DROPOUT, CAPTION, POSTERIOR = range(5)
-
-LOSSES = "loss_statistics"  # in `extra`: m_n and v_n of equation 5
-SPIKE_STEPS = 100  # 1 / a_n at most, and how many steps equation 4 waits for
+LOSSES = "loss_statistics"  # in `extra`: m_n and v_n of equation 2
+SPIKE_STEPS = 100  # 1 / a_n at most, and how many steps equation 1 waits for
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -64,27 +58,11 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ema:
-    """Which networks are averaged, and how fast (equations 1-3). No networks: no EMA."""
-
-    decay: float
-    ramp: bool = False
-    networks: tuple[str, ...] = ()
-
-    def decay_at(self, n: Int[Array, ""]) -> Float[Array, ""]:
-        """d_n for the n-th update, n = 1, 2, ..."""
-        n = n.astype(jnp.float32)
-        if self.ramp:
-            return jnp.minimum(self.decay, (1 + n) / (10 + n))
-        return jnp.where(n <= 1, 0.0, self.decay)
-
-
-@dataclasses.dataclass(frozen=True)
 class Optimizer:
     """One optax transformation for each network, and what surrounds the update.
 
     `clip_norm` bounds the global norm over all networks of one `apply_gradients` (0: off);
-    `max_loss_deviations` is k of equation 4 (0: off).
+    `max_loss_deviations` is k of equation 1 (0: off).
     """
 
     transforms: Mapping[str, optax.GradientTransformation]
@@ -113,30 +91,13 @@ def create_state(
         rng=jax.random.key_data(key),
         params=params,
         opt_state=optimizer.init(params),
-        # A copy: a donated buffer may be handed over once only.
-        ema={name: jax.tree.map(jnp.array, params[name]) for name in ema.networks},
+        ema=ema.init(params),
         extra={
             "skipped_steps": jnp.zeros((), jnp.int32),
             "skipped_in_a_row": jnp.zeros((), jnp.int32),
             **extra,
         },
     )
-
-
-def example_keys(
-    rng: UInt32[Array, "2"], step: Int[Array, ""], position: Int[Array, " batch"]
-) -> Key[Array, " batch"]:
-    """fold_in(fold_in(key, step), position in the global batch), one key an example.
-
-    Draws keyed so are bit-equal for any device count, accumulation and parallel mode.
-    """
-    key = jax.random.fold_in(jax.random.wrap_key_data(rng), step)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, position)
-
-
-def stream(keys: Key[Array, " batch"], purpose: int) -> Key[Array, " batch"]:
-    """The keys of one purpose (DATA, TIMES, ...)."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)
 
 
 def random_flip(
@@ -181,7 +142,7 @@ def mean_over_devices(tree: Any, axis_name: str | None) -> Any:
 def is_spike(
     statistics: dict[str, Array], loss: Float[Array, ""], taken: Int[Array, ""], deviations: float
 ) -> Bool[Array, ""]:
-    """Equation 4, after `taken` steps."""
+    """Equation 1, after `taken` steps."""
     bound = statistics["mean"] + deviations * jnp.sqrt(statistics["variance"])
     return (taken >= SPIKE_STEPS) & (loss > bound)
 
@@ -189,19 +150,37 @@ def is_spike(
 def loss_statistics(
     statistics: dict[str, Array], loss: Float[Array, ""], n: Int[Array, ""]
 ) -> dict[str, Array]:
-    """Equation 5 for the n-th loss, n = 1, 2, ..."""
+    """Equation 2 for the n-th loss, n = 1, 2, ..."""
     rate = jnp.maximum(1 / n.astype(jnp.float32), 1 / SPIKE_STEPS)
     difference = loss - statistics["mean"]
     variance = (1 - rate) * (statistics["variance"] + rate * difference**2)
     return {"mean": statistics["mean"] + rate * difference, "variance": variance}
 
 
+def _judge(
+    state: TrainState, norm: Array, loss: Array, optimizer: Optimizer
+) -> tuple[Bool[Array, ""], dict[str, Any]]:
+    """Whether the step is taken, and `extra` with what is counted of it."""
+    extra = dict(state.extra)
+    ok = jnp.isfinite(norm) & jnp.isfinite(loss)
+    if optimizer.max_loss_deviations:
+        known, taken = extra[LOSSES], updates_done(state)
+        ok &= ~is_spike(known, loss, taken, optimizer.max_loss_deviations)
+        new = loss_statistics(known, loss, taken + 1)
+        extra[LOSSES] = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, known)
+    bad = (~ok).astype(jnp.int32)
+    extra["skipped_steps"] = state.extra["skipped_steps"] + bad
+    extra["skipped_in_a_row"] = (state.extra["skipped_in_a_row"] + 1) * bad
+    return ok, extra
+
+
+def updates_done(state: TrainState) -> Int[Array, ""]:
+    """The steps that were not skipped."""
+    return state.step - state.extra["skipped_steps"]
+
+
 def apply_gradients(
-    state: TrainState,
-    grads: Params,
-    loss: Float[Array, ""],
-    optimizer: Optimizer,
-    ema: Ema,
+    state: TrainState, grads: Params, loss: Float[Array, ""], optimizer: Optimizer, ema: Ema
 ) -> tuple[TrainState, Metrics]:
     """One guarded update of the networks in `grads`; the step count advances by one.
 
@@ -209,17 +188,11 @@ def apply_gradients(
     parameter, optimiser state or average: it is counted in `extra["skipped_steps"]` and
     `extra["skipped_in_a_row"]`.
     """
-    # In the optimiser's order and not by name, as a sum of floats depends on it.
+    # In the optimiser's order and not by name: a sum of floats depends on it.
     norm = optax.tree.norm([grads[name] for name in optimizer.transforms if name in grads])
-    ok = jnp.isfinite(norm) & jnp.isfinite(loss)
-    updates_done = state.step + 1 - state.extra["skipped_steps"]
-    extra = dict(state.extra)
-    if optimizer.max_loss_deviations:
-        known = extra[LOSSES]
-        ok &= ~is_spike(known, loss, updates_done - 1, optimizer.max_loss_deviations)
-        new = loss_statistics(known, loss, updates_done)
-        extra[LOSSES] = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, known)
-    decay = ema.decay_at(updates_done)
+    ok, extra = _judge(state, norm, loss, optimizer)
+    done = updates_done(state)
+    decay = ema.decay_at(done + 1)
 
     def update(old):
         params, opt_state, averages = (dict(part) for part in old)
@@ -232,38 +205,23 @@ def apply_gradients(
                 network_grads, opt_state[name], params[name]
             )
             params[name] = optax.apply_updates(params[name], updates)
-        # No set: its order differs between processes, and they must trace one program.
-        for name in [name for name in grads if name in averages]:
-            averages[name] = jax.tree.map(
-                lambda e, p: e * decay + p.astype(e.dtype) * (1 - decay),
-                averages[name],
-                params[name],
-            )
+            if name in averages:
+                averages[name] = averaged(averages[name], params[name], decay)
         return params, opt_state, averages
 
     # A branch and no `where` over the state: old buffers are then updated in place, where choosing
     # between old and new copies them (experiments/results/speed: a quarter of the time).
     old = (state.params, state.opt_state, state.ema)
     params, opt_state, averages = lax.cond(ok, update, lambda old: old, old)
-
-    bad = (~ok).astype(jnp.int32)
-    skipped = state.extra["skipped_steps"] + bad
-    in_a_row = (state.extra["skipped_in_a_row"] + 1) * bad
-    extra |= {"skipped_steps": skipped, "skipped_in_a_row": in_a_row}
     metrics = {
         "grad_norm": norm,
-        "param_norm": optax.tree.norm(
-            [params[name] for name in optimizer.transforms]
-        ),  # of the old ones it would keep them alive
-        "learning_rate": optimizer.learning_rate(updates_done - 1),
-        "skipped_steps": skipped,
-        "skipped_in_a_row": in_a_row,
+        # Of the new ones: the norm of the old ones would keep them alive.
+        "param_norm": optax.tree.norm([params[name] for name in optimizer.transforms]),
+        "learning_rate": optimizer.learning_rate(done),
+        "skipped_steps": extra["skipped_steps"],
+        "skipped_in_a_row": extra["skipped_in_a_row"],
     }
     state = state.replace(
-        step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
-        ema=averages,
-        extra=extra,
+        step=state.step + 1, params=params, opt_state=opt_state, ema=averages, extra=extra
     )
     return state, metrics

@@ -41,7 +41,7 @@ from experiments.run import build, generate
 class Given(Denoiser):
     """The U-Net alone, its condition given: text encoders are no part of these numbers."""
 
-    def condition(self, params, batch, keys, train):
+    def condition(self, params, batch, keys=None, train=False):
         return {k: batch[k] for k in ("context", "labels") if k in batch}
 
 
@@ -51,12 +51,12 @@ def denoiser_task(
     """The task, the U-Net's parameter shapes, and the shapes of a batch of one."""
     full = build.denoiser(config)
     fields = {f.name: getattr(full, f.name) for f in dataclasses.fields(full)}
-    fields |= {"text_encoder": None, "autoencoder": None, "flip": False, "null_tokens": ()}
+    fields |= {"conditions": {}, "autoencoder": None, "flip": False}
     fields["optimizer"] = build.optimizer(config, networks)
     fields["ema"] = build.ema(config, networks)
     shapes = {"x": full.sample_shape}
-    if full.text_encoder is not None:
-        shapes["context"] = (len(full.null_tokens), full.text_encoder.width)
+    if (text := full.conditions.get("text")) is not None:
+        shapes["context"] = (len(text.null_tokens), text.encoder.width)
     params = jax.eval_shape(full.networks_init, jax.random.key(0))["denoiser"]
     return Given(**fields), params, shapes
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,6 +26,7 @@ from diffusion.metrics import adherence as adherence_metric
 from diffusion.metrics.clip_score import scores
 from diffusion.models import clip as clip_model
 from diffusion.models.inception import PREPROCESSINGS, Inception, preprocess
+from diffusion.training import codec
 from experiments.run import build, workdir
 
 Rows = dict[str, np.ndarray]  # arrays with a leading axis of images
@@ -120,7 +120,7 @@ class Judge:
         self.hash, self.dim = saved.hash, network.feature_dim
 
         def run(params, image):
-            x, variables = image.astype(jnp.float32) / 127.5 - 1, {"params": params}
+            x, variables = codec.signed(image), {"params": params}
             features = network.apply(variables, x, method="features")
             return {"pool": features, "logits": network.apply(variables, x)}
 

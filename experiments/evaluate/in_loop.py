@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -34,6 +33,7 @@ from diffusion import weights
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.metrics import adherence, frechet
+from diffusion.training import codec
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import to_host
@@ -204,9 +204,9 @@ class FirstStage(Evaluator):
             return {}
         image = next(self.run.eval_batches())["image"][: self.run.config.evaluation.preview]
         params = {"params": state.inference_params["autoencoder"]}
-        x = jnp.asarray(image, jnp.float32) / 127.5 - 1
+        x = codec.signed(image)
         z = self.run.task.network.apply(params, x, method="encode").mean
-        decoded = generate.to_uint8(self.run.task.network.apply(params, z, method="decode"))
+        decoded = codec.to_uint8(self.run.task.network.apply(params, z, method="decode"))
         return {"images": image, "reconstructions": to_host(decoded)}
 
 
@@ -295,6 +295,6 @@ class Samples(Evaluator):
             folder = self.directory / "first_stage"
             params["autoencoder"], described, _ = weights.load_weights(folder)
             first_stage = build.autoencoder(ConfigDict(described))
-        if self.run.task.text_encoder is not None:
+        if "text" in self.run.task.conditions:
             tokenizer = Tokenizer.load(self.directory / "tokenizer.json")
         return generate.Model(self.run.config, self.run.task, params, {}, first_stage, tokenizer)

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffusion.data import loader
@@ -34,6 +33,8 @@ from diffusion.metrics import frechet, reconstruction
 from diffusion.metrics import motion as motion_metric
 from diffusion.metrics.intervals import mean_interval
 from diffusion.process import gaussian, guidance, likelihood
+from diffusion.process.keys import numbered
+from diffusion.training import codec
 from experiments.evaluate import distances, reconstructions
 from experiments.evaluate.features import Judge, attributes
 from experiments.evaluate.samples import Subject
@@ -72,8 +73,8 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
 
     @jax.jit
     def bound(params, image, index):
-        x0 = image.astype(jnp.float32) / 127.5 - 1
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(subject.seed), index)
+        x0 = codec.signed(image)
+        keys = numbered(jax.random.key(subject.seed), index)
 
         def network(x_t, t):
             return model.task.predict(params, x_t, t, {})

@@ -26,7 +26,8 @@ from diffusion.interop.perceptual import load_lpips
 from diffusion.metrics import frechet, reconstruction
 from diffusion.metrics.intervals import mean_interval
 from diffusion.models.perceptual import LPIPS
-from experiments.run import build, data, generate, workdir
+from diffusion.training import codec
+from experiments.run import build, data, workdir
 
 Features = Callable[[np.ndarray], np.ndarray]  # uint8 images to (batch, dim)
 
@@ -76,9 +77,9 @@ def test_images(stage: Stage, num: int) -> Iterator[np.ndarray]:
 def _compiled(network: Any) -> Callable[..., Any]:
     @jax.jit
     def run(params, image):
-        x = image.astype(jnp.float32) / 127.5 - 1
+        x = codec.signed(image)
         z = network.apply({"params": params}, x, method="encode").mean
-        return generate.to_uint8(network.apply({"params": params}, z, method="decode")), z
+        return codec.to_uint8(network.apply({"params": params}, z, method="decode")), z
 
     return run
 
@@ -150,7 +151,7 @@ def _lpips(**files: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
     @jax.jit
     def run(params, x, y):
-        x, y = (a.astype(jnp.float32) / 127.5 - 1 for a in (x, y))
+        x, y = (codec.signed(a) for a in (x, y))
         return LPIPS().apply({"params": params}, x, y)
 
     return lambda x, y: np.asarray(run(params, x, y))

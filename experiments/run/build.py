@@ -24,12 +24,13 @@ from diffusion.models.text_encoder import TextTransformer
 from diffusion.models.unet import UNet
 from diffusion.process import losses, schedules
 from diffusion.process.samplers import SAMPLERS, Sampler
-from diffusion.training import optim
+from diffusion.training import conditions, optim
 from diffusion.training.adversarial import Adversary
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.classifier import Classifier
 from diffusion.training.denoiser import Denoiser
-from diffusion.training.state import Ema, Optimizer
+from diffusion.training.ema import Ema
+from diffusion.training.state import Optimizer
 
 SCHEDULES: dict[str, Callable[..., schedules.Schedule]] = {
     "ddpm_linear": schedules.ddpm_linear,
@@ -170,6 +171,22 @@ def null_label(config: ConfigDict) -> int | None:
     return None if classes is None else classes - 1
 
 
+def text(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> conditions.Text:
+    """The captions of a config that has a text encoder; without the tokens for shapes alone."""
+    null_tokens = null_tokens or (0,) * config.model.text_encoder.max_length
+    return conditions.Text(text_encoder(config), null_tokens, config.conditioning.mask_padding)
+
+
+def told(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> dict[str, conditions.Condition]:
+    """What a denoiser is told besides x_t and t, by name."""
+    found: dict[str, conditions.Condition] = {"hint": conditions.Hints()}
+    if "text_encoder" in config.model:
+        found["text"] = text(config, null_tokens)
+    if (null := null_label(config)) is not None:
+        found["label"] = conditions.Label(null, class_embedder(config))
+    return found
+
+
 def optimizer(config: ConfigDict, networks: tuple[str, ...], clip_apart: bool = False) -> Optimizer:
     """One transformation a network; `clip_apart` bounds each one's gradient by itself."""
     section = config.optim
@@ -224,9 +241,6 @@ def sample_shape(config: ConfigDict) -> tuple[int, ...]:
 
 
 def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
-    text = text_encoder(config)
-    if text is not None and not null_tokens:
-        null_tokens = (0,) * config.model.text_encoder.max_length  # for shapes alone
     networks = trained(config)
     noising, shape = schedule(config), sample_shape(config)
     variance, resample = config.process.variance, config.process.times == "second_moment"
@@ -256,11 +270,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         loss_history=losses.second_moment_history(noising) if resample else None,
         optimizer=optimizer(config, networks),
         ema=ema(config, networks),
-        text_encoder=text,
-        null_tokens=null_tokens,
-        mask_padding=config.conditioning.mask_padding,
-        null_label=null_label(config),
-        class_embedder=class_embedder(config),
+        conditions=told(config, null_tokens),
         lora=lora(config),
         controlnets=controlnets(config),
         concat_channels=choose(joined, config.conditioning.concat, "conditioning.concat"),

@@ -16,8 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from diffusion.data.tokenizers import Tokenizer
-from diffusion.models.tiling import tiled_decode
 from diffusion.process import gaussian, guidance, samplers
+from diffusion.process import keys as ks
+from diffusion.training import codec, conditions
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import BATCH, make_mesh, to_host
 from experiments.run import build, data, networks, pipelines
@@ -108,21 +109,10 @@ def decode(
 
     `tile` > 0: in tiles of so many pixels (`models/tiling.py`). Not `rounded`: float32 in [0, 1].
     """
-    if "latent_scale" in model.extra:
-        x = x / jnp.asarray(model.extra["latent_scale"]).reshape(*[1] * (x.ndim - 1), -1)
-        x = x + jnp.asarray(model.extra["latent_shift"]).reshape(*[1] * (x.ndim - 1), -1)
-    if model.first_stage is not None and tile:
-        x = tiled_decode(model.first_stage, params["autoencoder"], x, tile)
-    elif model.first_stage is not None:
-        x = model.first_stage.apply({"params": params["autoencoder"]}, x, method="decode")
+    x = codec.decode(model.first_stage, params, model.extra, x, tile)
     if x.ndim == 3:  # a series is no picture: it stays as it is
         return x
-    return to_uint8(x) if rounded else jnp.clip((x + 1) / 2, 0, 1)
-
-
-def to_uint8(x: jax.Array) -> jax.Array:
-    """[-1, 1] to 0..255, rounded to nearest."""
-    return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+    return codec.to_uint8(x) if rounded else jnp.clip((x + 1) / 2, 0, 1)
 
 
 def make_sampler(
@@ -148,17 +138,16 @@ def make_sampler(
 
     @jax.jit
     def run(params, indices, batch, seed):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
-        first, noise = (jax.vmap(jax.random.fold_in, (0, None))(keys, i) for i in (0, 1))
+        keys = ks.numbered(jax.random.key(seed), indices)
+        first, noise = (ks.stream(keys, i) for i in (0, 1))
         params = task.merged(params)
         given = pipelines.extend(model, params, batch)
-        condition = {**task.condition(params, batch, None, train=False), **given}
-        empty = None
-        if "tokens" in batch or "label" in batch:
-            empty = {**task.condition(params, _null(task, batch), None, train=False), **given}
+        condition, empty = {**task.condition(params, batch), **given}, None
+        if nothing := conditions.null(task.conditions, params, batch):
+            empty = {**task.condition(params, {**batch, **nothing}), **given}
         denoise = denoise_fn(model, params, condition, empty, scale)
         denoise = pipelines.keep_known(model, params, batch, denoise)
-        x = gaussian.normal(first, (len(indices), *task.sample_shape))  # of (seed, i) alone
+        x = ks.normal(first, (len(indices), *task.sample_shape))  # of (seed, i) alone
         x = pipelines.start(model, method, params, batch, x)
         result = samplers.sample(method, denoise, x, noise, trajectory=trajectory)
         if not trajectory:
@@ -167,18 +156,6 @@ def make_sampler(
         return decode(model, params, x0, tile), jax.vmap(lambda x: decode(model, params, x))(xs)
 
     return run
-
-
-def _null(task: Denoiser, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    null = dict(batch)
-    if "negative" in batch:
-        null["tokens"] = batch["negative"]
-    elif "tokens" in batch:
-        tokens = jnp.asarray(task.null_tokens, jnp.int32)
-        null["tokens"] = jnp.broadcast_to(tokens, batch["tokens"].shape)
-    if "label" in batch and task.null_label is not None:
-        null["label"] = jnp.full_like(batch["label"], task.null_label)
-    return null
 
 
 def images(
@@ -236,11 +213,12 @@ def _negative(model: Model, negative: Sequence[str]) -> np.ndarray:
 
 def _labels(model: Model, labels: Sequence[int] | None) -> dict[str, np.ndarray]:
     """The labels as a column; each class in turn where none is named."""
-    null = model.task.null_label
-    if null is None:
+    condition = model.task.conditions.get("label")
+    if condition is None:
         if labels:
             raise ValueError("--label was given, but the model knows no classes: leave it out")
         return {}
+    null = condition.null_label
     wrong = [label for label in labels or () if not 0 <= label <= null]
     if wrong:
         raise ValueError(f"--label={wrong[0]} must lie in 0..{null}")
@@ -265,7 +243,9 @@ def encode(model: Model, prompts: Sequence[str] | None) -> np.ndarray | None:
     unknown = model.tokenizer.unknown(prompts)
     if unknown:
         print(f"note: words the tokenizer does not know: {', '.join(unknown[:10])}", flush=True)
-    tokens, cut = model.tokenizer.encode_and_mark(prompts, len(model.task.null_tokens))
+    tokens, cut = model.tokenizer.encode_and_mark(
+        prompts, model.config.model.text_encoder.max_length
+    )
     if cut.any():
         print(f"note: {int(cut.sum())} prompts were longer than the text encoder reads", flush=True)
     return tokens

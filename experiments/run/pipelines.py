@@ -28,6 +28,7 @@ from diffusion.data import sources
 from diffusion.models import lora
 from diffusion.models.controlnet import ControlNet
 from diffusion.process import guidance
+from diffusion.training import codec
 from experiments.run import build, networks
 
 # -- files ---------------------------------------------------------------------------------------
@@ -159,35 +160,21 @@ def _controlnet(directory: pathlib.Path, model: Any) -> tuple[ControlNet, Any]:
 
 
 def to_latent(model: Any, params: Any, image: jax.Array) -> jax.Array:
-    """What would be diffused of pixels in [-1, 1]: the mean of the posterior, scaled."""
-    z = image
-    if model.first_stage is not None:
-        variables = {"params": params["autoencoder"]}
-        z = model.first_stage.apply(variables, image, method="encode").mean
-    if "latent_scale" in model.extra:
-        shift, scale = (
-            jnp.asarray(model.extra[name]).reshape(*[1] * (z.ndim - 1), -1)
-            for name in ("latent_shift", "latent_scale")
-        )
-        z = (z - shift) * scale
-    return z
+    """What would be diffused of pixels in [-1, 1]."""
+    return codec.encode(model.first_stage, params, model.extra, image)
 
 
 def extend(model: Any, params: Any, batch: dict[str, jax.Array]) -> dict[str, Any]:
-    """What joins the condition: channels to concatenate, control pictures and their weights."""
+    """What joins the condition: channels to concatenate."""
     condition: dict[str, Any] = {}
     concat = model.config.conditioning.concat
     if concat == "inpaint":
-        pixels = _signed(batch["image"])
+        pixels = codec.signed(batch["image"])
         blanked = pixels * (1 - batch["mask"])
         mask = _shrink(batch["mask"].astype(jnp.float32), model)
         condition["concat"] = jnp.concatenate([mask, to_latent(model, params, blanked)], axis=-1)
     elif concat == "low_resolution":
-        condition["concat"] = _signed(batch["small"])
-    hints = sorted(name for name in batch if name.startswith("hint_") and name[5:].isdigit())
-    if hints:
-        condition["hints"] = tuple(batch[name].astype(jnp.float32) / 255 for name in hints)
-        condition["hint_scales"] = tuple(batch[f"hint_scale_{name[5:]}"] for name in hints)
+        condition["concat"] = codec.signed(batch["small"])
     return condition
 
 
@@ -198,7 +185,7 @@ def start(
     if "image" not in batch or model.config.conditioning.concat == "inpaint":
         return method.prior_std * noise
     schedule, t = build.schedule(model.config), method.rows["t"][0]
-    z = to_latent(model, params, _signed(batch["image"]))
+    z = to_latent(model, params, codec.signed(batch["image"]))
     return float(schedule.alpha(t)) * z + float(schedule.sigma(t)) * noise
 
 
@@ -206,17 +193,13 @@ def keep_known(model: Any, params: Any, batch: dict[str, jax.Array], denoise: An
     """Eq. 2 for a model that was not trained for it."""
     if "mask" not in batch or model.config.conditioning.concat == "inpaint":
         return denoise
-    z = to_latent(model, params, _signed(batch["image"]))
+    z = to_latent(model, params, codec.signed(batch["image"]))
     return guidance.inpaint(denoise, z, 1 - _shrink(batch["mask"].astype(z.dtype), model))
 
 
 def paste(batch: dict[str, jax.Array], pixels: jax.Array) -> jax.Array:
     """The image's own pixels where the mask is 0."""
     return jnp.where(batch["mask"], pixels, batch["image"]) if "mask" in batch else pixels
-
-
-def _signed(image: jax.Array) -> jax.Array:
-    return image.astype(jnp.float32) / 127.5 - 1
 
 
 def _shrink(mask: jax.Array, model: Any) -> jax.Array:

@@ -8,7 +8,7 @@ import warnings
 import jax
 import numpy as np
 
-from diffusion.process import gaussian
+from diffusion.process import keys as ks
 from experiments import sample
 from experiments.host import cli
 from experiments.run import generate
@@ -130,7 +130,7 @@ def noise(model, num, seed):
     """What `generate` starts from, channels first."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(num))
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-    drawn = gaussian.normal(keys, (num, *model.task.sample_shape))
+    drawn = ks.normal(keys, (num, *model.task.sample_shape))
     return torch.from_numpy(np.moveaxis(np.asarray(drawn), -1, 1).copy())
 
 

@@ -13,6 +13,7 @@ import pytest
 from diffusion.checkpoint import latest_step, restore_params
 from diffusion.training import optim
 from diffusion.training import state as ts
+from diffusion.training.ema import Ema
 from experiments.run import build, data
 
 LEARNED = ("params", "opt_state", "ema")
@@ -132,7 +133,7 @@ def toy(deviations):
     rate = optim.learning_rate(0.1)
     transform = {"net": optim.make_transform(rate, "sgd", b1=0.0)}
     optimizer = ts.Optimizer(transform, rate, max_loss_deviations=deviations)
-    params, ema = {"net": {"w": jnp.ones(2)}}, ts.Ema(0.5, networks=("net",))
+    params, ema = {"net": {"w": jnp.ones(2)}}, Ema(0.5, networks=("net",))
     state = ts.create_state(jax.random.key(0), params, optimizer, ema, {})
     update = jax.jit(
         lambda state, loss: ts.apply_gradients(

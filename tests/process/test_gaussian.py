@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion.process import gaussian, schedules
+from diffusion.process import keys as ks
 
 SCHEDULES = {
     "ddpm": (schedules.ddpm_linear(), 300),
@@ -98,7 +99,7 @@ def test_posterior_is_ddpm_equation_7(x64):
 def test_q_sample_has_the_moments_of_equation_1(x64):
     schedule, t = schedules.ddpm_linear(), 300
     keys = jax.random.split(jax.random.key(0), 4)
-    noise = gaussian.normal(keys, (4, 100, 100, 1))
+    noise = ks.normal(keys, (4, 100, 100, 1))
     x_t = gaussian.q_sample(schedule, jnp.full(noise.shape, 0.7), jnp.full((4,), t), noise)
     np.testing.assert_allclose(x_t.mean(), 0.7 * schedule.alpha(t), atol=5 * 0.005)
     np.testing.assert_allclose(x_t.std(), schedule.sigma(t), rtol=5 * 0.0036)
@@ -106,8 +107,8 @@ def test_q_sample_has_the_moments_of_equation_1(x64):
 
 def test_noise_depends_on_the_key_alone():
     keys = jax.random.split(jax.random.key(3), 6)
-    whole = gaussian.normal(keys, (6, 4, 2))
-    np.testing.assert_array_equal(whole[4:], gaussian.normal(keys[4:], (2, 4, 2)))
+    whole = ks.normal(keys, (6, 4, 2))
+    np.testing.assert_array_equal(whole[4:], ks.normal(keys[4:], (2, 4, 2)))
     assert not np.allclose(whole[0], whole[1])
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion.process import gaussian, likelihood, losses, schedules
+from diffusion.process import keys as ks
 
 DDPM, EDM, FLOW = schedules.ddpm_linear(), schedules.edm(), schedules.flow()
 DATA = np.random.default_rng(0).normal(size=(2, 4, 5, 3, 2))
@@ -219,7 +220,7 @@ def test_noise_is_unit_and_apart_from_t():
     np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.04)
     assert abs(np.corrcoef(t, noise[:, 0])[0, 1]) < 0.07
     # nor is it the noise of the bare keys, with which a sampler starts
-    assert not np.allclose(noise, gaussian.normal(KEYS, noise.shape))
+    assert not np.allclose(noise, ks.normal(KEYS, noise.shape))
 
 
 # Resampling --------------------------------------------------------------------------------------

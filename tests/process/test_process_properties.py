@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.process import gaussian, guidance, losses, schedules
+from diffusion.process import guidance, losses, schedules
+from diffusion.process import keys as ks
 from diffusion.process.samplers import SAMPLERS, make_grid, sample
 
 SCHEDULES = {
@@ -98,7 +99,7 @@ def test_objective(name):
     schedule = SCHEDULES[key]
     objective = losses.objective(schedule, prediction, **options)
     keys = jax.random.split(jax.random.key(1), 3)
-    x0 = jnp.tanh(gaussian.normal(keys, shape))
+    x0 = jnp.tanh(ks.normal(keys, shape))
 
     def loss(w, keys, x0):
         t, noise = losses.draw(keys, schedule, x0)
@@ -148,7 +149,7 @@ def test_sampler(name, schedule_name):
         return (x0, jnp.sin(x)) if s.learned_variance else x0
 
     keys = jax.random.split(jax.random.key(2), 4)
-    x = s.prior_std * gaussian.normal(keys, (4, 3, 2))
+    x = s.prior_std * ks.normal(keys, (4, 3, 2))
     run = jax.jit(lambda x, keys: sample(s, guidance.clip_x0(denoise), x, keys, trajectory=True))
     out, xs = run(x, keys)
     assert len(traces) == 1, "the denoiser is in the program once, however many stages"

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.process import gaussian, schedules
+from diffusion.process import keys as ks
+from diffusion.process import schedules
 from diffusion.process.samplers import SAMPLERS, sample
 
 COSINE, FLOW, EDM = schedules.cosine(), schedules.flow(), schedules.edm()
@@ -51,7 +52,7 @@ def test_mean_and_variance(name, schedule, options, data, exact):
     def draw(key):
         first, steps = jax.random.split(key)
         keys = jax.random.split(first, EXAMPLES[0])
-        x = s.prior_std * gaussian.normal(keys, EXAMPLES)
+        x = s.prior_std * ks.normal(keys, EXAMPLES)
         return sample(s, denoise, x, jax.random.split(steps, EXAMPLES[0]))
 
     x = np.asarray(draw(jax.random.key(11)), np.float64)

@@ -12,11 +12,12 @@ from flax.traverse_util import flatten_dict
 
 from diffusion.models.autoencoder import AutoencoderKL, VQModel
 from diffusion.models.discriminator import PatchDiscriminator
+from diffusion.process import keys as ks
 from diffusion.training import adversarial, optim
-from diffusion.training import state as ts
 from diffusion.training.adversarial import Adversary
 from diffusion.training.autoencoder import Autoencoder
-from diffusion.training.state import Ema, Optimizer
+from diffusion.training.ema import Ema
+from diffusion.training.state import Optimizer
 
 BATCH, SHAPE = 4, (16, 16, 3)
 SMALL = {
@@ -146,7 +147,7 @@ def before_the_last_layer(task, state, data):
     x, keys = task._inputs(state, data)
     variables = {"params": state.params["autoencoder"]}
     posterior = task.network.apply(variables, x, method="encode")
-    z = posterior.sample(ts.stream(keys, ts.POSTERIOR))
+    z = posterior.sample(ks.stream(keys, ks.POSTERIOR))
     _, kept = task.network.apply(
         variables, z, method="decode", capture_intermediates=lambda m, _: m.name == "norm_out"
     )

@@ -18,8 +18,9 @@ from diffusion.models.discriminator import PatchDiscriminator
 from diffusion.training import optim
 from diffusion.training.adversarial import Adversary
 from diffusion.training.autoencoder import Autoencoder
+from diffusion.training.ema import Ema
 from diffusion.training.parallel import Parallel, make_mesh
-from diffusion.training.state import Ema, Optimizer
+from diffusion.training.state import Optimizer
 
 BATCH, SHAPE, STEPS = 16, (16, 16, 3), 3
 TOLERANCE = 1e-12

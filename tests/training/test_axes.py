@@ -8,10 +8,11 @@ import pytest
 from diffusion.data import loader, synthetic
 from diffusion.models.unet import UNet
 from diffusion.process import gaussian, losses, schedules
+from diffusion.process import keys as ks
 from diffusion.training import optim
-from diffusion.training import state as ts
 from diffusion.training.denoiser import Denoiser
-from diffusion.training.state import Ema, Optimizer
+from diffusion.training.ema import Ema
+from diffusion.training.state import Optimizer
 
 SHAPES = {"series": (32, 1), "video": (4, 8, 8, 1)}
 
@@ -39,7 +40,7 @@ def test_gradients_agree_with_finite_differences(kind, x64):
     # Every parameter drawn, the zero-initialised ones too, so that all of them have a gradient.
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.1, s.shape)), shapes)
     direction = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 1, s.shape)), shapes)
-    keys = ts.example_keys(
+    keys = ks.example_keys(
         jax.random.key_data(jax.random.key(1)), jnp.zeros((), jnp.int32), batch["position"]
     )
 

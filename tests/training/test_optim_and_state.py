@@ -7,6 +7,7 @@ import pytest
 
 from diffusion.training import optim
 from diffusion.training import state as ts
+from diffusion.training.ema import Ema
 
 
 def test_warmup_starts_at_zero_and_reaches_the_peak():
@@ -57,9 +58,9 @@ def test_unknown_or_impossible_settings_are_refused(make):
 
 
 def test_ema_starts_at_the_weights_after_the_first_step():
-    ema = ts.Ema(0.9999)
+    ema = Ema(0.9999)
     np.testing.assert_allclose([ema.decay_at(jnp.int32(n)) for n in (1, 2, 9)], [0, 0.9999, 0.9999])
-    ramp = ts.Ema(0.9999, ramp=True)
+    ramp = Ema(0.9999, ramp=True)
     np.testing.assert_allclose(ramp.decay_at(jnp.int32(5)), 6 / 15, rtol=1e-6)
     np.testing.assert_allclose(ramp.decay_at(jnp.int32(10**6)), 0.9999, rtol=1e-6)
 
@@ -67,7 +68,7 @@ def test_ema_starts_at_the_weights_after_the_first_step():
 def toy(clip_norm=0.0, decay=0.5):
     rate = optim.learning_rate(0.1)
     optimizer = ts.Optimizer({"net": optim.make_transform(rate, "sgd", b1=0.0)}, rate, clip_norm)
-    ema = ts.Ema(decay, networks=("net",))
+    ema = Ema(decay, networks=("net",))
     params = {"net": {"w": jnp.array([3.0, 4.0])}}
     return ts.create_state(jax.random.key(0), params, optimizer, ema, {}), optimizer, ema
 

@@ -9,12 +9,13 @@ import pytest
 
 from diffusion.checkpoint import Checkpoints
 from diffusion.models.unet import UNet
+from diffusion.process import keys as ks
 from diffusion.process import losses, schedules
 from diffusion.training import optim
-from diffusion.training import state as ts
 from diffusion.training.denoiser import Denoiser
+from diffusion.training.ema import Ema
 from diffusion.training.parallel import Parallel, check_batch, make_mesh, partition, unsharded
-from diffusion.training.state import Ema, Optimizer
+from diffusion.training.state import Optimizer
 
 BATCH, SHAPE = 16, (8, 8, 4)
 
@@ -110,10 +111,10 @@ def test_draws_are_bit_equal_in_every_mode():
     rng = jax.random.key_data(jax.random.key(3))
 
     def draws(batch):
-        keys = ts.example_keys(rng, jnp.int32(5), batch["position"])
-        t, noise = task.draw(ts.stream(keys, ts.TIMES), jnp.zeros((len(keys), *SHAPE)))
+        keys = ks.example_keys(rng, jnp.int32(5), batch["position"])
+        t, noise = task.draw(ks.stream(keys, ks.TIMES), jnp.zeros((len(keys), *SHAPE)))
         x0 = task.clean({}, {}, batch, keys, True)
-        mask = jax.vmap(jax.random.bernoulli)(ts.stream(keys, ts.DROPOUT))
+        mask = jax.vmap(jax.random.bernoulli)(ks.stream(keys, ks.DROPOUT))
         return t, noise, x0, mask
 
     wanted = jax.device_get(jax.jit(draws)(batch))

@@ -12,8 +12,9 @@ from diffusion.models.unet import UNet
 from diffusion.process import losses, schedules
 from diffusion.training import optim
 from diffusion.training.denoiser import Denoiser
+from diffusion.training.ema import Ema
 from diffusion.training.parallel import Parallel, make_mesh
-from diffusion.training.state import Ema, Optimizer
+from diffusion.training.state import Optimizer
 
 STEPS, BATCH, SHAPE = 6, 16, (8, 8, 1)
 pytestmark = pytest.mark.usefixtures("x64")

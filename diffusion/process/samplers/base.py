@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from diffusion.process import gaussian
+from diffusion.process.keys import normal, stream
 from diffusion.process.samplers.grid import Grid
 
 Row = Mapping[str, Any]
@@ -58,8 +59,7 @@ class Sampler:
 
 def step_noise(keys: Key[Array, "batch"], index: Any, like: Array) -> Array:
     """The unit noise of step ``index``, like ``like``: from fold_in(keys[i], index)."""
-    folded = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-    return gaussian.normal(folded, like.shape, like.dtype)
+    return normal(stream(keys, index), like.shape, like.dtype)
 
 
 def sample(

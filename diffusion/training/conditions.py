@@ -1,0 +1,149 @@
+"""What a denoiser is told besides x_t and t: a caption, a class, control pictures.
+
+A condition makes columns of a batch into arguments of the network, and knows the columns that say
+nothing: the empty caption, the null class. Training puts these in place of some of a batch's own;
+guidance wants both (classifier-free guidance, arXiv:2207.12598, algorithms 1 and 2).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Key
+
+Batch = Mapping[str, Array]
+Given = dict[str, Any]  # arguments of the network, by name
+Params = dict[str, Any]
+
+
+@runtime_checkable
+class Condition(Protocol):
+    """Holds no arrays; `params` has every network's by name."""
+
+    def init(self, key: Key[Array, ""]) -> tuple[Given, Params]:
+        """What the network is given of one example, and fresh parameters of the condition's own."""
+        ...
+
+    def encode(self, params: Params, batch: Batch, keys: Key[Array, " batch"] | None) -> Given:
+        """What the network is given; `keys` draw the dropout, None: none."""
+        ...
+
+    def null(self, params: Params, batch: Batch) -> dict[str, Array]:
+        """Columns as long as the batch's that say nothing; none for what is always told."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Tokens to the context that tau_theta, the text encoder, makes of them, and its mask if
+    padding is to be hidden. A column "context", stored outputs of a frozen text encoder, is taken
+    as it is. null_tokens: the encoded empty caption; a column "negative" has others in its place.
+    """
+
+    encoder: Any
+    null_tokens: tuple[int, ...]
+    mask_padding: bool = False
+
+    def init(self, key):
+        tokens = jnp.zeros((1, len(self.null_tokens)), jnp.int32)
+        context, variables = self.encoder.init_with_output(key, tokens)
+        return {"context": context}, {"text_encoder": variables["params"]}
+
+    def encode(self, params, batch, keys=None):
+        tokens = batch["tokens"]
+        mask = tokens != 0 if self.mask_padding else None
+        context = batch.get("context")
+        if context is None:
+            variables = {"params": params["text_encoder"]}
+            context = self.encoder.apply(variables, tokens, mask=mask, keys=keys)
+        return {"context": context} | ({} if mask is None else {"context_mask": mask})
+
+    def null(self, params, batch):
+        empty = jnp.asarray(self.null_tokens, batch["tokens"].dtype)[None]
+        found = {"tokens": jnp.broadcast_to(empty, batch["tokens"].shape)}
+        if "context" in batch:
+            context, stored = self.encode(params, {"tokens": empty})["context"], batch["context"]
+            found["context"] = jnp.broadcast_to(context.astype(stored.dtype), stored.shape)
+        return found | ({"tokens": batch["negative"]} if "negative" in batch else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """A class as it is, or as the context that `embedder` makes of it (LDM on ImageNet)."""
+
+    null_label: int  # a class more than the data has
+    embedder: Any = None
+
+    def init(self, key):
+        label = jnp.zeros((1,), jnp.int32)
+        if self.embedder is None:
+            return {"labels": label}, {}
+        context, variables = self.embedder.init_with_output(jax.random.fold_in(key, 1), label)
+        return {"context": context}, {"class_embedder": variables["params"]}
+
+    def encode(self, params, batch, keys=None):
+        if self.embedder is None:
+            return {"labels": batch["label"]}
+        variables = {"params": params["class_embedder"]}
+        return {"context": self.embedder.apply(variables, batch["label"])}
+
+    def null(self, params, batch):
+        return {"label": jnp.full_like(batch["label"], self.null_label)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """Columns "hint", or "hint_0", "hint_1", ..., uint8, to pictures in [0, 1], one a ControlNet,
+    and their weights "hint_scale_0", ... Their networks are the denoiser's (`denoiser.py`).
+    """
+
+    def init(self, key):
+        return {}, {}
+
+    def encode(self, params, batch, keys=None):
+        names = sorted(name for name in batch if name[:5] == "hint_" and name[5:].isdigit())
+        if not names:
+            return {"hints": (_unit(batch["hint"]),)} if "hint" in batch else {}
+        scales = tuple(batch[f"hint_scale_{name[5:]}"] for name in names)
+        return {"hints": tuple(_unit(batch[name]) for name in names), "hint_scales": scales}
+
+    def null(self, params, batch):
+        return {}
+
+
+def null(conditions: Mapping[str, Condition], params: Params, batch: Batch) -> dict[str, Array]:
+    """The columns of every condition that say nothing."""
+    return {k: v for c in conditions.values() for k, v in c.null(params, batch).items()}
+
+
+def drop(
+    conditions: Mapping[str, Condition],
+    params: Params,
+    batch: Batch,
+    which: Bool[Array, " batch"],
+) -> dict[str, Array]:
+    """The batch, with columns that say nothing for the examples `which`."""
+    found = dict(batch)
+    for name, empty in null(conditions, params, batch).items():
+        rows = which.reshape(-1, *[1] * (empty.ndim - 1))
+        found[name] = jnp.where(rows, empty, found[name])
+    return found
+
+
+def encode(
+    conditions: Mapping[str, Condition],
+    params: Params,
+    batch: Batch,
+    keys: Key[Array, " batch"] | None = None,
+) -> Given:
+    """What the network is given by all of them."""
+    found: Given = {}
+    for condition in conditions.values():
+        found |= condition.encode(params, batch, keys)
+    return found
+
+
+def _unit(image: Array) -> Array:
+    return image.astype(jnp.float32) / 255

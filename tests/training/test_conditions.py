@@ -1,0 +1,85 @@
+"""Conditions: what the network is given, what says nothing, and what is dropped."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.models.layers import ClassEmbedder
+from diffusion.training import conditions
+from diffusion.training.conditions import Hints, Label, Text
+
+NULL = (7, 0, 0)
+TOKENS = jnp.array([[1, 2, 0], [3, 0, 0]], jnp.int32)
+
+
+def table(variables, tokens, mask=None, keys=None):
+    """A text encoder: each token's row, which nothing else changes."""
+    return variables["params"]["rows"][tokens]
+
+
+PARAMS = {"text_encoder": {"rows": jnp.arange(16.0).reshape(8, 2)}}
+TEXT = Text(types.SimpleNamespace(apply=table), NULL, mask_padding=True)
+
+
+def test_a_caption_becomes_a_context_and_its_mask():
+    given = TEXT.encode(PARAMS, {"tokens": TOKENS})
+    np.testing.assert_array_equal(given["context"][0, 1], [4.0, 5.0])
+    np.testing.assert_array_equal(given["context_mask"], TOKENS != 0)
+    assert set(Text(TEXT.encoder, NULL).encode(PARAMS, {"tokens": TOKENS})) == {"context"}
+
+
+def test_what_is_dropped_is_what_guidance_takes_for_nothing():
+    """One null condition: a batch dropped whole is the null batch."""
+    told = {"text": TEXT, "label": Label(5), "hint": Hints()}
+    batch = {"tokens": TOKENS, "label": jnp.array([0, 4]), "other": jnp.arange(2)}
+    nothing = {**batch, **conditions.null(told, PARAMS, batch)}
+    np.testing.assert_array_equal(nothing["tokens"], [NULL, NULL])
+    np.testing.assert_array_equal(nothing["label"], [5, 5])
+    dropped = conditions.drop(told, PARAMS, batch, jnp.array([True, True]))
+    jax.tree.map(np.testing.assert_array_equal, dropped, nothing)
+    half = conditions.drop(told, PARAMS, batch, jnp.array([False, True]))
+    np.testing.assert_array_equal(half["tokens"], [TOKENS[0], NULL])
+    np.testing.assert_array_equal(half["label"], [0, 5])
+    np.testing.assert_array_equal(half["other"], [0, 1])
+
+
+def test_stored_contexts_are_taken_and_dropped_to_the_empty_captions():
+    stored = jnp.full((2, 3, 2), -1.0, jnp.float16)
+    batch = {"tokens": TOKENS, "context": stored}
+    np.testing.assert_array_equal(TEXT.encode(PARAMS, batch)["context"], stored)
+    half = conditions.drop({"text": TEXT}, PARAMS, batch, jnp.array([True, False]))
+    assert half["context"].dtype == jnp.float16
+    empty = TEXT.encode(PARAMS, {"tokens": jnp.array([NULL])})["context"][0]
+    np.testing.assert_array_equal(half["context"], np.stack([empty, stored[1]]))
+
+
+def test_a_negative_caption_stands_for_the_empty_one():
+    batch = {"tokens": TOKENS, "negative": TOKENS[::-1]}
+    np.testing.assert_array_equal(TEXT.null(PARAMS, batch)["tokens"], TOKENS[::-1])
+
+
+def test_a_label_is_given_as_it_is_or_as_a_context():
+    label, batch = Label(5), {"label": jnp.array([2, 5])}
+    assert label.init(jax.random.key(0))[1] == {}
+    np.testing.assert_array_equal(label.encode({}, batch)["labels"], [2, 5])
+    embedded = Label(5, ClassEmbedder(6, 4))
+    given, params = embedded.init(jax.random.key(0))
+    assert set(given) == {"context"} and given["context"].shape == (1, 1, 4)
+    rows = jax.tree.leaves(params["class_embedder"])[0]
+    np.testing.assert_array_equal(
+        embedded.encode(params, batch)["context"][:, 0], rows[np.array([2, 5])]
+    )
+
+
+@pytest.mark.parametrize(("columns", "scales"), [(("hint",), None), (("hint_0", "hint_1"), (1, 2))])
+def test_control_pictures_lie_between_0_and_1(columns, scales):
+    batch = {n: jnp.full((2, 4, 4, 3), 51 * (i + 1), jnp.uint8) for i, n in enumerate(columns)}
+    for i, scale in enumerate(scales or ()):
+        batch[f"hint_scale_{i}"] = jnp.full(2, float(scale))
+    given = Hints().encode({}, batch)
+    np.testing.assert_allclose([h[0, 0, 0, 0] for h in given["hints"]], [0.2, 0.4][: len(columns)])
+    assert [int(s[0]) for s in given.get("hint_scales", ())] == list(scales or ())
+    assert Hints().null({}, batch) == {} and Hints().encode({}, {}) == {}

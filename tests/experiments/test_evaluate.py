@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from diffusion.interop import inception as inception_files
 from diffusion.interop.files import to_tensors
 from diffusion.metrics import frechet
+from diffusion.training import codec
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import presets, sample_sets
 from experiments.evaluate.features import Judge
@@ -405,7 +406,7 @@ def test_weights_of_another_hash_are_refused(job, tmp_path, capsys):
 
 def test_rounding_is_that_of_sampling():
     x = np.random.default_rng(0).uniform(-1.2, 1.2, (2, 9, 9, 3)).astype(np.float32)
-    known = generate.to_uint8(jnp.asarray(x))
+    known = codec.to_uint8(jnp.asarray(x))
     again = sample_sets.to_uint8(np.clip((x + 1) / 2, 0, 1), "nearest")
     np.testing.assert_array_equal(again, known)
 

@@ -128,7 +128,7 @@ def _pictures(root: pathlib.Path, seed: int) -> None:
         Panel([logged(writers.read(root / name), "loss")], {"title": name, **settings})
         for name in ("autoencoder", "classifier", "ldm")
     ]
-    pictures.figure(root / "loss.png", panels, columns=3)
+    pictures.figure(root / "loss.png", panels, columns=3, size=(4.2, 3.2))
 
 
 def table(results: dict) -> str:

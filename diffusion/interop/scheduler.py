@@ -62,8 +62,8 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Scheduler:
-    """`schedule`: name and arguments of a constructor of `process.schedules`; `sampler` and
-    `options` likewise of `process.samplers`; `clip`: predicted x0 to [-1, 1]."""
+    """`schedule`: name and arguments of one of `process/schedules.py`; `sampler` and
+    `options` likewise of `process/samplers`; `clip`: predicted x0 to [-1, 1]."""
 
     schedule: dict[str, Any]
     prediction: str

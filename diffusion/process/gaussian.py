@@ -88,7 +88,7 @@ def posterior_tables(schedule: Schedule) -> dict[str, np.ndarray]:
     """
     if not schedule.num_steps or not schedule.variance_preserving:
         raise ValueError(
-            f"process.schedule: {type(schedule).__name__} has no posterior per step; the "
+            f"schedule={type(schedule).__name__} has no posterior per step: the "
             "variational bound needs a discrete variance-preserving schedule, as ddpm_linear"
         )
     t = np.arange(schedule.num_steps)[::-1]
@@ -158,11 +158,11 @@ CONVERSIONS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-def check_prediction(prediction: str, key: str = "process.prediction") -> str:
-    """The name itself, or ValueError."""
+def check_prediction(prediction: str, argument: str = "prediction") -> str:
+    """The name itself, or ValueError, which names the argument."""
     if prediction not in CONVERSIONS:
         raise ValueError(
-            f"{key}: {prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}"
+            f"{argument}={prediction!r} is unknown: choose one of {', '.join(PREDICTIONS)}"
         )
     return prediction
 
@@ -219,9 +219,9 @@ def split_variance(output: Array, x: Array, learned: bool) -> tuple[Array, Array
     channels, expected = output.shape[-1], x.shape[-1] * (2 if learned else 1)
     if channels != expected:
         raise ValueError(
-            f"process.variance: the network has {channels} output channels for {x.shape[-1]} of "
-            f"data, but {'learned' if learned else 'fixed'} variance needs {expected}; set "
-            f"process.variance to {'fixed_large' if learned else 'learned'} or change the network"
+            f"the network has {channels} output channels for {x.shape[-1]} of data, but "
+            f"{'learned' if learned else 'fixed'} variance needs {expected}: choose "
+            f"{'fixed_large' if learned else 'learned'} or change the network"
         )
     if not learned:
         return output, None
@@ -234,8 +234,8 @@ def check_terminal(schedule: Schedule, prediction: str) -> None:
     alpha = float(schedule.alpha(np.asarray(schedule.time_range[1])))
     if prediction == "eps" and alpha == 0:
         raise ValueError(
-            "process.prediction: 'eps' cannot give x0 on a schedule whose last alpha is 0 (zero "
-            "terminal SNR, rectified flow), since eq. 4 divides by alpha; predict 'v', 'x0' or "
+            "prediction='eps' cannot give x0 on a schedule whose last alpha is 0 (zero "
+            "terminal SNR, rectified flow), since eq. 4 divides by alpha: predict 'v', 'x0' or "
             "'velocity'"
         )
 

@@ -56,13 +56,9 @@ def classifier_free(
     empty interval or a rescale outside [0, 1].
     """
     if interval is not None and not interval[0] <= interval[1]:
-        raise ValueError(
-            f"sample.guidance_interval: {interval}, but low <= high must hold; swap the two"
-        )
+        raise ValueError(f"interval={interval}, but low <= high must hold: swap the two")
     if not 0 <= rescale <= 1:
-        raise ValueError(
-            f"sample.guidance_rescale: {rescale}, but it must lie in [0, 1]; the paper uses 0.7"
-        )
+        raise ValueError(f"rescale={rescale}, but it must lie in [0, 1]: the paper uses 0.7")
 
     def denoise(x_t: Array, t: Array) -> Any:
         cond, rest = _split(denoise_cond(x_t, t))
@@ -90,9 +86,7 @@ def dynamic_threshold(denoise: Denoise, percentile: float | int = 0.995) -> Deno
     Imagen §2.3 (arXiv:2205.11487). Raises ValueError for a percentile outside (0, 1].
     """
     if not 0 < percentile <= 1:
-        raise ValueError(
-            f"sample.dynamic_threshold: {percentile}, but it must lie in (0, 1]; Imagen's is 0.995"
-        )
+        raise ValueError(f"percentile={percentile}, but it must lie in (0, 1]: Imagen's is 0.995")
 
     def threshold(x0: Float[Array, "batch *shape"]) -> Array:
         magnitude = jnp.abs(x0.reshape(x0.shape[0], -1))

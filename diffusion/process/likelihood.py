@@ -62,9 +62,7 @@ def discretized_log_likelihood(
 def check_variance(variance: str) -> str:
     """The name itself, or ValueError."""
     if variance not in VARIANCES:
-        raise ValueError(
-            f"process.variance: {variance!r} is unknown; choose one of {', '.join(VARIANCES)}"
-        )
+        raise ValueError(f"variance={variance!r} is unknown: choose one of {', '.join(VARIANCES)}")
     return variance
 
 
@@ -82,8 +80,8 @@ def log_variance(
         return gather("log_noise_variance")
     if output is None:
         raise ValueError(
-            "process.variance: 'learned' needs a denoise that returns (x0, variance output); make "
-            "it with learned_variance=True or set process.variance to fixed_large"
+            "variance='learned' needs a denoise that returns (x0, variance output): make it with "
+            "learned_variance=True, or choose fixed_large"
         )
     fraction = (output + 1) / 2
     return fraction * gather("log_beta") + (1 - fraction) * gather("log_variance")

@@ -54,8 +54,8 @@ def lognormal_times(keys: Key[Array, "batch"], schedule: Schedule) -> Array:
     """EDM's training levels: sigma = exp(P_mean + P_std n), (batch,), as times of the schedule."""
     if not isinstance(schedule, EDM):
         raise ValueError(
-            f"process.times: 'lognormal' draws levels sigma for EDM's schedule, not for "
-            f"{type(schedule).__name__}; choose uniform or logit_normal"
+            f"times='lognormal' draws levels sigma for EDM's schedule, not for "
+            f"{type(schedule).__name__}: choose uniform or logit_normal"
         )
     return jnp.exp(schedule.p_mean + schedule.p_std * normal(keys, keys.shape))
 
@@ -66,8 +66,8 @@ def logit_normal_times(
     """t = sigmoid(mean + std n), (batch,): SD3's eq. 19 (arXiv:2403.03206)."""
     if schedule.num_steps is not None or schedule.time_range != (0.0, 1.0):
         raise ValueError(
-            f"process.times: 'logit_normal' draws t in (0, 1), which {type(schedule).__name__} "
-            "does not run over; choose uniform, or the schedule flow"
+            f"times='logit_normal' draws t in (0, 1), which {type(schedule).__name__} "
+            "does not run over: choose uniform, or the schedule flow"
         )
     return jax.nn.sigmoid(mean + std * normal(keys, keys.shape))
 
@@ -93,7 +93,7 @@ def draw(
     """
     times = times or ("lognormal" if isinstance(schedule, EDM) else "uniform")
     if times not in TIMES:
-        raise ValueError(f"process.times: {times!r} is unknown; choose one of {', '.join(TIMES)}")
+        raise ValueError(f"times={times!r} is unknown: choose one of {', '.join(TIMES)}")
     t = TIMES[times](stream(keys, TIME_PURPOSE), schedule, **options)
     return t, normal(stream(keys, NOISE_PURPOSE), x0.shape, x0.dtype)
 
@@ -128,7 +128,7 @@ def weight(
         scaled = (sigma**2 + alpha**2 * sigma_data**2) / sigma_data**2
     else:
         raise ValueError(
-            f"process.weighting: {weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}"
+            f"weighting={weighting!r} is unknown: choose one of {', '.join(WEIGHTINGS)}"
         )
     return scaled / squared_jacobian(prediction, alpha, sigma, sigma_data)
 
@@ -185,17 +185,17 @@ def _check(schedule: Schedule, prediction: str, norm: str, weighting: str, varia
     gaussian.check_terminal(schedule, gaussian.check_prediction(prediction))
     likelihood.check_variance(variance)
     if norm not in NORMS:
-        raise ValueError(f"process.norm: {norm!r} is unknown; choose one of {', '.join(NORMS)}")
+        raise ValueError(f"norm={norm!r} is unknown: choose one of {', '.join(NORMS)}")
     if weighting not in WEIGHTINGS:
         raise ValueError(
-            f"process.weighting: {weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}"
+            f"weighting={weighting!r} is unknown: choose one of {', '.join(WEIGHTINGS)}"
         )
     if weighting == "vlb" or variance == "learned":
         gaussian.posterior_tables(schedule)
     if norm == "l1" and weighting in ("min_snr", "edm", "vlb"):
         raise ValueError(
-            f"process.norm: 'l1' with process.weighting {weighting!r}, which weighs squared "
-            "errors; set process.weighting to simple or process.norm to l2"
+            f"norm='l1' with weighting={weighting!r}, which weighs squared errors: choose "
+            "weighting simple, or norm l2"
         )
 
 

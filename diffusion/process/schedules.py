@@ -94,19 +94,19 @@ class Discrete:
         table = np.array(self.alpha_bar, np.float64)
         if table.ndim != 1 or table.size == 0:
             raise ValueError(
-                f"process.num_steps: the table alpha_bar has shape {table.shape}, "
-                "but a discrete schedule needs T >= 1 levels; set num_steps to at least 1"
+                f"alpha_bar has shape {table.shape}, but a discrete schedule needs T >= 1 levels: "
+                "give at least 1"
             )
         if not np.all(np.isfinite(table)) or table[0] > 1 or table[-1] < 0:
             raise ValueError(
-                f"process.schedule: alpha_bar runs from {table[0]} to {table[-1]}, "
-                "but must be finite and lie in [0, 1]; choose every beta in [0, 1]"
+                f"alpha_bar runs from {table[0]} to {table[-1]}, "
+                "but must be finite and lie in [0, 1]: choose every beta in [0, 1]"
             )
         rising = np.flatnonzero(np.diff(table) >= 0)
         if rising.size:
             raise ValueError(
-                f"process.schedule: alpha_bar must decrease strictly, but alpha_bar[{rising[0]}] = "
-                f"{table[rising[0]]} is followed by {table[rising[0] + 1]}; choose every beta > 0"
+                f"alpha_bar must decrease strictly, but alpha_bar[{rising[0]}] = "
+                f"{table[rising[0]]} is followed by {table[rising[0] + 1]}: choose every beta > 0"
             )
         table.flags.writeable = False
         object.__setattr__(self, "alpha_bar", table)
@@ -207,8 +207,8 @@ class EDM:
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
-                f"process.sigma_min, process.sigma_max: {self.sigma_min}, {self.sigma_max}, "
-                "but 0 < sigma_min < sigma_max must hold; EDM's are 0.002 and 80"
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, "
+                "but 0 < sigma_min < sigma_max must hold: EDM's are 0.002 and 80"
             )
 
     @property
@@ -281,7 +281,7 @@ def from_betas(betas: np.ndarray | list) -> Discrete:
 def _positive(num_steps: int) -> int:
     if num_steps < 1:
         raise ValueError(
-            f"process.num_steps: {num_steps}, but a discrete schedule needs T >= 1; "
+            f"num_steps={num_steps}, but a discrete schedule needs T >= 1: "
             "DDPM uses 1000, Improved DDPM 4000"
         )
     return num_steps
@@ -342,8 +342,8 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
         return schedule
     if not isinstance(schedule, Discrete) or schedule.num_steps < 2:
         raise ValueError(
-            f"process.zero_terminal_snr: {type(schedule).__name__}, {schedule.num_steps} steps, "
-            "but only a variance-preserving schedule of T >= 2 levels can be rescaled; use another "
+            f"zero_terminal_snr of {type(schedule).__name__}, {schedule.num_steps} steps, "
+            "but only a variance-preserving schedule of T >= 2 levels can be rescaled: use another "
             "schedule or leave zero_terminal_snr off"
         )
     root = np.sqrt(schedule.alpha_bar)

@@ -8,7 +8,7 @@ A reference file is an .npz that this module writes, or a public one:
     pytorch-fid's    mu, sigma; of the Inception's 2,048 features, of images that it does not name
     guided-diffusion arr_0, images to be seen again, and mu, sigma, mu_s, sigma_s of the whole set
 
-Ours is made of the very arrays that training reads (`data.open_images`, the loader, the config's
+Ours is made of the very arrays that training reads (`run/data.py`, the loader, the config's
 crop and padding), so that one image cannot be prepared in two ways. Whatever the file says of
 itself and the evaluation contradicts is refused; what a public file leaves open is named in the
 results.

@@ -3,8 +3,10 @@
 Everything that a config can be wrong in raises ValueError here, before anything is written.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -61,12 +63,28 @@ def options(section: ConfigDict | dict[str, Any]) -> dict[str, Any]:
 
 
 def construct(make: Callable[..., Any], section: ConfigDict | dict, key: str, **more: Any) -> Any:
-    """`make` of a section's keys; a key that it lacks is refused by name."""
+    """`make` of a section's keys; a key that it lacks is refused by name, and so is a value."""
     try:
-        return make(**options(section), **more)
+        with naming(key, more):
+            return make(**options(section), **more)
     except TypeError as error:
         name = getattr(make, "__name__", key)
         raise ValueError(f"{key} has a key that {name} lacks ({error})") from error
+
+
+@contextlib.contextmanager
+def naming(key: str, above: Collection[str] = ()) -> Iterator[None]:
+    """The library's errors begin with its argument, "eta=2 ..."; here with the key of the config,
+    "sample.options.eta=2 ...". Arguments `above` stand in the section around `key`."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        argument = re.match(r"(\w+)=", text)
+        if argument is None:
+            raise ValueError(f"{key}: {text}") from error
+        home = key.rpartition(".")[0] if argument[1] in above else key
+        raise ValueError(f"{home}.{text}") from error
 
 
 def schedule(config: ConfigDict) -> schedules.Schedule:
@@ -74,7 +92,10 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
     make = choose(SCHEDULES, section.name, "process.schedule.name")
     rest = {k: v for k, v in section.items() if k != "zero_terminal_snr"}
     made = construct(make, rest, "process.schedule")
-    return schedules.zero_terminal_snr(made) if section.get("zero_terminal_snr") else made
+    if "zero_terminal_snr" in section and section.zero_terminal_snr:
+        with naming("process.schedule"):
+            return schedules.zero_terminal_snr(made)
+    return made
 
 
 def sampler(config: ConfigDict, strength: float = 1.0, **changed: Any) -> Sampler:
@@ -260,7 +281,8 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         losses.draw, schedule=noising, times=None if resample else config.process.times or None
     )
     one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    jax.eval_shape(lambda key, x0: draw(key[None], x0=x0), jax.random.key(0), one)  # checks names
+    with naming("process"):  # checks names
+        jax.eval_shape(lambda key, x0: draw(key[None], x0=x0), jax.random.key(0), one)
     sampler(config)  # one that the schedule cannot serve is refused now, not after training
     return Denoiser(
         network=denoiser_network(config),

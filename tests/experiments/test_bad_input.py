@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 
+from configs import digits_pixel
 from experiments import encode_latents, prepare_data, sample, train
 from experiments.evaluate import __main__ as evaluate
 from experiments.host import cli
 from experiments.plan import __main__ as plan
+from experiments.run import build
 
 COMMANDS = {
     "train": train,
@@ -166,3 +168,30 @@ def test_latents_of_another_first_stage_are_refused(job, tmp_path, capsys):
     assert run("train", config, *argv, "--config.model.autoencoder.channels=48") == 2
     refused(capsys, "channels", "48", "96")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--config.process.schedule.num_steps=0",), "process.schedule.num_steps=0, "),
+        (("--config.process.objective.norm=l3",), "process.objective.norm='l3' "),
+        (("--config.process.objective.weighting=snr",), "process.objective.weighting='snr' "),
+        (("--config.process.prediction=noise",), "process.prediction='noise' "),
+        (("--config.process.times=often",), "process.times='often' "),
+        (("--config.sample.steps=0",), "sample.steps=0, "),
+    ],
+)
+def test_an_error_of_the_library_is_told_by_the_key_of_the_config(
+    argv, words, job, tmp_path, capsys
+):
+    argv = (f"--workdir={tmp_path}/run", f"--config.data.dir={job}/data", *argv)
+    assert run("train", PIXEL, *argv) == 2
+    refused(capsys, f"error: {words}")
+
+
+def test_an_option_of_a_sampler_is_told_by_its_key():
+    config = digits_pixel.get_config("smoke")
+    config.sample.options = {"eta": 2.0}
+    config.sample.sampler = "ddim"
+    with pytest.raises(ValueError, match=r"^sample\.options\.eta=2\.0, but it must lie in"):
+        build.sampler(config)

@@ -247,10 +247,10 @@ def test_second_moment_resampler():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: losses.objective(DDPM, "epsilon"), r"process\.prediction: 'epsilon'.*eps, x0"),
-        (lambda: losses.objective(DDPM, norm="l3"), r"process\.norm: 'l3'.*l2, l1"),
-        (lambda: losses.objective(DDPM, weighting="snr"), r"process\.weighting: 'snr'.*min_snr"),
-        (lambda: losses.objective(DDPM, variance="free"), r"process\.variance: 'free'"),
+        (lambda: losses.objective(DDPM, "epsilon"), r"^prediction='epsilon'.*eps, x0"),
+        (lambda: losses.objective(DDPM, norm="l3"), r"^norm='l3'.*l2, l1"),
+        (lambda: losses.objective(DDPM, weighting="snr"), r"^weighting='snr'.*min_snr"),
+        (lambda: losses.objective(DDPM, variance="free"), r"^variance='free'"),
         (lambda: losses.objective(DDPM, norm="l1", weighting="vlb"), "'l1' with.*'vlb'"),
         (lambda: losses.objective(FLOW, "v", weighting="vlb"), "Flow has no posterior"),
         (lambda: losses.objective(FLOW, "eps"), "'eps' cannot give x0"),
@@ -260,7 +260,7 @@ def test_second_moment_resampler():
         ),
         (lambda: small_draw(DDPM, times="lognormal"), "'lognormal'.*not for Discrete"),
         (lambda: small_draw(DDPM, times="logit_normal"), "'logit_normal'.*Discrete"),
-        (lambda: small_draw(DDPM, times="often"), r"process\.times: 'often' is unknown"),
+        (lambda: small_draw(DDPM, times="often"), r"^times='often' is unknown"),
         (
             lambda: losses.objective(DDPM)(double(1.0), clean(), STEPS, unit()),
             "4 output channels for 2.*fixed variance needs 2",

@@ -81,8 +81,8 @@ def sample(
         x0, variance = out if isinstance(out, tuple) else (out, None)
         if sampler.learned_variance and variance is None:
             raise ValueError(
-                "sample.variance: 'learned' needs a network with a variance output, but this "
-                "denoise returns x0 alone; set sample.variance to fixed_large or fixed_small"
+                "variance='learned' needs a network with a variance output, but this "
+                "denoise returns x0 alone: choose fixed_large or fixed_small"
             )
         return x0.astype(x_t.dtype), variance
 
@@ -143,8 +143,8 @@ def finite(rows: dict[str, np.ndarray]) -> None:
         )
         if bad.size:
             raise ValueError(
-                f"sample.sampler: the coefficient {name!r} of step {bad[0]} is not finite, since "
-                "the schedule has no signal or no noise there; use ddim, or times inside the range"
+                f"the coefficient {name!r} of step {bad[0]} is not finite, since "
+                "the schedule has no signal or no noise there: use ddim, or times inside the range"
             )
 
 
@@ -152,7 +152,7 @@ def need_signal(grid: Grid, sampler: str) -> None:
     """ValueError where the first level has alpha = 0, for samplers that work in sigma / alpha."""
     if grid.alpha[0] == 0:
         raise ValueError(
-            f"sample.sampler: {sampler!r} works in sigma/alpha, which is infinite at the first "
-            f"time {grid.times[0]} of this schedule (zero terminal SNR); use ddim or dpmpp_2m, "
+            f"{sampler} works in sigma/alpha, which is infinite at the first "
+            f"time {grid.times[0]} of this schedule (zero terminal SNR): use ddim or dpmpp_2m, "
             "or start at a smaller time"
         )

@@ -34,7 +34,7 @@ def from_grid(grid: Grid, eta: float | int) -> Sampler:
     """Eq. 1 on this grid."""
     if not 0 <= eta <= 1:
         raise ValueError(
-            f"sample.eta: {eta}, but it must lie in [0, 1]; 0 is deterministic, 1 is ancestral"
+            f"eta={eta}, but it must lie in [0, 1]: 0 is deterministic, 1 is ancestral"
         )
     alpha, sigma = grid.alpha, grid.sigma
     shrink = (alpha[:-1] * sigma[1:]) / (alpha[1:] * sigma[:-1])

@@ -71,8 +71,8 @@ def dpmpp(
     """
     if order not in (1, 2, 3) or (sde and order == 3):
         raise ValueError(
-            f"sample.order: {order} with sde={sde}, but the orders are 1, 2, 3, and 1, 2 for the "
-            "SDE; set sample.order to 2"
+            f"order={order} with sde={sde}, but the orders are 1, 2, 3, and 1, 2 for the "
+            "SDE: choose 2"
         )
     spacing = spacing or default_spacing(schedule, "uniform")
     grid = make_grid(schedule, steps, spacing=spacing, **options)

@@ -82,8 +82,8 @@ def make_grid(
     alpha, sigma, final_time = _final_level(schedule, final)
     if sigma > schedule.sigma(times[-1]):
         raise ValueError(
-            f"sample.final: {final!r} has more noise (sigma {sigma}) than the last evaluated time "
-            f"{times[-1]}; choose 'clean' or a smaller time"
+            f"final={final!r} has more noise (sigma {sigma}) than the last evaluated time "
+            f"{times[-1]}: choose 'clean' or a smaller time"
         )
     return Grid(
         times=times,
@@ -103,13 +103,11 @@ def default_spacing(schedule: Schedule, discrete: str = "leading") -> str:
 
 def _check_steps(schedule: Schedule, steps: int) -> None:
     if steps < 1:
-        raise ValueError(
-            f"sample.steps: {steps}, but at least 1 step is needed; raise sample.steps"
-        )
+        raise ValueError(f"steps={steps}, but at least 1 step is needed: raise it")
     if schedule.num_steps is not None and steps > schedule.num_steps:
         raise ValueError(
-            f"sample.steps: {steps}, but the schedule has only {schedule.num_steps} steps; set "
-            f"sample.steps to at most {schedule.num_steps}"
+            f"steps={steps}, but the schedule has only {schedule.num_steps} steps: choose at most "
+            f"{schedule.num_steps}"
         )
 
 
@@ -117,13 +115,11 @@ def _spaced(
     schedule: Schedule, steps: int, spacing: str, offset: int, rho: float | int
 ) -> np.ndarray:
     if spacing not in SPACINGS:
-        raise ValueError(
-            f"sample.spacing: {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}"
-        )
+        raise ValueError(f"spacing={spacing!r} is unknown: choose one of {', '.join(SPACINGS)}")
     if offset and spacing != "leading":
         raise ValueError(
-            f"sample.steps_offset: {offset} with spacing {spacing!r}, but only 'leading' has an "
-            "offset; set sample.steps_offset to 0"
+            f"steps_offset={offset} with spacing={spacing!r}, but only 'leading' has an "
+            "offset: set it to 0"
         )
     if spacing in ("karras", "logsnr"):
         return _by_level(schedule, steps, spacing, rho)
@@ -131,8 +127,8 @@ def _spaced(
         return _discrete(schedule.num_steps, steps, spacing, offset)
     if spacing == "leading":
         raise ValueError(
-            f"sample.spacing: 'leading' counts steps, which {type(schedule).__name__} does not "
-            "have; choose uniform, linspace, karras or logsnr"
+            f"spacing='leading' counts steps, which {type(schedule).__name__} does not "
+            "have: choose uniform, linspace, karras or logsnr"
         )
     low, high = schedule.time_range
     points = steps if spacing == "linspace" else steps + 1
@@ -156,8 +152,8 @@ def _by_level(schedule: Schedule, steps: int, spacing: str, rho: float | int) ->
     ends = np.array([float(schedule.logsnr(np.asarray(float(t)))) for t in (high, low)])
     if not np.all(np.isfinite(ends)):
         raise ValueError(
-            f"sample.spacing: {spacing!r} needs a finite logsnr at both ends of the schedule, "
-            f"which runs from {ends[0]} to {ends[1]}; choose uniform or trailing"
+            f"spacing={spacing!r} needs a finite logsnr at both ends of the schedule, "
+            f"which runs from {ends[0]} to {ends[1]}: choose uniform or trailing"
         )
     if spacing == "logsnr":
         return schedule.time(np.linspace(ends[0], ends[1], steps + 1)[:-1])
@@ -169,23 +165,22 @@ def _by_level(schedule: Schedule, steps: int, spacing: str, rho: float | int) ->
 def _checked_times(schedule: Schedule, times: np.ndarray, steps: int | None) -> np.ndarray:
     if times.ndim != 1 or times.size == 0 or (steps is not None and times.size != steps):
         raise ValueError(
-            f"sample.times: shape {times.shape} with sample.steps {steps}, but there must be one "
-            "time a step; leave one of the two out"
+            f"times of shape {times.shape} with steps={steps}, but there must be one "
+            "time a step: leave one of the two out"
         )
     low, high = schedule.time_range
     # EDM's times are levels: any positive one is in the schedule.
     inside = np.all(times > 0) if schedule.prior_std != 1 else times.min() >= low
     if not inside or (schedule.prior_std == 1 and times.max() > high):
         raise ValueError(
-            f"sample.times: {times[0]} .. {times[-1]} leave the schedule's {low} .. {high}; lower "
-            "sample.steps_offset or choose times inside"
+            f"times={times[0]} .. {times[-1]} leave the schedule's {low} .. {high}: lower "
+            "steps_offset or choose times inside"
         )
     rising = np.flatnonzero(np.diff(times) >= 0)
     if rising.size:
         raise ValueError(
-            f"sample.times: times must decrease strictly, but {times[rising[0]]} is followed by "
-            f"{times[rising[0] + 1]} among {len(times)}; lower sample.steps or choose another "
-            "sample.spacing"
+            f"times must decrease strictly, but {times[rising[0]]} is followed by "
+            f"{times[rising[0] + 1]} among {len(times)}: lower steps or choose another spacing"
         )
     integral = np.all(times == np.round(times)) and schedule.num_steps is not None
     return times.astype(np.int64 if integral else np.float64)
@@ -198,6 +193,6 @@ def _final_level(schedule: Schedule, final: str | float | int) -> tuple[float, f
     if final == "first":
         final = schedule.time_range[0]
     if isinstance(final, str):
-        raise ValueError(f"sample.final: {final!r} is unknown; choose clean, first or a time")
+        raise ValueError(f"final={final!r} is unknown: choose clean, first or a time")
     t = np.asarray(float(final))
     return float(schedule.alpha(t)), float(schedule.sigma(t)), float(t)

@@ -78,7 +78,7 @@ def heun(
     grid = make_grid(schedule, steps, spacing=spacing, **options)
     coordinates = coordinates or ("flow" if grid.alpha[0] == 0 else "sigma")
     if coordinates not in ("sigma", "flow"):
-        raise ValueError(f"sample.coordinates: {coordinates!r} is unknown; choose sigma or flow")
+        raise ValueError(f"coordinates={coordinates!r} is unknown: choose sigma or flow")
     if coordinates == "sigma" or churn:
         need_signal(grid, "heun")
     gain = np.zeros(grid.steps)

@@ -61,8 +61,8 @@ def pndm(schedule: Schedule, steps: int | None = None, **options) -> Sampler:
     need_signal(grid, "pndm")
     if grid.steps < 4:
         raise ValueError(
-            f"sample.steps: {grid.steps}, but pndm makes 3 Runge-Kutta steps first and needs at "
-            "least 4; raise sample.steps or use plms"
+            f"steps={grid.steps}, but pndm makes 3 Runge-Kutta steps first and needs at "
+            "least 4: raise it or use plms"
         )
     rows = [row for i in range(3) for row in _runge_kutta(grid, schedule, i)]
     rows += [_row(grid, schedule, i, i + 1, ADAMS_BASHFORTH[3]) for i in range(3, grid.steps)]

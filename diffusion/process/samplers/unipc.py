@@ -44,9 +44,9 @@ def unipc(
     Raises ValueError for other orders and variants, and for bh1 where a step is infinite.
     """
     if order not in (1, 2, 3):
-        raise ValueError(f"sample.order: {order}, but UniPC here has orders 1, 2, 3; set it to 2")
+        raise ValueError(f"order={order}, but UniPC here has orders 1, 2, 3: choose 2")
     if variant not in ("bh1", "bh2"):
-        raise ValueError(f"sample.variant: {variant!r} is unknown; choose bh1 or bh2")
+        raise ValueError(f"variant={variant!r} is unknown: choose bh1 or bh2")
     spacing = spacing or default_spacing(schedule, "uniform")
     grid = make_grid(schedule, steps, spacing=spacing, **options)
     orders = _orders(grid, order, lower_order_final)

@@ -73,21 +73,11 @@ def prompts(values: flags.FlagValues) -> list[str] | None:
     return values.prompt
 
 
-def numbers(values: flags.FlagValues, name: str, kind: type) -> list:
-    """A flag that is a list of numbers."""
-    try:
-        return [kind(text) for text in values[name].value or ()]
-    except ValueError as error:
-        raise ValueError(
-            f"--{name}={','.join(values[name].value)} is no list of numbers"
-        ) from error
-
-
 def open_model(values: flags.FlagValues) -> generate.Model:
     """The run with everything that the flags add to it."""
     model = generate.load(cli.require(values, "workdir"), values.weights)
     if values.size:
-        model = pipelines.resized(model, numbers(values, "size", int))
+        model = pipelines.resized(model, cli.numbers(values, "size", int))
     model = pipelines.with_lora(model, values.lora or (), values.lora_scale)
     return pipelines.with_controlnets(model, values.controlnet or ())
 
@@ -95,14 +85,14 @@ def open_model(values: flags.FlagValues) -> generate.Model:
 @cluster.joined
 def main(values: flags.FlagValues) -> None:
     directory = pathlib.Path(cli.require(values, "workdir"))
-    wanted, seeds = prompts(values), numbers(values, "seeds", int) or [values.seed]
+    wanted, seeds = prompts(values), cli.numbers(values, "seeds", int) or [values.seed]
     if values.strength is not None and not values.image:
         raise ValueError(f"--strength={values.strength} needs the --image that it changes")
     out = pathlib.Path(values.out or directory / "samples")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out={out} is a file: name a folder")
     model = open_model(values)
-    scales = numbers(values, "control_scale", float)
+    scales = cli.numbers(values, "control_scale", float)
     given = pipelines.columns(model, values.image, values.mask, values.control or (), scales)
     options = {
         "sampler": values.sampler,

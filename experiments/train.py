@@ -81,14 +81,8 @@ def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, flo
             )
         )
         watchdog = held.enter_context(Watchdog(limits.start_secs, limits.step_secs))
-        restored = checkpoints.restore(abstract)
         batches = held.enter_context(contextlib.closing(run.train_batches()))
-        if restored is None:
-            start, state = 0, run.parallel.init(run.init, key, run.start)
-        else:
-            start, state, data_state, _ = restored
-            state = run.parallel.spread(state)
-            batches.set_state(data_state)
+        start, state = _begin(run, checkpoints, batches, key, abstract)
         writer = make_writer(
             directory,
             wandb_mode=config.wandb.mode,
@@ -106,6 +100,18 @@ def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, flo
             print(f"{'finished at' if finished else 'goes on from'} step {start:,}", flush=True)
         loop = Loop(run, directory, start, state, batches, checkpoints, writer, watchdog, profile)
         return loop.steps(stop)
+
+
+def _begin(
+    run: training.Run, checkpoints: Checkpoints, batches: Loader, key: jax.Array, abstract: Any
+) -> tuple[int, Any]:
+    """The steps that are done and the state after them; `batches` goes on from there."""
+    restored = checkpoints.restore(abstract)
+    if restored is None:
+        return 0, run.parallel.init(run.init, key, run.start)
+    step, state, data_state, _ = restored
+    batches.set_state(data_state)
+    return step, run.parallel.spread(state)
 
 
 def _say_where(parallel: Parallel, abstract: Any) -> None:

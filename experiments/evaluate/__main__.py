@@ -101,8 +101,8 @@ def sweep(
     """The metrics at each guidance scale, and at each number of steps, all else as it is."""
     points = []
     for curve, given in (
-        ("guidance_scale", numbers(values, "sweep_guidance", float)),
-        ("steps", numbers(values, "sweep_steps", int)),
+        ("guidance_scale", cli.numbers(values, "sweep_guidance", float)),
+        ("steps", cli.numbers(values, "sweep_steps", int)),
     ):
         for value in given:
             for name in which:
@@ -135,15 +135,6 @@ def _point(part: Subject, metrics: list[str], curve: str) -> dict[str, Any]:
     if cluster.is_first():
         print(f"{curve} {where[curve]:g} {part.which}: {shown}", flush=True)
     return {**where, **found}
-
-
-def numbers(values: flags.FlagValues, name: str, kind: type) -> list:
-    """A flag that is a list of numbers."""
-    try:
-        return [kind(text) for text in values[name].value or ()]
-    except ValueError as error:
-        listed = ",".join(values[name].value)
-        raise ValueError(f"--{name}={listed} is no list of numbers: give 1,2,4") from error
 
 
 def define(add: cli.Flags) -> None:
@@ -255,7 +246,7 @@ def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> pat
         )
     if values.out is None and subject.directory is None:
         raise ValueError("--out is missing: with --samples alone, name a file for the results")
-    numbers(values, "sweep_guidance", float), numbers(values, "sweep_steps", int)
+    cli.numbers(values, "sweep_guidance", float), cli.numbers(values, "sweep_steps", int)
     return pathlib.Path(values.out or subject.run / "evaluation.json")
 
 

@@ -116,6 +116,18 @@ def require(values: flags.FlagValues, name: str) -> Any:
     return value
 
 
+def numbers(values: flags.FlagValues, name: str, kind: type[int] | type[float]) -> list:
+    """The numbers of a "list" flag; none where it is not given."""
+    given = values[name].value or ()
+    try:
+        return [kind(text) for text in given]
+    except ValueError as error:
+        what, such = ("whole numbers", "1,2,4") if kind is int else ("numbers", "1,2.5,4")
+        raise ValueError(
+            f"--{name}={','.join(given)} must be {what} with commas between: give --{name}={such}"
+        ) from error
+
+
 def flat(config: ConfigDict) -> dict[str, object]:
     """{"optim.learning_rate": 1e-3, ...}: a config's leaves by dotted path."""
     leaves = {}

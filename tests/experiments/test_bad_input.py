@@ -195,3 +195,19 @@ def test_an_option_of_a_sampler_is_told_by_its_key():
     config.sample.sampler = "ddim"
     with pytest.raises(ValueError, match=r"^sample\.options\.eta=2\.0, but it must lie in"):
         build.sampler(config)
+
+
+@pytest.mark.parametrize(("kind", "such"), [(int, "1,2,4"), (float, "1,2.5,4")])
+def test_a_list_of_numbers_is_read_or_refused_with_an_example(kind, such, capsys):
+    def define(add):
+        add.add("list", "sizes", None, "Numbers.")
+
+    found = []
+
+    def main(values):
+        found.append(cli.numbers(values, "sizes", kind))
+
+    assert cli.run(define, main, []) == 0 and cli.run(define, main, ["--sizes=3,4"]) == 0
+    assert found == [[], [3, 4]] and type(found[1][0]) is kind
+    assert cli.run(define, main, ["--sizes=3,many"]) == 2
+    refused(capsys, "--sizes=3,many", f"--sizes={such}")

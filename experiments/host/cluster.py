@@ -4,13 +4,11 @@ A command joins the others where Slurm, Open MPI or a TPU pod started several, o
 
     --coordinator=HOST:PORT --num_processes=N --process_id=I
 
-Process 0 is the coordinator. Before JAX's own service starts, the others come to its address and
-are counted, so that whoever is missing is named in a sentence when the time is up; JAX would abort.
-With one process nothing here does anything.
-
-What ends one process ends all. A process that fails leaves at once, and the runtime of the others
-finds it gone: within --heartbeat_secs and a few seconds they end as well, by SIGABRT (status 134),
-or with status 77 where a collective failed first. The same command started again resumes.
+Process 0 is the coordinator: the others come to its address and are counted before JAX's own
+service starts, so that whoever is missing in time is named in a sentence; JAX would abort. What
+ends one process ends all: the runtime of the others finds it gone, and within --heartbeat_secs and
+a few seconds they end by SIGABRT (status 134), or with status 77 where a collective failed first.
+The same command started again resumes. With one process nothing here does anything.
 """
 
 import functools
@@ -62,21 +60,16 @@ def from_flags(values: flags.FlagValues) -> Place | None:
     given = [name for name in names if values[name].value is not None]
     if not given:
         return None
-    missing = [name for name in names if name not in given]
-    if missing:
-        raise ValueError(f"--{given[0]} was given without --{missing[0]}: give {_all(names)}")
+    if missing := [name for name in names if name not in given]:
+        raise ValueError(f"--{given[0]} was given without --{missing[0]}: give both")
     if not re.fullmatch(r"\S+:\d{1,5}", values.coordinator):
         raise ValueError(f"--coordinator={values.coordinator} is not HOST:PORT")
-    if not 0 <= values.process_id < values.num_processes:
+    count, index = values.num_processes, values.process_id
+    if not 0 <= index < count:
         raise ValueError(
-            f"--process_id={values.process_id} is outside 0..{values.num_processes - 1} of "
-            f"--num_processes={values.num_processes}: number the processes from 0"
+            f"--process_id={index} is outside 0..{count - 1}: number --num_processes={count} from 0"
         )
-    return Place(values.coordinator, values.num_processes, values.process_id)
-
-
-def _all(names: tuple[str, ...]) -> str:
-    return ", ".join(f"--{name}" for name in names)
+    return Place(values.coordinator, count, index)
 
 
 def from_slurm(environment: Mapping[str, str]) -> Place | None:
@@ -89,9 +82,9 @@ def from_slurm(environment: Mapping[str, str]) -> Place | None:
         return None
     port = environment.get("JAX_COORDINATOR_PORT", 61440 + int(environment["SLURM_JOB_ID"]) % 4096)
     address = f"{first_host(environment['SLURM_STEP_NODELIST'])}:{port}"
-    seen = environment.get("CUDA_VISIBLE_DEVICES", "")
     a_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
-    shared = len(seen.split(",")) > 1 and not re.fullmatch(r"1(\(x\d+\))?", a_node)
+    several = "," in environment.get("CUDA_VISIBLE_DEVICES", "")
+    shared = several and not re.fullmatch(r"1(\(x\d+\))?", a_node)
     return Place(
         environment.get("JAX_COORDINATOR_ADDRESS", address),
         int(environment["SLURM_STEP_NUM_TASKS"]),
@@ -102,18 +95,15 @@ def from_slurm(environment: Mapping[str, str]) -> Place | None:
 
 def first_host(nodes: str) -> str:
     """`node[003-007,9],other` to `node003`."""
-    head, bracket, rest = nodes.partition("[")
-    if "," in head or not bracket:
-        return head.split(",")[0]
-    first, _, tail = rest.partition("]")
-    return head + re.split("[,-]", first)[0] + tail.split(",")[0]
+    found = re.match(r"([^[,]*)(?:\[([^],-]*)[^]]*\]([^,]*))?", nodes)
+    return "".join(found.groups("")) if found else nodes
 
 
 def _detected_by_jax(environment: Mapping[str, str]) -> bool:
     """Several tasks under Open MPI, or several workers of a TPU pod."""
-    mpi = int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
     pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-    return mpi or pod or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    pod |= "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    return pod or int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
 
 
 def join(values: flags.FlagValues) -> None:
@@ -127,51 +117,39 @@ def join(values: flags.FlagValues) -> None:
     }
     # Signals are the loop's: JAX's own handler would swallow the first.
     jax.config.update("jax_enable_preemption_service", False)
-    if values.coordinator == "auto":
-        jax.distributed.initialize(**limits)
-        return
-    place = from_flags(values) or from_slurm(os.environ)
+    place = None
+    if values.coordinator != "auto":
+        place = from_flags(values) or from_slurm(os.environ)
+        if place is None and not _detected_by_jax(os.environ):
+            return
     if place is None:
-        if _detected_by_jax(os.environ):
-            jax.distributed.initialize(**limits)
-        return
-    if place.count == 1:
-        return
-    meet(place, values.connect_secs)
-    jax.distributed.initialize(
-        place.coordinator,
-        place.count,
-        place.index,
-        place.devices,
-        cluster_detection_method="deactivate",
-        coordinator_bind_address=":".join(_bind(place.coordinator)),
-        **limits,
-    )
+        jax.distributed.initialize(**limits)
+    elif place.count > 1:
+        meet(place, values.connect_secs)
+        jax.distributed.initialize(
+            *place,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address="{}:{}".format(*_bind(place.coordinator)),
+            **limits,
+        )
 
 
-def _bind(coordinator: str) -> tuple[str, str]:
+def _bind(coordinator: str) -> tuple[str, int]:
     """Where process 0 listens: on the loopback address alone if that is what it was named."""
     host, port = coordinator.rsplit(":", 1)
-    return ("127.0.0.1" if host in ("localhost", "127.0.0.1") else "0.0.0.0"), port
+    return ("127.0.0.1" if host in ("localhost", "127.0.0.1") else "0.0.0.0"), int(port)
 
 
 def meet(place: Place, limit_secs: float) -> None:
     """Returns once all processes have come to the coordinator's address, which is free again.
-
-    Raises ValueError that names the address, and on process 0 who is missing.
-    """
-    deadline = time.monotonic() + limit_secs
-    if place.index:
-        _report(place, deadline, limit_secs)
-    else:
-        _await_reports(place, deadline, limit_secs)
+    Raises ValueError that names the address, and on process 0 who is missing."""
+    (_report if place.index else _await_reports)(place, time.monotonic() + limit_secs, limit_secs)
 
 
 def _await_reports(place: Place, deadline: float, limit_secs: float) -> None:
     missing, come = set(range(1, place.count)), []
-    host, port = _bind(place.coordinator)
     try:
-        server = socket.create_server((host, int(port)), backlog=place.count)
+        server = socket.create_server(_bind(place.coordinator), backlog=place.count)
     except OSError as error:
         raise ValueError(
             f"--coordinator={place.coordinator}: process 0 cannot listen there ({error.strerror}): "
@@ -235,10 +213,9 @@ def joined(main: Callable[[Any], int | None]) -> Callable[[Any], int | None]:
 
 def _leave(error: BaseException) -> None:
     """Ends this process without waiting for the others, as a normal exit would."""
-    if isinstance(error, cli.REFUSED) and "Gloo" not in str(error):
-        status = cli.refuse(error)
-    else:
-        status = LOST_PEER
+    refused = isinstance(error, cli.REFUSED) and "Gloo" not in str(error)
+    status = cli.refuse(error) if refused else LOST_PEER
+    if not refused:
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -258,18 +235,18 @@ def together(work: Callable[[], T]) -> T:
     """`work()`; where it is refused on one process, all of them raise. A barrier as well."""
     if jax.process_count() == 1:
         return work()
-    result, error = None, None
+    result = error = None
     try:
         result = work()
     except cli.REFUSED as problem:
         error = problem
     failed = multihost_utils.process_allgather(np.int32(error is not None))
-    if failed.any():
-        first = int(np.argmax(failed))
-        if error is not None and first == jax.process_index():
-            raise error
-        raise ValueError(f"process {first} could not go on: its message says why")
-    return result  # pyright: ignore[reportReturnType]
+    if not failed.any():
+        return result  # pyright: ignore[reportReturnType]
+    first = int(np.argmax(failed))
+    if error is not None and first == jax.process_index():
+        raise error
+    raise ValueError(f"process {first} could not go on: its message says why")
 
 
 class Report(NamedTuple):
@@ -282,13 +259,11 @@ class Report(NamedTuple):
 
     def numbers(self) -> dict[str, float]:
         """For the log; nothing where there is one process."""
-        if len(self.own_secs) < 2:
+        own = self.own_secs
+        if len(own) < 2:
             return {}
-        return {
-            "slowest_process": int(np.argmax(self.own_secs)),
-            "slowest_process_secs": float(np.max(self.own_secs)),
-            "median_process_secs": float(np.median(self.own_secs)),
-        }
+        numbers = {"slowest_process": int(np.argmax(own)), "slowest_process_secs": float(max(own))}
+        return numbers | {"median_process_secs": float(np.median(own))}
 
 
 class Peers:

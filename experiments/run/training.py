@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from diffusion import weights
 from diffusion.data import folder, latents, loader, transforms
+from diffusion.data.sources import Batch
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.interop.perceptual import SOURCES, load_lpips
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
@@ -27,36 +28,40 @@ from experiments.host import cli
 from experiments.run import build, checks, data, networks
 
 
-def batches(config: ConfigDict, source: Any, steps: list) -> loader.Loader:
-    """The training stream of this process."""
-    return loader.Loader(
-        source,
-        config.train.batch_size,
-        config.seed,
-        steps,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What `experiments/train.py` needs, whichever the task."""
+    """What `experiments/train.py` needs, whichever the task.
+
+    data, held_out: a source and the transforms that make batches of it; of the training split, and
+    a function to those of the evaluation split.
+    arguments: of the task's `init`. start: parameters from `init_from`, by network.
+    """
 
     config: ConfigDict
     task: Any
     parallel: Parallel
-    init: Callable[[jax.Array], TrainState]
+    data: tuple[Any, list]
+    held_out: Callable[[], tuple[Any, list]]
     frozen: dict[str, Any]
-    train_batches: Callable[[], loader.Loader]
-    eval_batches: Callable[..., Iterator[dict[str, np.ndarray]]]
+    arguments: dict[str, Any]
+    start: dict[str, Any]
     write_files: Callable[[pathlib.Path], None]
-    start: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `init_from`
 
+    def init(self, key: jax.Array) -> TrainState:
+        return self.task.init(key, **{k: jnp.asarray(v) for k, v in self.arguments.items()})
 
-def _eval_size(config: ConfigDict, placed: Parallel) -> int:
-    """evaluation.batch_size, rounded up to what the devices divide."""
-    return -(-config.evaluation.batch_size // placed.devices) * placed.devices
+    def train_batches(self) -> loader.Loader:
+        """The training stream of this process."""
+        (source, steps), where = self.data, (jax.process_index(), jax.process_count())
+        return loader.Loader(source, self.config.train.batch_size, self.config.seed, steps, *where)
+
+    def eval_batches(self, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+        """The evaluation split once, in batches that the devices divide."""
+        source, steps = self.held_out()
+        wanted, devices = self.config.evaluation, self.parallel.devices
+        size = -(-wanted.batch_size // devices) * devices
+        stop = min(wanted.examples or len(source), len(source))
+        return loader.one_pass(source, size, steps, process_index, process_count, stop=stop)
 
 
 def parallel(config: ConfigDict) -> Parallel:
@@ -94,32 +99,22 @@ def _image_run(config: ConfigDict, placed: Parallel) -> Run:
     ends = _ends(config, tokenizer, len(tokens))
     made = build.task(config, **({"null_tokens": tokens} if tokenizer else {}))
     _check_example(config, made, source, [*steps, *ends])
-    held_out = functools.cache(lambda: data.open_images(config, config.data.eval_split))
+
+    @functools.cache
+    def held_out():
+        held, held_steps = data.open_images(config, config.data.eval_split)
+        return held, [*held_steps, *ends]
+
     if config.evaluation.every_steps:
         held_out()  # a split that is missing is refused now, not after thousands of steps
-
-    def eval_batches(process_index=0, process_count=1):
-        held, held_steps = held_out()
-        stop = min(config.evaluation.examples or len(held), len(held))
-        size, where = _eval_size(config, placed), (process_index, process_count)
-        return loader.one_pass(held, size, [*held_steps, *ends], *where, stop=stop)
 
     def write_files(directory: pathlib.Path) -> None:
         begun.write(config, directory)
         if tokenizer is not None and not (directory / "tokenizer.json").exists():
             tokenizer.save(directory / "tokenizer.json")
 
-    return Run(
-        config,
-        made,
-        placed,
-        functools.partial(made.init, **{k: jnp.asarray(v) for k, v in extra.items()}),
-        frozen,
-        lambda: batches(config, source, [*steps, *ends]),
-        eval_batches,
-        write_files,
-        begun.start,
-    )
+    stream = source, [*steps, *ends]
+    return Run(config, made, placed, stream, held_out, frozen, extra, begun.start, write_files)
 
 
 def perceptual_weights(config: ConfigDict) -> dict[str, Any]:
@@ -184,27 +179,19 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
             shutil.rmtree(workdir / "first_stage", ignore_errors=True)
             copy.rename(workdir / "first_stage")
 
-    def init(key):
-        return made.init(key, jnp.asarray(source.shift), jnp.asarray(source.scale))
-
     context = ("context",) if config.latents.contexts else ()
-    keep = transforms.Keep(("mean", "logvar", "tokens", *context, "label"))
+    stream = source, [transforms.Keep(("mean", "logvar", "tokens", *context, "label"))]
+    scaling = {"latent_shift": source.shift, "latent_scale": source.scale}
     return Run(
         config,
         made,
         placed,
-        init,
+        stream,
+        lambda: stream,
         begun.frozen,
-        lambda: batches(config, source, [keep]),
-        lambda *where: loader.one_pass(
-            source,
-            _eval_size(config, placed),
-            [keep],
-            *where,
-            stop=config.evaluation.examples or None,
-        ),
-        write_files,
+        scaling,
         begun.start,
+        write_files,
     )
 
 

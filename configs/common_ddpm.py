@@ -59,7 +59,7 @@ def smoke_ddpm(config: ConfigDict) -> ConfigDict:
             "groups": 4,
         }
     )
-    if config.process.schedule.get("num_steps"):
+    if "num_steps" in config.process.schedule:
         config.process.schedule.num_steps = min(config.process.schedule.num_steps, 100)
     config.sample.update({"steps": 2, "batch_size": 8})
     return smoke(config)

@@ -102,3 +102,15 @@ def test_every_key_that_is_named_exists(known):
 )
 def test_a_key_that_is_none_is_seen(text, unknown, known):
     assert unknown_keys(text, known) == unknown
+
+
+def test_the_code_supplies_no_default_of_a_config():
+    """A key is read as it stands; `run.config` of a report is a plain dict."""
+    supplied = re.compile(r"(?<![.\w])config(\.\w+)*\.get\(")
+    found = [
+        path.relative_to(ROOT)
+        for folder in ("experiments", "configs", "launch")
+        for path in (ROOT / folder).rglob("*.py")
+        if supplied.search(path.read_text())
+    ]
+    assert not found

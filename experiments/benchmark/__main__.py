@@ -147,10 +147,10 @@ def fitted(config: ConfigDict) -> tuple[ConfigDict, dict[str, Any]]:
     """The config as both sides can run it, and what that changed; so without a peer as well."""
     changed = {}
     config = ConfigDict(config.to_dict())
-    if config.task == "denoiser" and config.model.denoiser.get("pool_context"):
+    if config.task == "denoiser" and build.denoiser_network(config).pool_context:
         config.model.denoiser.pool_context = False  # Diffusers has no such thing
         changed["model.denoiser.pool_context"] = False
-    if config.task == "autoencoder" and config.model.autoencoder.get("patch", 1) > 1:
+    if config.task == "autoencoder" and build.autoencoder(config.model.autoencoder).patch > 1:
         # Nor this one, which is a reshaping of its images before and after: the same network is
         # given the images reshaped.
         patch, space = config.model.autoencoder.patch, build.image_shape(config)[:-1]

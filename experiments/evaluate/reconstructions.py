@@ -139,10 +139,9 @@ def _summary(columns: dict, latents: list, seen: tuple[list, list]) -> dict[str,
 
 def perceptual(config: ConfigDict) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
     """LPIPS of two batches of uint8 images; None where the config names no weights."""
-    section = config.get("perceptual", {})
-    if not section.get("vgg") or not section.get("heads"):
+    if "perceptual" not in config or not (config.perceptual.vgg and config.perceptual.heads):
         return None
-    return _lpips(**section)
+    return _lpips(**config.perceptual)
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,6 +4,7 @@ A video's frames stand side by side, a series is plotted; the .npz has either as
 
     python -m experiments.sample --workdir=DIR --num=64 --prompt="..." --seed=0 --out=DIR
     ... --negative_prompt="..."  --label=207  --seeds=1,2,3  --size=512,768  --tile=512
+    ... --guidance_scale=5 --guidance_rescale=0.7 --guidance_interval=100,900
     ... --image=PNG --strength=0.6            from an image (or, to a model trained for it, upscale)
     ... --image=PNG --mask=PNG                make anew what is white in the mask
     ... --controlnet=DIR --control=PNG        steered by a picture; both may be given several times
@@ -12,16 +13,20 @@ A video's frames stand side by side, a series is plotted; the .npz has either as
 The same seed gives the same noise, and so the same images, for any batch size and device count.
 """
 
+import dataclasses
 import pathlib
 import sys
 
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from diffusion import pictures
 from experiments.host import cli, cluster
 from experiments.run import generate, pipelines
+
+GUIDANCE = ("guidance_rescale", "guidance_interval")  # flags that change the config's
 
 
 def define(add: cli.Flags) -> None:
@@ -48,6 +53,8 @@ def define(add: cli.Flags) -> None:
     add.add("string", "sampler", None, "Default: the config's sample.sampler.")
     add.add("integer", "steps", None, "Sampler steps; default: the config's sample.steps.")
     add.add("float", "guidance_scale", None, "Default: the config's sample.guidance_scale.")
+    add.add("float", "guidance_rescale", None, "Default: the config's sample.guidance_rescale.")
+    add.add("list", "guidance_interval", None, "low,high of t, where guidance acts.")
     add.add("integer", "batch_size", None, "Default: the config's sample.batch_size.")
     add.add("enum", "weights", "ema", "Averaged or raw parameters.", ["ema", "raw"])
     add.add("bool", "npz", False, "Write one samples.npz instead of PNGs.")
@@ -73,11 +80,22 @@ def prompts(values: flags.FlagValues) -> list[str] | None:
     return values.prompt
 
 
+def with_guidance(config: ConfigDict, values: flags.FlagValues) -> ConfigDict:
+    """The config with those of its settings of guidance that the flags change."""
+    config = ConfigDict(config.to_dict())
+    if values.guidance_rescale is not None:
+        config.sample.guidance_rescale = values.guidance_rescale
+    if values.guidance_interval is not None:
+        config.sample.guidance_interval = tuple(cli.numbers(values, "guidance_interval", float))
+    return config.lock()
+
+
 def open_model(values: flags.FlagValues) -> generate.Model:
     """The run with everything that the flags add to it."""
     model = generate.load(cli.require(values, "workdir"), values.weights)
     if values.size:
         model = pipelines.resized(model, cli.numbers(values, "size", int))
+    model = dataclasses.replace(model, config=with_guidance(model.config, values))
     model = pipelines.with_lora(model, values.lora or (), values.lora_scale)
     return pipelines.with_controlnets(model, values.controlnet or ())
 
@@ -126,6 +144,7 @@ def main(values: flags.FlagValues) -> None:
     used = {k: v if v is not None else model.config.sample[k] for k, v in options.items()}
     text = {
         **{key: str(value) for key, value in used.items()},
+        **{key: str(model.config.sample[key]) for key in GUIDANCE if values[key].present},
         "weights": values.weights,
         "checkpoint": model.checkpoint_hash,
         "step": str(model.step),

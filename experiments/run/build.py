@@ -24,7 +24,7 @@ from diffusion.models.lora import Lora
 from diffusion.models.perceptual import LPIPS
 from diffusion.models.text_encoder import TextTransformer
 from diffusion.models.unet import UNet
-from diffusion.process import losses, schedules
+from diffusion.process import guidance, losses, schedules
 from diffusion.process.samplers import SAMPLERS, Sampler
 from diffusion.training import conditions, optim
 from diffusion.training.adversarial import Adversary
@@ -120,6 +120,24 @@ def sampler(config: ConfigDict, strength: float = 1.0, **changed: Any) -> Sample
     times = full.rows["t"][np.append(0, full.ends[:-1] + 1)][-kept:]
     chosen = {k: v for k, v in chosen.items() if k not in ("spacing", "steps_offset")}
     return construct(make, chosen, "sample.options", **given, times=times)
+
+
+def guided(config: ConfigDict, conditional: Any, unconditional: Any, scale: float) -> Any:
+    """Classifier-free guidance of two functions denoise(x_t, t), as `config.sample` has it."""
+    section = config.sample
+    interval = tuple(section.guidance_interval)
+    if len(interval) not in (0, 2):
+        raise ValueError(f"sample.guidance_interval={interval} must be (low, high), or ()")
+    return guidance.classifier_free(
+        conditional, unconditional, scale, interval or None, section.guidance_rescale
+    )
+
+
+def bounded(config: ConfigDict, denoise: Any) -> Any:
+    """denoise(x_t, t) with x0 held where `config.sample` wants it."""
+    if config.sample.dynamic_threshold:
+        return guidance.dynamic_threshold(denoise, config.sample.dynamic_threshold)
+    return guidance.clip_x0(denoise) if config.sample.clip else denoise
 
 
 def _compute(config: ConfigDict) -> dict[str, Any]:
@@ -284,6 +302,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     with naming("process"):  # checks names
         jax.eval_shape(lambda key, x0: draw(key[None], x0=x0), jax.random.key(0), one)
     sampler(config)  # one that the schedule cannot serve is refused now, not after training
+    bounded(config, guided(config, lambda x_t, t: x_t, lambda x_t, t: x_t, 1.0))
     return Denoiser(
         network=denoiser_network(config),
         sample_shape=shape,

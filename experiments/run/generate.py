@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from diffusion.data.tokenizers import Tokenizer
-from diffusion.process import gaussian, guidance, samplers
+from diffusion.process import gaussian, samplers
 from diffusion.process import keys as ks
 from diffusion.training import codec, conditions
 from diffusion.training.denoiser import Denoiser
@@ -77,7 +77,6 @@ def denoise_fn(model: Model, params: Any, condition: Any, empty: Any, scale: flo
     schedule = build.schedule(model.config)
     prediction = model.config.process.prediction
     learned = model.config.process.variance == "learned"
-    clip = guidance.clip_x0 if model.config.sample.clip else (lambda f: f)
 
     def denoiser(cond):
         def network(x_t, t):
@@ -86,15 +85,16 @@ def denoise_fn(model: Model, params: Any, condition: Any, empty: Any, scale: flo
         return gaussian.make_denoise(network, schedule, prediction, learned_variance=learned)
 
     if scale == 1.0 or empty is None:
-        return clip(denoiser(condition))
+        return build.bounded(model.config, denoiser(condition))
     both = denoiser(jax.tree.map(paired, condition, empty))
 
     def guided(x_t, t):
         pairs = both(paired(x_t, x_t), paired(t, t))
         cond, uncond = (jax.tree.map(lambda x, i=i: x[i::2], pairs) for i in (0, 1))
-        return guidance.classifier_free(lambda *_: cond, lambda *_: uncond, scale)(x_t, t)
+        guide = build.guided(model.config, lambda *_: cond, lambda *_: uncond, scale)
+        return guide(x_t, t)
 
-    return clip(guided)
+    return build.bounded(model.config, guided)
 
 
 def paired(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -36,14 +36,14 @@ const LAYOUT = {
 
 function chart(figure) {
   const plot = figure.querySelector(".plot"), [log, slider] = figure.querySelectorAll("input");
-  let lines, steps;
+  let lines, steps, size = {};
   const draw = () => {
     lines = data.charts[figure.dataset.key].filter(line => boxes.get(line.run).checked);
     steps = [...new Set(lines.flatMap(line => column(line.points, 0)))].sort((a, b) => a - b);
     slider.max = Math.max(steps.length - 1, 0);
     slider.value = slider.max;
     const yaxis = { type: log.checked ? "log" : "linear", hoverformat: ".4~g", zeroline: false };
-    const size = { width: plot.clientWidth, height: plot.clientHeight };
+    size = { width: plot.clientWidth, height: plot.clientHeight };
     Plotly.react(plot, lines.flatMap(traces), { ...LAYOUT, ...size, yaxis }, { displayModeBar: false });
   };
   const hide = () => Plotly.Fx.unhover(plot);
@@ -53,8 +53,10 @@ function chart(figure) {
     slider.setAttribute("aria-valuetext", `step ${step?.toLocaleString("en")}: ${said.join(", ") || "no run shown"}`);
     Plotly.Fx.hover(plot, { xval: step }, "xy");
   };
-  new ResizeObserver(() => plot.clientWidth && draw()).observe(plot); // at first, too; not while it is folded away
-  drawn.push(draw);
+  const fit = () => { if (plot.clientWidth && plot.clientWidth !== size.width) draw(); }; // not while it is folded away
+  fit();
+  new ResizeObserver(fit).observe(plot);
+  drawn.push(() => { size = {}; fit(); });
   log.onchange = draw;
   slider.oninput = slider.onfocus = point;
   slider.onblur = hide;

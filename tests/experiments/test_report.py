@@ -439,7 +439,7 @@ def browser(tmp_path, *flags):
     found = found or shutil.which("google-chrome")
     if found is None:
         pytest.skip("no Chromium on the PATH: the report was not looked at in a browser")
-    argv = [found, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=4000"]
+    argv = [found, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=10000"]
     done = subprocess.run([*argv, *flags], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

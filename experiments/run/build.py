@@ -128,15 +128,21 @@ def guided(config: ConfigDict, conditional: Any, unconditional: Any, scale: floa
     interval = tuple(section.guidance_interval)
     if len(interval) not in (0, 2):
         raise ValueError(f"sample.guidance_interval={interval} must be (low, high), or ()")
-    return guidance.classifier_free(
-        conditional, unconditional, scale, interval or None, section.guidance_rescale
-    )
+    try:
+        return guidance.classifier_free(
+            conditional, unconditional, scale, interval or None, section.guidance_rescale
+        )
+    except ValueError as error:  # it begins with the argument's name
+        raise ValueError(f"sample.guidance_{error}") from error
 
 
 def bounded(config: ConfigDict, denoise: Any) -> Any:
     """denoise(x_t, t) with x0 held where `config.sample` wants it."""
     if config.sample.dynamic_threshold:
-        return guidance.dynamic_threshold(denoise, config.sample.dynamic_threshold)
+        try:
+            return guidance.dynamic_threshold(denoise, config.sample.dynamic_threshold)
+        except ValueError as error:
+            raise ValueError(f"sample.dynamic_threshold: {error}") from error
     return guidance.clip_x0(denoise) if config.sample.clip else denoise
 
 

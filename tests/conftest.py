@@ -21,7 +21,7 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
 # What one run compiled, the next one reads.
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # Seconds of each file of tests: of the last whole run here, else as they were when committed.
 DURATIONS = (CACHE.with_name("durations.json"), pathlib.Path(__file__).with_name("durations.json"))

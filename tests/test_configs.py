@@ -102,7 +102,14 @@ def test_every_argument_stands_in_the_table(name):
     assert (name in PARAMETERS) == (not words)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+# The same networks as another's, in another combination; ten seconds of tracing each.
+COMBINED = ("stable_diffusion:online", "stable_diffusion:v2,lora", "stable_diffusion:v2,controlnet")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in COMBINED else []) for n in PARAMETERS],
+)
 def test_config_builds_and_counts(name):
     _, state, frozen = plan.shapes(load(*name.split(":")))
     networks = plan.networks(state, frozen)

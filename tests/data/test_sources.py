@@ -57,12 +57,33 @@ def test_crop_resize_is_the_centre_square_bicubic():
     np.testing.assert_array_equal(small, np.asarray(expected))
 
 
-@pytest.mark.parametrize("mode, channels", [("L", 1), ("L", 3), ("RGBA", 3), ("P", 3), ("I;16", 1)])
-def test_decode_gives_the_channels_asked_for(mode, channels):
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("L", 7, [7]),
+        ("L", 7, [7, 7, 7]),
+        ("RGB", (200, 100, 50), [round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)]),  # ITU-R 601
+        ("RGBA", (1, 2, 3, 255), [1, 2, 3]),
+        ("P", 1, [9, 8, 7]),
+    ],
+)
+def test_decode_gives_the_channels_asked_for(mode, colour, expected):
+    image = Image.new(mode, (5, 7), colour)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 9, 8, 7])
     buffer = io.BytesIO()
-    Image.new(mode, (5, 7), 1 if mode != "RGBA" else (1, 2, 3, 255)).save(buffer, "PNG")
-    out = sources.decode_image(buffer.getvalue(), channels, None)
-    assert out.shape == (7, 5, channels) and out.dtype == np.uint8
+    image.save(buffer, "PNG")
+    out = sources.decode_image(buffer.getvalue(), len(expected), None)
+    np.testing.assert_array_equal(out, np.full((7, 5, len(expected)), expected, np.uint8))
+    assert out.dtype == np.uint8
+
+
+def test_decode_keeps_the_order_of_sixteen_bits():
+    """However 16 bits become 8, black stays black and a lighter pixel does not get darker."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 100, 200, 255]], np.uint16)).save(buffer, "PNG")
+    out = sources.decode_image(buffer.getvalue(), 1, None)[0, :, 0].astype(int)
+    assert out[0] == 0 and (np.diff(out) >= 0).all() and out.shape == (4,)
 
 
 def broken(data_dir: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:

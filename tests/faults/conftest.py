@@ -35,6 +35,7 @@ class Trials:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "PYTHONPATH": str(ROOT),
             "PYTHONWARNINGS": "ignore",  # of a fork in a process that has imported jax
         }

@@ -21,9 +21,12 @@ def test_wilson_matches_published_values():
 
 @pytest.mark.parametrize("successes", [0, 7])
 def test_wilson_is_closed_at_the_ends(successes):
+    """At k = 0 the other end is z^2 / (n + z^2); at k = n it is the mirror image."""
     estimate = wilson(successes, 7)
-    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
-    assert estimate.high - estimate.low > 0.3
+    width = 1.959964**2 / (7 + 1.959964**2)
+    expected = [0, 0, width] if successes == 0 else [1 - width, 1, 1]
+    np.testing.assert_allclose([estimate.low, estimate.value, estimate.high], expected, rtol=1e-6)
+    assert {estimate.low, estimate.high} & {0, 1}  # exactly
 
 
 @pytest.mark.parametrize("successes, trials", [(0, 0), (3, 2), (-1, 2)])

@@ -103,8 +103,19 @@ def test_upsample_and_its_gradient_need_no_gather():
 def test_downsample_halves_and_upsample_doubles(padding, size):
     x = normal(0, 1, 6, 2)
     down, up = layers.Downsample(4, padding), layers.Upsample(4)
-    assert down.init_with_output(jax.random.key(0), x)[0].shape == (1, size, 4)
-    assert up.init_with_output(jax.random.key(0), x)[0].shape == (1, 12, 4)
+    y, params = down.init_with_output(jax.random.key(0), x)
+    assert y.shape == (1, size, 4)
+    (kernel,) = [v for v in jax.tree.leaves(params) if v.ndim == 3]  # (3, 2, 4); the bias is 0
+    left = 1 if padding == 1 else 0
+    padded = np.pad(np.asarray(x), ((0, 0), (left, 2), (0, 0)))
+    windows = np.stack([padded[:, 2 * i : 2 * i + 3] for i in range(size)], 1)
+    np.testing.assert_allclose(y, np.einsum("bikc,kcd->bid", windows, kernel), rtol=2e-5, atol=1e-6)
+    z, params = up.init_with_output(jax.random.key(0), x)
+    assert z.shape == (1, 12, 4)
+    (kernel,) = [v for v in jax.tree.leaves(params) if v.ndim == 3]
+    padded = np.pad(np.repeat(np.asarray(x), 2, 1), ((0, 0), (1, 1), (0, 0)))
+    windows = np.stack([padded[:, i : i + 3] for i in range(12)], 1)
+    np.testing.assert_allclose(z, np.einsum("bikc,kcd->bid", windows, kernel), rtol=2e-5, atol=1e-6)
 
 
 def test_asymmetric_padding_is_tensorflows_same():

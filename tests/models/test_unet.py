@@ -225,10 +225,15 @@ def test_masked_tokens_are_as_if_cut_off(conditional):
     assert not np.allclose(masked, apply(module, params, x, t, **conditions), atol=1e-3)
 
 
-def test_a_fully_masked_context_is_finite(conditional):
+def test_a_fully_masked_context_is_finite_and_no_other_example_s_matter(conditional):
     module, params, x, t, conditions = conditional
-    nothing = jnp.zeros((4, 6), bool)
-    assert np.isfinite(apply(module, params, x, t, **conditions, context_mask=nothing)).all()
+    mask = jnp.ones((4, 6), bool).at[1].set(False)
+    found = apply(module, params, x, t, **conditions, context_mask=mask)
+    assert np.isfinite(found).all()
+    whole = apply(module, params, x, t, **conditions)
+    others = np.array([0, 2, 3])
+    np.testing.assert_allclose(found[others], whole[others], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(found[1], whole[1], atol=1e-3)
 
 
 def test_dropout_needs_keys_and_is_the_same_in_any_batch(conditional):

@@ -6,7 +6,8 @@
 
 A mutation that is not noticed is printed as SURVIVED and makes the status 1. The second measures
 first which tests touch which lines, a whole run of the suite under coverage (`drawn.py` says more;
-`--suites` takes some folders of tests only, and the mutants of the rooms of their names). Run again, it goes on where it stopped.
+`--suites` takes some folders of tests only, and the mutants of the rooms of their names). Run
+again, it goes on where it stopped.
 """
 
 import argparse

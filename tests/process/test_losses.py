@@ -259,6 +259,7 @@ def test_second_moment_resampler():
             "'eps' cannot give x0.*predict 'v'",
         ),
         (lambda: small_draw(DDPM, times="lognormal"), "'lognormal'.*not for Discrete"),
+        (lambda: small_draw(EDM, times="logit_normal"), "'logit_normal'.*EDM"),
         (lambda: small_draw(DDPM, times="logit_normal"), "'logit_normal'.*Discrete"),
         (lambda: small_draw(DDPM, times="often"), r"^times='often' is unknown"),
         (

@@ -4,17 +4,21 @@ from diffusion.interop.autoencoder import load_autoencoder, save_autoencoder
 from diffusion.interop.controlnet import load_controlnet, save_controlnet
 from diffusion.interop.lora import load_lora, save_lora
 from diffusion.interop.text_encoder import load_text_encoder, save_text_encoder
+from diffusion.interop.transformer import load_dit, load_transformer, save_transformer
 from diffusion.interop.unet import load_unet, save_unet
 
 __all__ = [
     "load_autoencoder",
     "load_controlnet",
+    "load_dit",
     "load_lora",
     "load_text_encoder",
+    "load_transformer",
     "load_unet",
     "save_autoencoder",
     "save_controlnet",
     "save_lora",
     "save_text_encoder",
+    "save_transformer",
     "save_unet",
 ]

@@ -25,7 +25,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,6 +51,7 @@ DTYPES = {
 # What stands beside the weights in published checkpoints (callbacks, counters) and is passed over.
 INERT_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")
 INERT = {
+    "argparse.Namespace",
     "numpy.dtype",
     "numpy.ndarray",
     "numpy.core.multiarray.scalar",
@@ -155,12 +156,14 @@ class _Unpickler(pickle.Unpickler):
         return self.storages.setdefault(str(key), _Storage(dtype, str(key), int(numel)))
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read(
+    path: str | os.PathLike, entries: Sequence[str] = ("state_dict",)
+) -> dict[str, np.ndarray]:
     """Every tensor of the file by its name; no code of the file is run.
 
-    Where the file holds a dict with an entry "state_dict", that entry is taken. Entries that are no
-    tensors (step counters, nested dicts) are left out; names are as they stand. Arrays have the
-    dtype that is stored, bfloat16 included, and may share memory and be read-only.
+    Where the file holds a dict with one of the `entries`, the first of them is taken. Entries that
+    are no tensors (step counters, nested dicts) are left out; names are as they stand. Arrays have
+    the dtype that is stored, bfloat16 included, and may share memory and be read-only.
 
     Raises:
       ValueError: naming the file: it is missing, truncated or corrupt, is no file of PyTorch, holds
@@ -173,7 +176,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         with path.open("rb") as file:
             archive = zipfile.is_zipfile(file)
             file.seek(0)
-            return _read_zip(file) if archive else _read_legacy(file)
+            return (_read_zip if archive else _read_legacy)(file, entries)
     except _Refused as error:
         raise ValueError(
             f"{path} asks for {error}, which no tensor is made of, and is not read, since that "
@@ -186,7 +189,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_zip(file: BinaryIO, entries: Sequence[str]) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
@@ -204,10 +207,10 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
                 raise ValueError("a storage is compressed, which PyTorch never does")
             return archive.read(info)  # checks the CRC
 
-        return _tensors(tree, storage)
+        return _tensors(tree, storage, entries)
 
 
-def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_legacy(file: BinaryIO, entries: Sequence[str]) -> dict[str, np.ndarray]:
     if _Unpickler(file).load() != LEGACY_MAGIC:
         raise ValueError("it is neither a zip archive nor a legacy file of torch.save")
     _version, system = (_Unpickler(file).load() for _ in range(2))
@@ -218,12 +221,12 @@ def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
     for key in keys:
         (length,) = struct.unpack("<q", file.read(8))
         stored[key] = file.read(length * unpickler.storages[key].dtype.itemsize)
-    return _tensors(tree, lambda wanted: stored[wanted.key])
+    return _tensors(tree, lambda wanted: stored[wanted.key], entries)
 
 
-def _tensors(tree: Any, storages: Storages) -> dict[str, np.ndarray]:
-    if isinstance(tree, Mapping) and isinstance(tree.get("state_dict"), Mapping):
-        tree = tree["state_dict"]
+def _tensors(tree: Any, storages: Storages, entries: Sequence[str]) -> dict[str, np.ndarray]:
+    if isinstance(tree, Mapping):
+        tree = next((tree[key] for key in entries if isinstance(tree.get(key), Mapping)), tree)
     found = tree.items() if isinstance(tree, Mapping) else ()
     wanted = {name: t for name, t in found if isinstance(name, str) and isinstance(t, _Tensor)}
     if not wanted:

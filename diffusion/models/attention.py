@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from diffusion.models.layers import Conv, Dense, GroupNorm, default_init, zero_init
+from diffusion.models.positions import rotate
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -94,7 +95,8 @@ class Attention(nn.Module):
     """Multi-head attention over tokens, from `x` to itself or to `context`.
 
     `mask`: (batch, keys), or what broadcasts to (batch, heads, queries, keys); True: may be looked
-    at. The output width is that of `x`; `heads * head_dim` need not equal it.
+    at. The output width is that of `x`; `heads * head_dim` need not equal it. qk_norm: "layer" or
+    "rms", over the channels of each head's q and k. angles: rotary positions, for self-attention.
     """
 
     heads: int
@@ -102,6 +104,8 @@ class Attention(nn.Module):
     qkv_bias: bool = False
     out_bias: bool = True
     out_init: Callable[..., Any] = default_init
+    qkv_init: Callable[..., Any] = default_init
+    qk_norm: str | None = None
     dtype: Any = None
 
     @nn.compact
@@ -110,14 +114,22 @@ class Attention(nn.Module):
         x: Float[Array, "batch tokens width"],
         context: Float[Array, "batch keys context_width"] | None = None,
         mask: Bool[Array, "#batch keys"] | Bool[Array, "#batch #heads #tokens keys"] | None = None,
+        angles: Float[Array, "tokens half"] | None = None,
     ) -> Float[Array, "batch tokens width"]:
         context = x if context is None else context
         inner = self.heads * self.head_dim
-        project = functools.partial(Dense, inner, use_bias=self.qkv_bias, dtype=self.dtype)
+        project = functools.partial(
+            Dense, inner, use_bias=self.qkv_bias, kernel_init=self.qkv_init, dtype=self.dtype
+        )
         q, k, v = (
             project(name=name)(tokens).reshape(*tokens.shape[:2], self.heads, self.head_dim)
             for name, tokens in (("to_q", x), ("to_k", context), ("to_v", context))
         )
+        if self.qk_norm is not None:
+            norm = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[self.qk_norm]
+            q, k = (norm(1e-6, self.dtype, name=f"norm_{n}")(h) for n, h in (("q", q), ("k", k)))
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         if mask is not None and mask.ndim == 2:
             mask = mask[:, None, None, :]
         y = dot_product_attention(q, k, v, mask).reshape(*x.shape[:2], inner)
@@ -132,28 +144,29 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two dense layers, `mult` times the width between them.
+    """Two dense layers, `mult` times the width between them (rounded down).
 
-    `activation` is "geglu" (eq. 3) or a key of ACTIVATIONS; ValueError for another.
+    `activation` is "geglu" (eq. 3), "swiglu" (silu(a) * g) or a key of ACTIVATIONS; ValueError for
+    another.
     """
 
     activation: str = "geglu"
-    mult: int = 4
+    mult: int | float = 4
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        gated = self.activation == "geglu"
+        gated = self.activation in ("geglu", "swiglu")
         if not gated and self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"activation={self.activation!r} is unknown: choose geglu or one of "
+                f"activation={self.activation!r} is unknown: choose geglu, swiglu or one of "
                 f"{', '.join(ACTIVATIONS)}"
             )
-        width, inner = x.shape[-1], x.shape[-1] * self.mult
+        width, inner = x.shape[-1], int(x.shape[-1] * self.mult)
         h = Dense(inner * (2 if gated else 1), dtype=self.dtype, name="proj_in")(x)
         if gated:
             h, gate = jnp.split(h, 2, axis=-1)
-            h = h * ACTIVATIONS["gelu"](gate)
+            h = h * ACTIVATIONS["gelu"](gate) if self.activation == "geglu" else nn.silu(h) * gate
         else:
             h = ACTIVATIONS[self.activation](h)
         return Dense(width, dtype=self.dtype, name="proj_out")(h)

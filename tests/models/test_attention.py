@@ -144,8 +144,8 @@ def test_feed_forward_is_its_formula(activation):
 
 
 def test_feed_forward_refuses_an_unknown_activation():
-    with pytest.raises(ValueError, match="activation='swiglu' is unknown"):
-        attention.FeedForward("swiglu").init(jax.random.key(0), jnp.ones((1, 2, 4)))
+    with pytest.raises(ValueError, match="activation='maxout' is unknown"):
+        attention.FeedForward("maxout").init(jax.random.key(0), jnp.ones((1, 2, 4)))
 
 
 @pytest.mark.parametrize("rank", (1, 2, 3))

@@ -1,0 +1,287 @@
+"""Transformers over patches of one, two or three axes: DiT, SiT, LightningDiT, PixArt.
+
+With patches of p places an axis, positions e, a time t, a label or a caption (DiT,
+https://arxiv.org/abs/2212.09748, section 3.2):
+
+    (1)  u = W patches(x) + e
+    (2)  c = W2 silu(W1 emb(t))  [+ class embedding]
+    (3)  [b1, s1, g1, b2, s2, g2] = W silu(c),  a W for each block                     "zero"
+    (4)      "         "          = W silu(c) + table_i,  one W for all blocks i       "single"
+    (5)  u = u + g1 attention((1 + s1) norm(u) + b1)
+         u = u + cross-attention(u, caption)           with `cross` (PixArt, arXiv:2310.00426)
+         u = u + g2 mlp((1 + s2) norm(u) + b2)
+    (6)  out = unpatch(W ((1 + s) norm(u) + b)),  [b, s] = W silu(c)
+
+Gates g and the last W start at zero: each block starts as the identity, the network as zero.
+Patches and positions are `models/positions.py`'s.
+
+LightningDiT (https://arxiv.org/abs/2501.01423) is `positions="rotary"`, `norm="rms"`,
+`activation="swiglu"`, `mult=8 / 3`. Initialisation is DiT's (`facebookresearch/DiT: models.py`):
+q, k and v as one matrix there, hence their smaller scale here.
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, Num
+
+from diffusion.models.attention import ACTIVATIONS, Attention, FeedForward
+from diffusion.models.layers import Dense, timestep_embedding
+from diffusion.models.positions import (
+    patches,
+    per_axis,
+    rotary_angles,
+    sincos_positions,
+    unpatch,
+)
+from diffusion.models.unet import REMAT_POLICIES
+
+TIME_WIDTH = 256  # of eq. 2's sinusoids
+small_init = nn.initializers.normal(0.02)
+# Xavier's bound of one (width, 3 width) matrix: variance 2 / (width + 3 width).
+qkv_init = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+
+
+class Transformer(nn.Module):
+    """`apply({"params": p}, x, t, context, context_mask, labels)`: like x, out_channels.
+
+    patch: places an axis of a patch, one number or one an axis. size: places an axis that the
+    network is made for: another is refused, or with `interpolate` its positions are stretched to
+    those of `size`; None: any size, positions count patches.
+    modulation: "zero" (eq. 3) or "single" (eq. 4). cross: looks at `context`, of `context_width`
+    after a projection (two dense layers). num_classes: labels, the null class counted.
+    positions: "sincos" or "rotary". norm: "layer" (no parameters) or "rms" (a scale). qk_norm:
+    norms of each head's q and k. registers: learned tokens beside the patches (arXiv:2309.16588).
+    activation: of the feed-forward, `models/attention.py`'s. epsilon: of the norms, of that before
+    the feed-forward `mlp_epsilon` where it is given (Diffusers' DiT has 1e-5).
+    freq_shift: of eq. 2's sinusoids; 1 in Diffusers' DiT.
+    dtype: what to compute in; parameters stay float32. remat: None or a key of REMAT_POLICIES.
+    """
+
+    out_channels: int = 4
+    patch: int | tuple[int, ...] = 2
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mult: int | float = 4
+    size: int | tuple[int, ...] | None = None
+    interpolate: bool = False
+    num_classes: int | None = None
+    modulation: str = "zero"
+    cross: bool = False
+    positions: str = "sincos"
+    norm: str = "layer"
+    qk_norm: bool = False
+    registers: int = 0
+    activation: str = "gelu_tanh"
+    epsilon: float = 1e-6
+    mlp_epsilon: float | None = None
+    freq_shift: int | float = 0
+    dtype: Any = None
+    remat: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch *space channels"],
+        t: Num[Array, ""] | Num[Array, "batch"],
+        context: Float[Array, "batch tokens width"] | None = None,
+        context_mask: Bool[Array, "batch tokens"] | None = None,
+        labels: Int[Array, "batch"] | None = None,
+        residuals: Any = None,
+        keys: Key[Array, "batch"] | None = None,
+    ) -> Float[Array, "batch *space out_channels"]:
+        """Float32 or wider. `context_mask` True: may be looked at. `keys`: there is no dropout.
+
+        ValueError where the patch does not divide the size, for another size than the network's,
+        and where fields and conditions contradict.
+        """
+        self._check(context, labels, residuals)
+        patch = per_axis("patch", self.patch, x.ndim - 2)
+        grid = self._grid(x.shape[1:-1], patch)
+        places, angles = self._places(grid, patch), None
+        u = Dense(self.width, dtype=self.dtype, name="patches")(patches(x, patch))
+        if self.positions == "sincos":
+            u = u + jnp.asarray(sincos_positions(places, self.width), u.dtype)[None]
+        else:
+            angles = rotary_angles(places, self.width // self.heads, self.registers)
+        u = self._with_registers(u)
+        c, shared = self._condition(x, t, labels)
+        if self.cross:
+            context = self._project(context)
+        block = nn.remat(Block, policy=REMAT_POLICIES[self.remat]) if self.remat else Block
+        for i in range(self.depth):
+            make = block(
+                self.width,
+                self.heads,
+                self.mult,
+                self.modulation,
+                self.cross,
+                self.norm,
+                self.qk_norm,
+                self.activation,
+                self.epsilon,
+                self.mlp_epsilon,
+                dtype=self.dtype,
+                name=f"blocks_{i}",
+            )
+            u = make(u, c if shared is None else shared, context, context_mask, angles)
+        u = self._out(u[:, self.registers :], c, math.prod(patch))
+        return unpatch(u, grid, patch).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def _condition(self, x: Array, t: Array, labels: Array | None) -> tuple[Array, Array | None]:
+        """Eq. 2; and W silu(c) of eq. 4 where one W serves all blocks."""
+        t = jnp.broadcast_to(t, x.shape[:1]).astype(jnp.promote_types(x.dtype, jnp.float32))
+        dense = functools.partial(Dense, kernel_init=small_init, dtype=self.dtype)
+        c = timestep_embedding(t, TIME_WIDTH, freq_shift=self.freq_shift)
+        c = dense(self.width, name="time_2")(nn.silu(dense(self.width, name="time_1")(c)))
+        if self.num_classes is not None:
+            embed = nn.Embed(
+                self.num_classes,
+                self.width,
+                self.dtype,
+                embedding_init=small_init,
+                name="class_embedding",
+            )
+            c = c + embed(labels)
+        if self.modulation == "zero":
+            return c, None
+        return c, dense(6 * self.width, name="modulation")(nn.silu(c))
+
+    def _out(self, u: Array, c: Array, places: int) -> Array:
+        """Eq. 6, but its unpatch."""
+        if self.modulation == "zero":
+            both = _zero_dense(2 * self.width, self.dtype, "out_modulation")(nn.silu(c))
+        else:
+            both = jnp.tile(c, (1, 2)) + _table(self, 2, self.width)[None].astype(c.dtype)
+        shift, scale = jnp.split(both[:, None], 2, axis=-1)
+        u = make_norm(self.norm, self.epsilon, self.dtype, "norm_out")(u) * (1 + scale) + shift
+        return _zero_dense(places * self.out_channels, self.dtype, "out")(u)
+
+    def _project(self, context: Array | None) -> Array:
+        dense = functools.partial(Dense, self.width, kernel_init=small_init, dtype=self.dtype)
+        hidden = ACTIVATIONS["gelu_tanh"](dense(name="context_1")(context))
+        return dense(name="context_2")(hidden)
+
+    def _with_registers(self, u: Array) -> Array:
+        if not self.registers:
+            return u
+        tokens = self.param("registers", small_init, (self.registers, self.width))
+        tokens = jnp.broadcast_to(tokens.astype(u.dtype), (len(u), *tokens.shape))
+        return jnp.concatenate([tokens, u], axis=1)
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    def _grid(self, space: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
+        """Patches an axis."""
+        if any(n % p for n, p in zip(space, patch)):
+            raise ValueError(
+                f"patch={self.patch} does not divide the size {tuple(space)}: pad or crop to a "
+                "multiple of it, or choose another patch"
+            )
+        if self.size is not None and not self.interpolate:
+            if per_axis("size", self.size, len(space)) != tuple(space):
+                raise ValueError(
+                    f"size={self.size} is what the network's positions are for, but the input has "
+                    f"{tuple(space)}: give it that size, or set interpolate=True"
+                )
+        return tuple(n // p for n, p in zip(space, patch))
+
+    def _places(self, grid: tuple[int, ...], patch: tuple[int, ...]) -> list[np.ndarray]:
+        """Of each axis its patches' places, in patches of the size that the network is made for."""
+        if self.size is None:
+            return [np.arange(n, dtype=np.float64) for n in grid]
+        sizes = per_axis("size", self.size, len(grid))
+        return [np.arange(n) * (size / p / n) for n, size, p in zip(grid, sizes, patch)]
+
+    def _check(self, context: Array | None, labels: Array | None, residuals: Any) -> None:
+        for key, allowed in (
+            ("modulation", ("zero", "single")),
+            ("positions", ("sincos", "rotary")),
+            ("norm", ("layer", "rms")),
+            ("remat", (None, *REMAT_POLICIES)),
+        ):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key}={getattr(self, key)!r} must be one of {allowed}")
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}")
+        if (self.num_classes is None) != (labels is None):
+            raise ValueError(
+                f"num_classes={self.num_classes} but labels are {'not ' * (labels is None)}given: "
+                "pass labels exactly where num_classes is set"
+            )
+        if self.cross != (context is not None):
+            raise ValueError(
+                f"cross={self.cross} but a context is {'not ' * (context is None)}given: pass one "
+                "exactly where cross is True"
+            )
+        if residuals is not None:
+            raise ValueError("residuals are of a U-Net's ControlNet, which a transformer has not")
+
+
+class Block(nn.Module):
+    """Eq. 5; `c` is eq. 2's, or with "single" W silu(c) of eq. 4, (batch, 6 width)."""
+
+    width: int
+    heads: int
+    mult: int | float
+    modulation: str
+    cross: bool
+    norm: str
+    qk_norm: bool
+    activation: str
+    epsilon: float
+    mlp_epsilon: float | None
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        u: Float[Array, "batch tokens width"],
+        c: Float[Array, "batch conditions"],
+        context: Float[Array, "batch keys width"] | None = None,
+        context_mask: Bool[Array, "batch keys"] | None = None,
+        angles: Float[Array, "tokens half"] | None = None,
+    ) -> Float[Array, "batch tokens width"]:
+        if self.modulation == "zero":
+            six = _zero_dense(6 * self.width, self.dtype, "modulation")(nn.silu(c))
+        else:
+            six = c + _table(self, 6, self.width)[None].astype(c.dtype)
+        b1, s1, g1, b2, s2, g2 = jnp.split(six[:, None], 6, axis=-1)
+        norm = functools.partial(make_norm, self.norm, dtype=self.dtype)
+        attend = functools.partial(
+            Attention,
+            self.heads,
+            self.width // self.heads,
+            qkv_bias=True,
+            qkv_init=qkv_init,
+            dtype=self.dtype,
+        )
+        qk_norm = self.norm if self.qk_norm else None
+        h = norm(self.epsilon, name="norm1")(u) * (1 + s1) + b1
+        u = u + g1 * attend(qk_norm=qk_norm, name="attn1")(h, angles=angles)
+        if self.cross:
+            u = u + attend(out_init=nn.initializers.zeros, name="attn2")(u, context, context_mask)
+        h = norm(self.mlp_epsilon or self.epsilon, name="norm2")(u) * (1 + s2) + b2
+        return u + g2 * FeedForward(self.activation, self.mult, self.dtype, name="ff")(h)
+
+
+def make_norm(kind: str, epsilon: float, dtype: Any, name: str) -> nn.Module:
+    """Over channels: "layer" has no parameters, "rms" a scale."""
+    if kind == "rms":
+        return nn.RMSNorm(epsilon, dtype, name=name)
+    return nn.LayerNorm(epsilon, dtype, use_bias=False, use_scale=False, name=name)
+
+
+def _zero_dense(features: int, dtype: Any, name: str) -> nn.Module:
+    return Dense(features, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)
+
+
+def _table(module: nn.Module, rows: int, width: int) -> Array:
+    """Eq. 4's, flat; PixArt starts it from N(0, 1 / width)."""
+    init = nn.initializers.normal(width**-0.5)
+    return module.param("table", init, (rows, width)).reshape(-1)

@@ -41,9 +41,8 @@ class Denoiser:
     """Flax modules and functions of the task; holds no arrays. See `experiments/run/build.py`.
 
     sample_shape: (*space, channels) of what is diffused. objective and draw come from
-    `process/losses.py`. `network`, "denoiser" among the
-    parameters, is any that is called as `models/unet.py` is. Networks with a transform in
-    `optimizer` are trained, the others frozen.
+    `process/losses.py`. `network`, "denoiser" among the parameters, is any that is called as
+    `models/unet.py` is. Networks with a transform in `optimizer` are trained, the others frozen.
     conditions: by name, what the network is told (`conditions.py`), a fraction `drop_condition` of
     them dropped in training. loss_history is the empty history of second-moment resampling, None:
     t as `draw` has it. lora: low-rank updates of the U-Net. controlnets: each reads one of the
@@ -189,10 +188,10 @@ class Denoiser:
     def predict(
         self, params: Params, x_t: Array, t: Array, condition: dict[str, Any], keys: Any = None
     ) -> Array:
-        """The U-Net's output, given `merged` parameters.
+        """The network's output, given `merged` parameters.
 
         Of `condition`, "concat" joins x_t's channels (super-resolution, inpainting), "hints" (one a
-        ControlNet, in [0, 1]) and "hint_scales" (batch,) steer, and the rest is the U-Net's own.
+        ControlNet, in [0, 1]) and "hint_scales" (batch,) steer, and the rest is the network's own.
         """
         given = dict(condition)
         concat, hints = given.pop("concat", None), given.pop("hints", ())

@@ -102,15 +102,16 @@ def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:
         raise ValueError(f"{path} is not valid JSON ({error}): restore it from a copy") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no object of settings: restore it from a copy")
-    found = _renamed(found)
     task = found.get("task")
     known = common.denoiser() if task == "denoiser" else common.base(task)
-    return ConfigDict(_completed(found, json.loads(to_json(known)))).lock()
+    return ConfigDict(_renamed(_completed(found, json.loads(to_json(known))))).lock()
 
 
 def _renamed(found: dict) -> dict:
     """In today's words: the denoiser was once called by the kind of its network, "unet"."""
-    if not isinstance(model := found.get("model"), dict) or "unet" not in model:
+    model, ema = found["model"], found["ema"]
+    parts = (model, ema, model.get("unet") if isinstance(model, dict) else None)
+    if not all(isinstance(part, dict) for part in parts):
         return found
 
     def today(names):
@@ -118,7 +119,7 @@ def _renamed(found: dict) -> dict:
 
     model = dict(zip(today(model), model.values()))
     model["denoiser"] = {"kind": "unet", **model["denoiser"]}
-    ema = {**found["ema"], "networks": today(found["ema"]["networks"])}
+    ema = {**ema, "networks": today(ema["networks"])}
     named = {"init_networks": today(found.get("init_networks", ()))}
     return {**found, **named, "model": model, "ema": ema}
 

@@ -74,3 +74,26 @@ def test_the_folder_of_an_old_frozen_denoiser_is_read(tmp_path):
     (tmp_path / "unet").mkdir()
     assert networks.folder(tmp_path, "denoiser") == tmp_path / "unet"
     assert networks.folder(tmp_path, "text_encoder") == tmp_path / "text_encoder"
+
+
+@pytest.mark.parametrize(
+    ("ema", "networks"),
+    [({"decay": 0.9}, []), ({"decay": 0.9, "networks": ["unet", "text_encoder"]}, None)],
+    ids=["made_before_the_key", "both"],
+)
+def test_an_old_config_is_completed_and_renamed(tmp_path, ema, networks):
+    model = {"unet": {"out_channels": 3}}
+    body = {"task": "denoiser", "model": model, "ema": ema, "init_networks": ["unet"]}
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    config = workdir.read_config(tmp_path)
+    assert config.model.to_dict() == {"denoiser": {"kind": "unet", "out_channels": 3}}
+    wanted = ["denoiser", "text_encoder"] if networks is None else networks
+    assert list(config.ema.networks) == wanted and list(config.init_networks) == ["denoiser"]
+
+
+@pytest.mark.parametrize("broken", [{"model": 3}, {"model": {"unet": 3}}, {"ema": 3}])
+def test_a_damaged_old_config_is_left_as_it_is(tmp_path, broken):
+    body = {"task": "denoiser", "model": {"unet": {}}, "ema": {}, **broken}
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    found = workdir.read_config(tmp_path).to_dict()
+    assert {key: found[key] for key in broken} == broken

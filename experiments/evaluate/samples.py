@@ -204,8 +204,8 @@ class Subject:
         networks = {
             "features": lambda images, _: self.network.run(images),
             "attributes": lambda images, _: attributes(images, self.judge),
-            "clip": lambda images, index: {
-                "score": self.tools.clip.scores(images, [prompts[i] for i in index])
+            "clip": lambda images, index: {  # image i is of the prompt whose turn it was
+                "score": self.tools.clip.scores(images, [prompts[i % len(prompts)] for i in index])
             },
         }
         wanted = {name: networks[name] for name in self.needs}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from diffusion.training import codec
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import presets, sample_sets
 from experiments.evaluate.features import Judge
+from experiments.evaluate.samples import Subject
 from experiments.host import cli
 from experiments.run import generate
 
@@ -257,6 +259,24 @@ def test_captions_are_scored_by_clip(job, tmp_path):
     assert 0 <= found["clip_score"] <= 100 and low <= found["clip_score"] <= high
     sha256 = hashlib.sha256((tmp_path / "clip" / "model.safetensors").read_bytes()).hexdigest()
     assert found["clip"] == sha256
+
+
+def test_each_picture_is_scored_with_the_caption_it_was_made_of(monkeypatch, tmp_path):
+    """Captions go in turn where there are more samples; batches do not begin anew."""
+    captions, seen = ["a", "b", "c"], []
+
+    class Scorer:
+        def scores(self, images, texts):
+            seen.extend(zip(images[:, 0, 0, 0].tolist(), texts))
+            return np.zeros(len(images))
+
+    subject = Subject(tmp_path, num=8, tools=types.SimpleNamespace(clip=Scorer()))
+    pictures = np.arange(8).repeat(12).reshape(8, 2, 2, 3)
+    monkeypatch.setattr(Subject, "prompts", lambda *_: (captions, {}))
+    monkeypatch.setattr(Subject, "batches", lambda *_: iter((pictures[:5], pictures[5:])))
+    subject.needs = ("clip",)
+    assert subject.rows["clip"]["score"].shape == (8,)
+    assert seen == list(enumerate("abcabcab"))
 
 
 # -- bad input -----------------------------------------------------------------------------------

@@ -6,19 +6,17 @@ names the checkpoint (provenance). Without a manifest a step is unfinished; a st
 not hash to its manifest is damaged. Nothing here knows JAX or what the files hold.
 """
 
-import concurrent.futures
 import contextlib
-import errno
-import hashlib
-import json
 import logging
 import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from diffusion import files
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest; a reader refuses a later one
@@ -33,46 +31,10 @@ class CorruptError(ValueError):
     """A checkpoint that is not what was written; the message names the file."""
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _fsync(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # some network file systems have no fsync; full disks must be heard
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-
-
-def _sha256(path: pathlib.Path, flush: bool = False) -> str:
-    with path.open("rb") as file:
-        if flush:
-            _fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hashes(paths: Sequence[pathlib.Path], flush: bool = False) -> list[str]:
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
-        return list(pool.map(lambda path: _sha256(path, flush), paths))
-
-
 def write_manifest(folder: pathlib.Path, body: dict[str, Any]) -> None:
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    names = [p.relative_to(folder).as_posix() for p in paths]
-    sums = _hashes(paths, flush=True)
-    files = {n: {"bytes": p.stat().st_size, "sha256": s} for n, p, s in zip(names, paths, sums)}
-    body = body | {"format": FORMAT, "files": files}
-    temporary = folder / f".{MANIFEST}"
-    with temporary.open("w") as file:
-        json.dump(body | {"sha256": _digest(body)}, file, indent=1)
-        file.flush()
-        _fsync(file.fileno())
-    temporary.rename(folder / MANIFEST)
-    for made in (folder, folder.parent):  # the names too: of the manifest, and of the step
-        descriptor = os.open(made, os.O_RDONLY)
-        _fsync(descriptor)
-        os.close(descriptor)
+    listed = files.hash_tree(folder, exclude=(MANIFEST,))
+    files.seal(folder / MANIFEST, {**body, "format": FORMAT, "files": listed})
+    files.sync(folder.parent)  # which has the name of the step
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
@@ -82,39 +44,24 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     """
     path = pathlib.Path(folder) / MANIFEST
     try:
-        body = json.loads(path.read_bytes())
-        claimed = body.pop("sha256")
-        if claimed != _digest(body):
-            raise ValueError("its own SHA-256 does not match")
-        newer = body["format"] > FORMAT
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"{path} is not a whole manifest: {error}") from error
-    if newer:  # not damaged: somebody else's, to be left alone
+        body = files.unseal(path, "it is not a whole manifest")
+    except ValueError as error:
+        raise CorruptError(str(error)) from error
+    if body["format"] > FORMAT:  # not damaged: somebody else's, to be left alone
         raise ValueError(f"{path} has format {body['format']}; this code reads up to {FORMAT}")
-    return body | {"sha256": claimed}
+    return body
 
 
 def verify(folder: str | os.PathLike) -> dict[str, Any]:
     """The manifest of `folder`, every file hashed; CorruptError names the one that is bad."""
     folder = pathlib.Path(folder)
     manifest = read_manifest(folder)
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise CorruptError(f"{folder / MANIFEST} names {name!r}, outside its folder")
-        if not path.is_file():
-            raise CorruptError(f"{path} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            size = path.stat().st_size
-            raise CorruptError(f"{path} has {size} bytes where {entry['bytes']} were written")
-    paths = [folder / name for name in manifest["files"]]
     try:
-        hashes = _hashes(paths)
+        wrong = files.damage(folder, manifest["files"], contents=True)
     except OSError as error:
         raise CorruptError(f"{error.filename or folder} cannot be read: {error}") from error
-    for path, entry, found in zip(paths, manifest["files"].values(), hashes):
-        if found != entry["sha256"]:
-            raise CorruptError(f"{path} does not hash to what was written: its content has changed")
+    if wrong:
+        raise CorruptError(wrong)
     return manifest
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from diffusion import files
+
 
 def as_images(x: np.ndarray) -> np.ndarray:
     """Samples of any rank as uint8 (n, height, width, channels), to look at.
@@ -38,7 +40,8 @@ def save_png(path: pathlib.Path, pixels: np.ndarray, text: Mapping[str, str]) ->
     for key, value in {"generated": "true", **text}.items():
         info.add_text(key, str(value))
     squeezed = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    Image.fromarray(squeezed).save(path, pnginfo=info)
+    with files.whole(path) as partial:
+        Image.fromarray(squeezed).save(partial, "PNG", pnginfo=info)
 
 
 def grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
@@ -105,7 +108,7 @@ def figure(
         else:
             _draw(axis, panel)
     frame.tight_layout()
-    frame.savefig(path, dpi=90, metadata=dict(made or {}))
+    _save(frame, path, dict(made or {}))
 
 
 def _draw(axis: Any, panel: Panel) -> None:
@@ -142,7 +145,12 @@ def captioned(
         axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         axis.set_title("\n".join(textwrap.wrap(caption, 22)), fontsize=6.5, y=-0.07, va="top")
     frame.subplots_adjust(0.01, 0.06, 0.99, 0.99, wspace=0.08, hspace=0.42)
-    frame.savefig(path, dpi=90, metadata={"generated": "true", **(made or {})})
+    _save(frame, path, {"generated": "true", **(made or {})})
+
+
+def _save(frame: Any, path: pathlib.Path, metadata: dict[str, str]) -> None:
+    with files.whole(path) as partial:
+        frame.savefig(partial, format="png", dpi=90, metadata=metadata)
 
 
 def _axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:

@@ -4,8 +4,6 @@ A nested dict of arrays becomes flat names joined by "/". No code is stored and 
 """
 
 import hashlib
-import json
-import os
 import pathlib
 from typing import Any
 
@@ -13,22 +11,21 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from diffusion.data.provenance import hash_file
+from diffusion import files
 
-WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+FILES = WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 
 
 def save_weights(directory: pathlib.Path, params: Any, config: dict[str, Any]) -> str:
-    """Writes both files, the weights last; returns the weights' SHA-256."""
-    import safetensors.numpy
+    """Writes both files or neither; returns the weights' SHA-256.
 
-    directory.mkdir(parents=True, exist_ok=True)
+    Raises WriteError, and ValueError where `directory` holds other files.
+    """
     flat = flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/")
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    temporary = directory / f".{WEIGHTS}.partial"
-    safetensors.numpy.save_file(dict(sorted(flat.items())), temporary)
-    os.replace(temporary, directory / WEIGHTS)
-    return hash_file(directory / WEIGHTS)
+    with files.whole_folder(directory, FILES) as folder:
+        files.write_json(folder / CONFIG, config, sort_keys=True)
+        files.write_tensors(folder / WEIGHTS, dict(sorted(flat.items())))
+    return files.hash_file(directory / WEIGHTS)
 
 
 def params_hash(params: Any) -> str:
@@ -49,13 +46,12 @@ def load_weights(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any
     import safetensors
     import safetensors.numpy
 
-    path = directory / WEIGHTS
-    for needed in (path, directory / CONFIG):
-        if not needed.is_file():
-            raise ValueError(f"{needed} is missing: run the command that wrote {directory} again")
+    path, remedy = directory / WEIGHTS, f"run the command that wrote {directory} again"
+    config = files.read_json(directory / CONFIG, remedy)
     try:
         flat = safetensors.numpy.load_file(path)
-        config = json.loads((directory / CONFIG).read_text())
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{directory} cannot be read ({error}): restore it from a copy") from error
-    return flax.traverse_util.unflatten_dict(flat, sep="/"), config, hash_file(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: {remedy}") from error
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no weights ({error}): {remedy}") from error
+    return flax.traverse_util.unflatten_dict(flat, sep="/"), config, files.hash_file(path)

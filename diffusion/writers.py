@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion import files
 from diffusion.redact import flatten, redact
 from diffusion.wording import Progress, number
 
@@ -133,12 +134,7 @@ def _repair(path: pathlib.Path, resume_step: int | None) -> None:
     if not torn and not later:
         return
     log.warning("%s: dropped %d torn lines, %d after step %s", path, torn, later, resume_step)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    files.write(path, b"".join(kept))
 
 
 class TensorBoard(Writer):
@@ -261,8 +257,7 @@ def _run_id(workdir: pathlib.Path) -> str:
     path = workdir / "wandb_id"
     if path.is_file() and re.fullmatch(r"\w+", name := path.read_text().strip()):
         return name
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(name := uuid.uuid4().hex[:8])
+    files.write(path, name := uuid.uuid4().hex[:8])
     return name
 
 

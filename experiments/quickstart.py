@@ -10,7 +10,6 @@ where it stopped.
 
 import contextlib
 import importlib
-import json
 import pathlib
 import sys
 import time
@@ -20,7 +19,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from diffusion import pictures, wording, writers
+from diffusion import files, pictures, wording, writers
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.data.prepare import prepare
 from diffusion.pictures import Panel, logged
@@ -29,7 +28,7 @@ from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate.metrics import Subject
 from experiments.host import cli
 from experiments.report import __main__ as report
-from experiments.run import generate, workdir
+from experiments.run import generate
 from experiments.train import INTERRUPTED, train
 
 GRID = 32  # captioned samples
@@ -84,7 +83,7 @@ def quickstart(root: pathlib.Path, smoke: bool = False, seed: int = 0, setup_sec
         _pictures(root, seed)
     seconds["total"] = round(sum(seconds.values()), 1)
     results |= {"classifier_test_accuracy": judged, "seconds": seconds, "seed": seed}
-    workdir.write_whole(root / "results.json", json.dumps(results, indent=2) + "\n")
+    files.write_json(root / "results.json", results)
     report.report([root], root / "report.html")
     return results
 
@@ -107,7 +106,7 @@ def _evaluate(root: pathlib.Path, smoke: bool, seed: int) -> dict:
         seed=seed,
     )
     found = evaluate.evaluate(subject, ["adherence", "frechet_distance", "psnr"])
-    workdir.write_whole(directory / "evaluation.json", json.dumps(found, indent=2) + "\n")
+    files.write_json(directory / "evaluation.json", found)
     kept = ("adherence", "adherence_held_out", "autoencoder", "frechet_distance", "versions")
     return {key: found[key] for key in (*kept, "device")}
 

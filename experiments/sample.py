@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from diffusion import pictures
+from diffusion import files, pictures
 from experiments.host import cli, cluster
 from experiments.run import generate, pipelines
 
@@ -109,6 +109,8 @@ def main(values: flags.FlagValues) -> None:
     out = pathlib.Path(values.out or directory / "samples")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out={out} is a file: name a folder")
+    if cluster.is_first():
+        files.clear(out)
     model = open_model(values)
     scales = cli.numbers(values, "control_scale", float)
     given = pipelines.columns(model, values.image, values.mask, values.control or (), scales)
@@ -135,10 +137,9 @@ def main(values: flags.FlagValues) -> None:
         )
     ]
     pixels = np.concatenate(batches)
-    out.mkdir(parents=True, exist_ok=True)
     if values.npz:
         if cluster.is_first():
-            np.savez(out / "samples.npz", images=pixels)
+            files.write_arrays(out / "samples.npz", images=pixels)
             print(f"{len(pixels)} images in {out / 'samples.npz'}")
         return
     used = {k: v if v is not None else model.config.sample[k] for k, v in options.items()}

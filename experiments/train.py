@@ -12,7 +12,6 @@ A task has `init(key, ...)`, `train_step(state, batch, frozen, axis_name)` and
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -22,6 +21,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from diffusion import files
 from diffusion.checkpoint import Checkpoints
 from diffusion.data.loader import Loader
 from diffusion.manifest import SOUND
@@ -64,9 +64,7 @@ def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, flo
     def claim() -> None:
         if cluster.is_first():
             workdir.claim(directory, config, data.model_card(config))
-            workdir.write_whole(
-                directory / "devices.json", json.dumps(_devices(run.parallel)) + "\n"
-            )
+            files.write_json(directory / "devices.json", _devices(run.parallel))
             run.write_files(directory)
 
     cluster.together(claim)

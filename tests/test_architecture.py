@@ -10,15 +10,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIBRARY = "diffusion."
-GROUND = ("process", "models", "metrics", "pictures", "redact", "manifest", "wording")
+GROUND = ("process", "models", "metrics", "files", "redact", "wording")
 # A room is a folder or a top module; it may import the rooms named here, itself aside.
 MAY_IMPORT = {
     **{LIBRARY + room: () for room in GROUND},
-    "diffusion.data": (),
-    "diffusion.weights": ("diffusion.data",),
+    **dict.fromkeys(("diffusion.data", "diffusion.manifest"), ("diffusion.files",)),
+    **dict.fromkeys(("diffusion.pictures", "diffusion.weights"), ("diffusion.files",)),
     "diffusion.checkpoint": ("diffusion.manifest",),
-    "diffusion.writers": ("diffusion.redact", "diffusion.wording"),
-    "diffusion.interop": ("diffusion.models",),
+    "diffusion.writers": ("diffusion.files", "diffusion.redact", "diffusion.wording"),
+    "diffusion.interop": ("diffusion.files", "diffusion.models"),
     "diffusion.training": ("diffusion.process", "diffusion.models", "diffusion.metrics"),
     "configs": (),
     "launch": ("configs",),

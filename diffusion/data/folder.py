@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.data import provenance
+from diffusion import files
 from diffusion.data.builders.local_files import readers
 from diffusion.data.sources import NO_IMAGE, Batch, decode_image, open_image
 
@@ -106,7 +106,7 @@ def open_folder(
         {**row, "label": classes.index(row["label"])} if "label" in row else row for row in kept
     ]
     made_from = {"name": "folder", "directory": str(root), "split": split, "images": len(kept)}
-    made_from["sha256"] = provenance.digest({"rows": [_identity(root, row) for row in kept]})
+    made_from["sha256"] = files.digest({"rows": [_identity(root, row) for row in kept]})
     return FolderSource(kept, channels, image_size, made_from, tuple(bad))
 
 

@@ -20,7 +20,6 @@ set differ several-fold in spread).
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,6 +30,7 @@ from array_record.python import (
     array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  # compiled, no stubs
 )
 
+from diffusion import files
 from diffusion.data import provenance
 from diffusion.data.sources import Batch
 
@@ -38,6 +38,7 @@ PLAN = "plan.json"
 REMEDY = (
     "run `python -m experiments.encode_latents` with the same --config; it goes on where it stopped"
 )
+ANOTHER = "encode again, name another folder, or ask for what it holds"
 # Whole groups are read and decompressed at once: groups of one make random access exact, and noise
 # does not compress.
 OPTIONS = "group_size:1,uncompressed"
@@ -104,22 +105,22 @@ class Plan:
         Raises:
           ValueError: it holds other data, or latents of another plan; nothing is changed.
         """
+        body, plan, where = self.body(), self.directory / PLAN, str(self.directory)
         if (self.directory / provenance.FILE).exists():
-            remedy = f"delete {self.directory} and encode again"
-            found = provenance.read(self.directory, remedy)
-            provenance.check_provenance(found, self.body(), where=str(self.directory))
+            found = provenance.read(self.directory, f"delete {where} and encode again")
+            found = {key: value for key, value in found.items() if key in body}
+            files.check_same(found, body, where, ANOTHER)
             return
-        plan = self.directory / PLAN
         if plan.exists():
-            provenance.check_provenance(json.loads(plan.read_bytes()), self.body())
+            found = files.read_json(plan, f"delete {where} and encode again")
+            files.check_same(found, body, where, ANOTHER)
             return
         if self.directory.exists() and any(self.directory.iterdir()):
             raise ValueError(
                 f"data.dir={str(self.directory)!r} is not empty and holds no latents: name another "
                 "directory, or empty it"
             )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        provenance.write_whole(plan, json.dumps(self.body()).encode())
+        files.write_json(plan, body)
 
     def missing(self, process_index: int = 0, process_count: int = 1) -> list[Shard]:
         """Shards not yet written; each process is dealt its own."""
@@ -160,15 +161,11 @@ def write_shard(plan: Plan, shard: Shard, columns: Mapping[str, np.ndarray]) -> 
                 f"latents: field {name!r} of example {bad} is not finite as "
                 f"{plan.fields[name][0]}: look at the first stage, or store float32"
             )
-    # Hidden and named by process, so that a leftover is never taken for a shard nor written by two.
-    temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.partial")
-    writer = array_record_module.ArrayRecordWriter(str(temporary), OPTIONS)
-    for row in rows:
-        writer.write(row.tobytes())
-    writer.close()
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(shard.path)
+    with files.whole(shard.path, RuntimeError) as partial:
+        writer = array_record_module.ArrayRecordWriter(str(partial), OPTIONS)
+        for row in rows:
+            writer.write(row.tobytes())
+        writer.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,15 +198,15 @@ def finish(plan: Plan, scaling: Scaling) -> dict[str, Any]:
     """
     if (plan.directory / provenance.FILE).exists():
         known = provenance.read(plan.directory, REMEDY)
-        provenance.check_provenance(known, {"scaling": dataclasses.asdict(scaling)})
+        wanted = {"scaling": dataclasses.asdict(scaling)}
+        files.check_same(known, wanted, str(plan.directory), ANOTHER, free=True)
         return known
     missing = plan.missing()
     if missing:
         raise ValueError(f"{len(missing)} shards such as {missing[0].path} are missing: {REMEDY}")
     shift, std = statistics(plan)
     used_shift, scale = _scale(plan, scaling, shift, std)
-    for leftover in plan.directory.glob(".*.partial"):
-        leftover.unlink()
+    files.clear(plan.directory)
     whole = provenance.write(
         plan.directory,
         {
@@ -295,7 +292,7 @@ class LatentSource:
         """
         self.directory = pathlib.Path(directory)
         self.provenance = provenance.read(self.directory, REMEDY)
-        provenance.check_provenance(self.provenance, expected or {}, where=str(self.directory))
+        files.check_same(self.provenance, expected or {}, str(directory), ANOTHER, free=True)
         self.shift = np.array(self.provenance["shift"], np.float32)
         self.scale = np.array(self.provenance["scale"], np.float32)
         self._dtype = record_dtype(self.provenance["fields"])

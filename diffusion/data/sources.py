@@ -115,14 +115,16 @@ NO_IMAGE = (
 MAX_PIXELS = 2**26  # of an image, 67 million: 200 MB as RGB, more than any camera's but the largest
 
 
-def open_image(file: Any) -> Image.Image:
-    """A decoded image; one of `NO_IMAGE` where it is none, or of more than MAX_PIXELS."""
+def open_image(file: Any, decode: bool = True) -> Image.Image:
+    """An image file, decoded or its header alone; one of `NO_IMAGE` where it is none, or of more
+    than MAX_PIXELS."""
     image = Image.open(file)  # reads the header alone
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise ValueError(f"{image.width} x {image.height} pixels are over {MAX_PIXELS}")
     try:
-        image.load()
+        if decode:
+            image.load()
     except BaseException:
         image.close()
         raise
@@ -130,8 +132,8 @@ def open_image(file: Any) -> Image.Image:
 
 
 def decode_image(data: bytes, channels: int, image_size: int | None) -> np.ndarray:
-    """An encoded image as uint8 (height, width, channels)."""
-    with Image.open(io.BytesIO(data)) as opened:
+    """An encoded image as uint8 (height, width, channels). One of `NO_IMAGE` where it is none."""
+    with open_image(io.BytesIO(data)) as opened:
         image = opened.convert("L" if channels == 1 else "RGB")
     if image_size is not None:
         image = crop_resize(image, image_size)

@@ -20,6 +20,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from diffusion import files
 from diffusion.data.tokenizers import Tokenizer
 
 CLIP_SPECIAL = {
@@ -72,7 +73,6 @@ def save(tokenizer: Tokenizer, directory: pathlib.Path, length: int) -> None:
     `length`: the tokens that the text encoder reads. Other tokenizers are written as
     tokenizer.json alone.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     # Length and padding are the caller's choices, which Transformers keeps elsewhere.
     whole = json.loads(tokenizer.serialised) | {"padding": None, "truncation": None}
     model = whole["model"]
@@ -80,14 +80,14 @@ def save(tokenizer: Tokenizer, directory: pathlib.Path, length: int) -> None:
     config: dict[str, Any] = {"model_max_length": length, "pad_token": pad}
     if model["type"] == "BPE" and model.get("end_of_word_suffix") == "</w>":
         merges = "".join(f"{' '.join(_pair(pair))}\n" for pair in model["merges"])
-        _write(directory / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
-        _write(directory / "merges.txt", "#version: 0.2\n" + merges)
+        files.write(directory / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
+        files.write(directory / "merges.txt", "#version: 0.2\n" + merges)
         (end, _), (start, _) = (whole["post_processor"][key] for key in ("sep", "cls"))
         config |= {"tokenizer_class": "CLIPTokenizer", "bos_token": start, "eos_token": end}
         config["unk_token"] = model["unk_token"]
     elif model["type"] == "WordPiece":
         words = sorted(model["vocab"], key=model["vocab"].__getitem__)
-        _write(directory / "vocab.txt", "".join(f"{word}\n" for word in words))
+        files.write(directory / "vocab.txt", "".join(f"{word}\n" for word in words))
         normalizer = whole["normalizer"]
         config |= {
             "tokenizer_class": "BertTokenizer",
@@ -97,16 +97,12 @@ def save(tokenizer: Tokenizer, directory: pathlib.Path, length: int) -> None:
         }
     else:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    _write(directory / "tokenizer.json", json.dumps(whole, ensure_ascii=False))
-    _write(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    files.write(directory / "tokenizer.json", json.dumps(whole, ensure_ascii=False))
+    files.write_json(directory / "tokenizer_config.json", config)
 
 
 def _pair(pair: str | list[str]) -> list[str]:
     return pair.split(" ") if isinstance(pair, str) else pair
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _settings(directory: pathlib.Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from diffusion.data import provenance
+from diffusion import files
 
 # The captions of a batch are few: a thread pool over them costs more than it saves, on the cores
 # that compute, and it makes every later fork of the process print a warning.
@@ -62,7 +62,7 @@ class Tokenizer:
         return cls(serialised, 0 if pad is None else pad)
 
     def save(self, path: str | pathlib.Path) -> None:
-        provenance.write_whole(pathlib.Path(path), self.serialised.encode())
+        files.write(path, self.serialised)
 
     @functools.cached_property
     def backend(self) -> tokenizers.Tokenizer:

@@ -4,7 +4,6 @@ load_image_encoder(dir)   CLIPModel or CLIPVisionModelWithProjection: (module, p
 load_clip(dir)            CLIPModel: both towers, their projections and the end token
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusion.files import read_json
 from diffusion.interop.files import Rules, read_config, read_weights, require, to_params
 from diffusion.interop.text_encoder import STEM, load_text_encoder
 from diffusion.models.clip import MEAN, STD, ImageTransformer
@@ -107,5 +107,5 @@ def _module(config: dict[str, Any], source: object, dtype: Any) -> ImageTransfor
 
 def _moments(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the image processor; OpenAI's where there is no file."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path, "fetch it again") if path.is_file() else {}
     return tuple(found.get("image_mean", MEAN)), tuple(found.get("image_std", STD))

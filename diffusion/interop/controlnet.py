@@ -71,7 +71,6 @@ def save_controlnet(
 
     ValueError for what Diffusers cannot hold; then nothing is written.
     """
-    files.check_target(directory, ("config.json", f"{STEM}.safetensors"))
     config = unet_config(module, params)
     if config["_class_name"] != CONDITIONAL:
         raise ValueError(

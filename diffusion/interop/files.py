@@ -24,11 +24,8 @@ layout:
 Only safetensors are read: a pickle can run code.
 """
 
-import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from diffusion.files import read_json, whole_folder, write_json, write_tensors
 
 Rules = Sequence[tuple[str, str]]
 
@@ -78,14 +77,7 @@ def read_config(directory: str | os.PathLike, classes: Iterable[str]) -> dict[st
     is missing, broken or another's.
     """
     path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: give a model directory with config.json and weights")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch or write it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}: a JSON object is needed")
+    config = read_json(path, "give a model directory with config.json and weights")
     named = config.get("_class_name") or config.get("architectures") or []
     named = [named] if isinstance(named, str) else named
     classes = set(classes)
@@ -146,9 +138,9 @@ def _weight_files(directory: Path, stem: str) -> list[tuple[Path, set[str]]]:
 
 def _shards(index: Path) -> list[tuple[Path, set[str]]]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index, "fetch it again")["weight_map"]
         shards = {name: Path(shard).name for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of shards ({error!r}): fetch it again") from error
     return [
         (index.parent / shard, {name for name, s in shards.items() if s == shard})
@@ -256,48 +248,11 @@ def write_directory(
 ) -> None:
     """Writes `config.json` and `STEM.safetensors`, whole or not at all.
 
-    Written beside the target under another name, then renamed. A directory that is there already is
-    replaced if it holds nothing but these two files; otherwise a ValueError.
+    A directory that is there already is replaced if it holds nothing but these two files; otherwise
+    a ValueError.
     """
-    from safetensors.numpy import save_file
-
-    target, names = Path(directory), ("config.json", f"{stem}.safetensors")
-    check_target(target, names)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        text = json.dumps(dict(config), indent=2, sort_keys=True)
-        (scratch / names[0]).write_text(text + "\n", encoding="utf-8")
+    names = ("config.json", f"{stem}.safetensors")
+    with whole_folder(directory, names) as folder:
+        write_json(folder / names[0], dict(config), sort_keys=True)
         # Diffusers and Transformers refuse a file that does not say it is theirs.
-        save_file(dict(tensors), scratch / names[1], metadata={"format": "pt"})
-        scratch.chmod(0o755)
-        _replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def check_target(target: str | os.PathLike, names: Iterable[str]) -> None:
-    """ValueError where `target` is a file, or a directory that holds anything but `names`."""
-    target = Path(target)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file: give a directory to write to")
-    others = sorted({p.name for p in target.iterdir()} - set(names)) if target.is_dir() else []
-    if others:
-        raise ValueError(
-            f"{target} holds other files ({others[0]}), which would be lost: give a new directory"
-        )
-
-
-def _replace(scratch: Path, target: Path) -> None:
-    """Renames `scratch` to `target`; what was there is put back if that fails, removed if not."""
-    if not target.is_dir() or not any(target.iterdir()):
-        os.rename(scratch, target)
-        return
-    old = scratch.with_suffix(".old")
-    os.rename(target, old)
-    try:
-        os.rename(scratch, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old)
+        write_tensors(folder / names[1], tensors, format="pt")

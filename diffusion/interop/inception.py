@@ -5,7 +5,6 @@ pytorch-fid and torch-fidelity publish the same file under two names. It is Tens
 """
 
 import os
-import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffusion.files import whole
 from diffusion.interop.files import to_params
 from diffusion.interop.single_file import check_hash, read_file
 from diffusion.models.inception import SIZE, Inception
@@ -76,14 +76,10 @@ def published() -> Path:
 
 
 def _download(url: str, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.partial")
     print(f"fetching {url}", flush=True)
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECS) as answer, partial.open("wb") as out:
-            shutil.copyfileobj(answer, out)
+    with urllib.request.urlopen(url, timeout=TIMEOUT_SECS) as answer:
+        data = answer.read()
+    with whole(path) as partial:
+        partial.write_bytes(data)
         check_hash(partial, SHA256)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from diffusion.files import write_tensors
 from diffusion.interop import files, text_encoder, unet
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -75,18 +76,12 @@ def load_lora(path: str | os.PathLike, params: Mapping[str, Any]) -> dict[str, A
 
 def save_lora(path: str | os.PathLike, tree: Mapping[str, Any], scale: float = 1.0) -> None:
     """Writes updates of the U-Net as a file that Diffusers loads, `scale` multiplied into B."""
-    from safetensors.numpy import save_file
-
-    path = Path(path)
     tensors: dict[str, np.ndarray] = {}
     for module_path, pair in _pairs(tree).items():
         name = "unet." + _module_name((*module_path, "kernel"), RULES["unet"])
         tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(pair["down"].T)
         tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(pair["up"].T * np.float32(scale))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
+    write_tensors(path, tensors, format="pt")
 
 
 def _pairs(tree: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, np.ndarray]]:

@@ -7,12 +7,12 @@ _class_name  DDIM, PNDM (skip_prk_steps or not), DDPM,     ddim, plms or pndm, d
     DPMSolverMultistep, UniPCMultistep                     dpmpp_2m, unipc
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion.files import read_json
 from diffusion.interop.files import require
 
 BETAS = {"linear": "ddpm_linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -75,13 +75,8 @@ class Scheduler:
 def read_scheduler(directory: str | Path) -> Scheduler:
     """From `scheduler_config.json` in `directory`. ValueError naming the file and the key."""
     path = Path(directory) / "scheduler_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        named = config.get("_class_name")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is missing or no JSON object ({error}): fetch it again"
-        ) from error
+    config = read_json(path, "fetch it again")
+    named = config.get("_class_name")
     if named not in SAMPLERS:
         raise ValueError(
             f"{path}: _class_name={named!r} is unknown: only {', '.join(SAMPLERS)} are known"

@@ -1,10 +1,10 @@
 """Weights in one file that the user names: safetensors, or a pickle read without running it."""
 
-import hashlib
 import os
 import re
 from pathlib import Path
 
+from diffusion.files import hash_file
 from diffusion.interop import pickled
 from diffusion.interop.files import Weights, read_safetensors
 
@@ -31,8 +31,7 @@ def check_hash(path: str | os.PathLike, expected: str = "") -> str:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the file of weights, or fetch it again")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hash_file(path)
     named = _DIGITS.search(path.name)
     wanted = expected.lower() or (named.group(1) if named else "")
     if not found.startswith(wanted):

@@ -57,7 +57,6 @@ def save_unet(
     `sample_size`: the side of the square the network was trained on, which Diffusers' pipelines
     take as their default. ValueError where it has no such network; then nothing is written.
     """
-    files.check_target(directory, ("config.json", f"{STEM}.safetensors"))
     config = {**unet_config(module, params), "sample_size": sample_size}
     files.write_directory(directory, config, files.to_tensors(params, RULES), STEM)
 

@@ -37,12 +37,13 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from diffusion import files
 from diffusion.training.parallel import check_batch
 from diffusion.wording import Progress
 from experiments.benchmark import alone, growth, show
 from experiments.benchmark.workload import describe, summary
 from experiments.host import cli
-from experiments.run import build, workdir
+from experiments.run import build
 
 PEERS = {
     "diffusers": "experiments.benchmark.peer",
@@ -209,7 +210,7 @@ def main(values: flags.FlagValues) -> None:
     found["command"] = " ".join(["python -m experiments.benchmark", *sys.argv[1:]])
     found["environment"] = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     if values.out:
-        workdir.write_whole(pathlib.Path(values.out), json.dumps(found, indent=2) + "\n")
+        files.write_json(pathlib.Path(values.out), found)
     if values.plot:
         show.plot(pathlib.Path(values.plot), found)
     print(show.table(found))

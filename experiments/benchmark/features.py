@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from diffusion import files
 from diffusion.interop.inception import load_inception
 from diffusion.models.inception import Inception, preprocess
 from diffusion.training.parallel import BATCH, make_mesh
@@ -39,7 +40,8 @@ def prepare(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
     shape = (work["batch"], side, side, 3)
     images = np.random.default_rng(work["seed"]).integers(0, 256, shape).astype(np.uint8)
     params = load_inception(directory / RANDOM)[0]
-    np.savez(directory / INPUTS, x=images, out=np.asarray(jax.jit(network)(params, images[:2])))
+    out = np.asarray(jax.jit(network)(params, images[:2]))
+    files.write_arrays(directory / INPUTS, x=images, out=out)
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "flops": cost.flops(network, params, images),

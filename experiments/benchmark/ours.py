@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import interop
+from diffusion import files, interop
 from diffusion.interop import scheduler
 from diffusion.process import gaussian, guidance, samplers
 from diffusion.training import state as ts
@@ -106,14 +106,13 @@ def prepare(work: dict[str, Any], directory: pathlib.Path) -> dict[str, Any]:
     if work["suite"] == "sample":
         sampled = sampling(work, config)(params, arrays, 2)
         arrays["sampled"] = np.asarray(sampled)
-        (directory / "scheduler").mkdir()
         described = scheduler.scheduler_config(
             scheduler.Scheduler(
                 config.process.schedule.to_dict(), config.process.prediction, "ddim", {}, False
             )
         )
-        (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(described))
-    np.savez(directory / INPUTS, **arrays)
+        files.write_json(directory / "scheduler" / "scheduler_config.json", described)
+    files.write_arrays(directory / INPUTS, **arrays)
     return {"parameters": cost.count(shapes), "flops": _step_flops(work, config)}
 
 
@@ -133,7 +132,7 @@ def _prepare_autoencoder(work, config, directory):
 
     (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     interop.save_autoencoder(directory / GRADIENTS, network, jax.device_get(grads))
-    np.savez(directory / INPUTS, x=x, output=np.asarray(out))
+    files.write_arrays(directory / INPUTS, x=x, output=np.asarray(out))
     return {"parameters": cost.count(shapes), "flops": _step_flops(work, config)}
 
 

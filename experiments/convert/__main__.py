@@ -16,41 +16,18 @@ take. A LoRA or ControlNet run is written as Diffusers' file or directory for on
 as its directory. A target appears whole or not at all.
 """
 
-import contextlib
-import os
 import pathlib
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 
 import numpy as np
 from absl import flags
 
-from diffusion import weights
+from diffusion import files, weights
 from diffusion.checkpoint import Checkpoints
 from experiments.convert.reading import Parts, from_compvis, from_diffusers
 from experiments.convert.writing import to_diffusers
 from experiments.host import cli
 from experiments.run import build, data, networks, workdir
-
-
-@contextlib.contextmanager
-def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new folder that becomes `target` if the block ends well, and vanishes if it does not.
-
-    ValueError where `target` is there already and not empty.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder: name a new one")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_workdir(target: pathlib.Path, parts: Parts) -> None:
@@ -67,7 +44,7 @@ def write_workdir(target: pathlib.Path, parts: Parts) -> None:
         extra["latent_shift"] = np.full(channels, parts.shift, np.float32)
     if config.task == "autoencoder" or "denoiser" in parts.params:
         build.task(config)
-    with whole(target) as scratch:
+    with files.whole_folder(target) as scratch:
         workdir.claim(scratch, config, data.model_card(config))
         for name in parts.params.keys() - trained.keys():
             folder = networks.folder(scratch, name)
@@ -96,7 +73,7 @@ def main(values: flags.FlagValues) -> None:
     target = pathlib.Path(cli.require(values, "workdir"))
     if values.to:
         out = pathlib.Path(cli.require(values, "out"))
-        with whole(out) as scratch:
+        with files.whole_folder(out) as scratch:
             to_diffusers(target, scratch, values.weights)
         print(f"{out} is written for Diffusers")
         return

@@ -6,7 +6,6 @@ file of CompVis's.
 
 import dataclasses
 import importlib
-import json
 import pathlib
 from typing import Any
 
@@ -16,12 +15,14 @@ from configs import common, common_ldm
 from diffusion import interop
 from diffusion.data import tokenizer_files
 from diffusion.data.tokenizers import Tokenizer
+from diffusion.files import read_json
 from diffusion.interop import autoencoder, compvis, compvis_ldm, files, scheduler, single_file
 from diffusion.interop import text_encoder as text_encoders
 from diffusion.interop.autoencoder import load_scaling
 from diffusion.models.autoencoder import VQModel
 from experiments.run import build
 
+REMEDY = "fetch it, or name a pipeline's directory as --source"
 PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -90,9 +91,8 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
 def _scaling(source: pathlib.Path, module: Any) -> tuple[float, float]:
     """Of the latents. Diffusers' default is Stable Diffusion's; LDM scales no VQ latents."""
     scale, shift = load_scaling(source)
-    if isinstance(module, VQModel) and "scaling_factor" not in json_object(source / "config.json"):
-        return 1.0, shift
-    return scale, shift
+    said = "scaling_factor" in read_json(source / "config.json", REMEDY)
+    return (scale if said or not isinstance(module, VQModel) else 1.0), shift
 
 
 def _kind(module: Any) -> str:
@@ -101,7 +101,7 @@ def _kind(module: Any) -> str:
 
 def _alone(source: pathlib.Path, tokenizer: pathlib.Path | None) -> Parts:
     """One network's directory: a first stage, or a text encoder."""
-    described = json_object(source / "config.json")
+    described = read_json(source / "config.json", REMEDY)
     named = described.get("_class_name") or next(iter(described.get("architectures") or ()), None)
     if named in autoencoder.CLASSES:
         module, params = interop.load_autoencoder(source)
@@ -133,7 +133,7 @@ def _first_stage(module: Any, params: Any, scale: float, shift: float, side: int
 def _index(source: pathlib.Path) -> tuple[dict[str, Any], str]:
     """model_index.json's components that are there, and the pipeline's class."""
     path = source / "model_index.json"
-    index = json_object(path)
+    index = read_json(path, REMEDY)
     named = index.get("_class_name")
     if named not in PIPELINES:
         raise ValueError(f"{path}: _class_name={named!r} is not one of {', '.join(PIPELINES)}")
@@ -148,19 +148,6 @@ def _index(source: pathlib.Path) -> tuple[dict[str, Any], str]:
     for name in sorted(held.keys() - set(read)):
         print(f"note: {name} is left out", flush=True)
     return held, named
-
-
-def json_object(path: pathlib.Path) -> dict[str, Any]:
-    """What a JSON file holds. ValueError naming it where that is no object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: --source is no pipeline of Diffusers") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, no JSON object: fetch it again")
-    return found
 
 
 def _config(network: Any, first_stage: Any, described: scheduler.Scheduler) -> ConfigDict:

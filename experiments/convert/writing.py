@@ -1,18 +1,18 @@
 """A workdir as Diffusers and Transformers have it: the half of `convert` that writes."""
 
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import interop
+from diffusion import files, interop
 from diffusion.data import tokenizer_files
 from diffusion.interop import scheduler
 from diffusion.models.autoencoder import VQModel
-from experiments.convert.reading import json_object
 from experiments.run import build, networks, workdir
+
+AGAIN = "convert again"
 
 
 def to_diffusers(directory: pathlib.Path, scratch: pathlib.Path, which: str) -> None:
@@ -39,26 +39,23 @@ def _write_pipeline(scratch: pathlib.Path, found: networks.Networks) -> None:
     interop.save_unet(
         scratch / "unet", build.denoiser_network(config), params["denoiser"], latent[0]
     )
-    index["unet"] = ["diffusers", json_object(scratch / "unet" / "config.json")["_class_name"]]
+    described = files.read_json(scratch / "unet" / "config.json", AGAIN)
+    index["unet"] = ["diffusers", described["_class_name"]]
     if found.first_stage is not None:
         name = "vqvae" if isinstance(found.first_stage, VQModel) else "vae"
         _write_first_stage(scratch / name, found)
         index[name] = ["diffusers", type(found.first_stage).__name__]
     if found.tokenizer is not None:
         _write_text_encoder(scratch / "text_encoder", scratch / "tokenizer", found)
-        kind = json_object(scratch / "tokenizer" / "tokenizer_config.json")["tokenizer_class"]
+        words = files.read_json(scratch / "tokenizer" / "tokenizer_config.json", AGAIN)
         index["text_encoder"] = ["transformers", "CLIPTextModel"]
-        index["tokenizer"] = ["transformers", kind]
+        index["tokenizer"] = ["transformers", words["tokenizer_class"]]
         absent = ("safety_checker", "feature_extractor", "image_encoder")
         index |= {name: [None, None] for name in absent} | {"requires_safety_checker": False}
     written = scheduler.scheduler_config(_described(config))
     index["scheduler"] = ["diffusers", written["_class_name"]]
-    (scratch / "scheduler").mkdir()
-    for path, content in (
-        ("scheduler/scheduler_config.json", written),
-        ("model_index.json", index),
-    ):
-        (scratch / path).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    files.write_json(scratch / "scheduler" / "scheduler_config.json", written, sort_keys=True)
+    files.write_json(scratch / "model_index.json", index, sort_keys=True)
 
 
 def _write_first_stage(target: pathlib.Path, found: networks.Networks) -> None:

@@ -42,7 +42,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from diffusion import manifest
+from diffusion import files, manifest
 from diffusion.metrics.frechet import sample_count_warning
 from diffusion.models.inception import PREPROCESSINGS
 from experiments.evaluate import metrics as measures
@@ -279,7 +279,7 @@ def main(values: flags.FlagValues) -> None:
         results["preset"] = {"name": values.preset, **presets.beside(preset)}
     if not cluster.is_first():
         return
-    workdir.write_whole(out, json.dumps(results, indent=2) + "\n")
+    files.write_json(out, results)
     for name, points in curves.items():
         across = tuple(dict.fromkeys(point["curve"] for point in points))
         if any(plots.numbers(point) for point in points):  # not those of a spectrum, say

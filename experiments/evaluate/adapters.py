@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from diffusion import pictures
+from diffusion import files, pictures
 from diffusion.data import loader, transforms
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.metrics import adherence as adherence_metric
@@ -116,9 +116,8 @@ def evaluate(
         "sample": config.sample.to_dict(),
         **results,
     }
-    out.mkdir(parents=True, exist_ok=True)
     pictures.captioned(out / "samples.png", pixels, captions, columns=SHOWN)
-    workdir.write_whole(out / "evaluation.json", json.dumps(found, indent=2) + "\n")
+    files.write_json(out / "evaluation.json", found)
     return found
 
 

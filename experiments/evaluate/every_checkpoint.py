@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from diffusion import pictures, writers
+from diffusion import files, pictures, writers
 from diffusion.manifest import finished
 from diffusion.pictures import Panel, logged
 from experiments.evaluate import reconstructions
 from experiments.evaluate.metrics import Judge
 from experiments.host import cli
-from experiments.run import workdir
 
 SHOWN = 12  # images of the grid
 PANELS = {
@@ -65,8 +64,7 @@ def report(
         "checkpoints": {str(step): values for step, values in found.items()},
         "hashes": {str(step): stage.hash for step, stage in stages.items()},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    workdir.write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+    files.write_json(out / "results.json", results)
     _curves(out / "curves.png", directory, found, begins)
     before = max((step for step in steps if begins is None or step <= begins), default=steps[0])
     _grid(out / "grid.png", batches[0][:SHOWN], stages[before], stages[steps[-1]])

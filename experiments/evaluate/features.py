@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusion import files
 from diffusion.checkpoint import restore_params
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.interop import inception as published
@@ -140,13 +141,12 @@ class ClipScorer:
 
     def __init__(self, directory: str, batch: int = 64):
         from diffusion.data import tokenizer_files
-        from diffusion.data.provenance import digest, hash_file
 
         self.clip: Clip = load_clip(directory)
         self.tokenizer = tokenizer_files.load(directory)
-        files = sorted(pathlib.Path(directory).glob("model*.safetensors"))
-        hashes = {path.name: hash_file(path) for path in files}
-        self.hash = hashes[files[0].name] if len(files) == 1 else digest(hashes)
+        paths = sorted(pathlib.Path(directory).glob("model*.safetensors"))
+        hashes = {path.name: files.hash_file(path) for path in paths}
+        self.hash = hashes[paths[0].name] if len(paths) == 1 else files.digest(hashes)
         clip = self.clip
 
         def see(params, x):

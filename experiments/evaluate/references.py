@@ -16,7 +16,6 @@ results.
 
 import dataclasses
 import functools
-import io
 import json
 import pathlib
 import subprocess
@@ -28,8 +27,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from diffusion import files
 from diffusion.data import loader
-from diffusion.data.provenance import hash_file, write_whole
 from diffusion.metrics.frechet import FeatureStatistics, empty_statistics
 from experiments.evaluate import sample_sets, stream
 from experiments.evaluate.features import FeatureNetwork
@@ -163,10 +162,7 @@ def write(path: pathlib.Path, reference: Reference) -> None:
         arrays[f"mu{SUFFIX[key]}"], arrays[f"sigma{SUFFIX[key]}"] = found.mean, found.covariance
     if reference.vectors is not None:
         arrays["vectors"] = reference.vectors
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, buffer.getvalue())
+    files.write_arrays(path, **arrays)
 
 
 def read(
@@ -189,7 +185,7 @@ def read(
             arrays = {name: file[name] for name in small}
     except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
         raise ValueError(f"--reference={path} is truncated or no .npz: make it again") from error
-    sha256 = hash_file(path)[:16]
+    sha256 = files.hash_file(path)[:16]
     if "identity" in arrays:
         return _ours(path, arrays, network, expected, shape, sha256)
     return _public(path, names, arrays, network, shape, seen, sha256)
@@ -198,8 +194,9 @@ def read(
 def _ours(path, arrays, network, expected, shape, sha256) -> Reference:
     identity = json.loads(str(arrays["identity"]))
     wanted = {**expected, "features": network.identity()}
-    for key, value in json.loads(json.dumps(wanted)).items():
-        _same(path, key, identity.get(key), value)
+    found = {key: value for key, value in identity.items() if key in wanted}
+    remedy = "name another file, and it will be made"
+    files.check_same(found, wanted, f"--reference={path}", remedy)
     size = identity["preprocessing"]["image_size"]
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if shape is not None and shape[:2] != sides[-2:]:
@@ -208,17 +205,6 @@ def _ours(path, arrays, network, expected, shape, sha256) -> Reference:
     statistics = _statistics(path, arrays, count)
     made_from = {**identity, "file": path.name, "sha256": sha256}
     return Reference(statistics, arrays.get("vectors"), count, made_from)
-
-
-def _same(path: pathlib.Path, key: str, found: Any, wanted: Any) -> None:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for name in wanted:
-            _same(path, f"{key}.{name}", found.get(name), wanted[name])
-    elif found != wanted:
-        raise ValueError(
-            f"--reference={path} was made with {key}={found!r}, not {wanted!r}: name another file, "
-            "and it will be made"
-        )
 
 
 def _resolution(path: pathlib.Path, found: tuple[int, ...], shape: tuple[int, ...]) -> None:

@@ -10,19 +10,17 @@ be: a folder that lacks some is half-written, and the command that made it goes 
 """
 
 import dataclasses
-import json
-import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from diffusion import files
+from diffusion.data import sources
 from experiments.evaluate import stream
 from experiments.host import cluster
-from experiments.run import workdir
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 OWN = ("grid.png",)
@@ -77,39 +75,37 @@ def open_folder(path: pathlib.Path) -> SampleSet:
             f"--samples={path} is half-written (it holds {unfinished[0]}): finish it, or remove "
             "that file"
         )
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name not in OWN)
-    if not files:
+    paths = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name not in OWN)
+    if not paths:
         raise ValueError(f"--samples={path} holds no images ({', '.join(SUFFIXES)})")
-    shape = _header(files[0])
-    for file in files[1:]:
-        if (other := _header(file)) != shape:
+    shape = _header(paths[0])
+    for other in paths[1:]:
+        if (size := _header(other)) != shape:
             raise ValueError(
-                f"--samples={path} mixes sizes: {files[0].name} is {shape}, {file.name} {other} "
+                f"--samples={path} mixes sizes: {paths[0].name} is {shape}, {other.name} {size} "
                 "(height, width, channels); give images of one size"
             )
 
     def batches() -> Iterator[np.ndarray]:
-        for start in range(0, len(files), BATCH):
-            yield np.stack([_decode(file, shape) for file in files[start : start + BATCH]])
+        for start in range(0, len(paths), BATCH):
+            yield np.stack([_decode(one, shape[-1]) for one in paths[start : start + BATCH]])
 
-    return SampleSet(path, len(files), shape, batches)
+    return SampleSet(path, len(paths), shape, batches)
 
 
-def _header(file: pathlib.Path) -> tuple[int, int, int]:
+def _header(path: pathlib.Path) -> tuple[int, int, int]:
     try:
-        with Image.open(file) as image:
+        with sources.open_image(path, decode=False) as image:
             return image.height, image.width, 1 if image.mode in ("L", "1") else 3
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{file} is half-written or no image: {REMEDY}") from error
+    except sources.NO_IMAGE as error:
+        raise ValueError(f"{path} is half-written or no image ({error}): {REMEDY}") from error
 
 
-def _decode(file: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
+def _decode(path: pathlib.Path, channels: int) -> np.ndarray:
     try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("L" if shape[-1] == 1 else "RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{file} is half-written or no image: {REMEDY}") from error
-    return pixels.reshape(shape)
+        return sources.decode_image(path.read_bytes(), channels, None)
+    except sources.NO_IMAGE as error:
+        raise ValueError(f"{path} is half-written or no image ({error}): {REMEDY}") from error
 
 
 # -- an .npz -------------------------------------------------------------------------------------
@@ -201,28 +197,28 @@ def to_uint8(x: np.ndarray, rounding: str, start: int = 0) -> np.ndarray:
 def open_shards(path: pathlib.Path) -> SampleSet:
     """A finished folder of shards."""
     described = _description(path)
-    files = [path / f"{i:05d}.npy" for i in range(described["shards"])]
-    have = sum(file.is_file() for file in files)
-    if have < len(files):
+    parts = [path / f"{i:05d}.npy" for i in range(described["shards"])]
+    have = sum(part.is_file() for part in parts)
+    if have < len(parts):
         raise ValueError(
-            f"{path} is half-written ({have} of {len(files)} parts): run the command that made it "
+            f"{path} is half-written ({have} of {len(parts)} parts): run the command that made it "
             "again, with the same --keep"
         )
 
     def batches() -> Iterator[np.ndarray]:
-        for file in files:
-            yield _shard(file)
+        for part in parts:
+            yield _shard(part)
 
-    shape = _shard(files[0]).shape[1:]
+    shape = _shard(parts[0]).shape[1:]
     return SampleSet(path, described["num"], shape, batches, described["made_from"])
 
 
 def _description(path: pathlib.Path) -> dict[str, Any]:
+    found = files.read_json(path / DESCRIPTION, f"remove {path}")
     try:
-        found = json.loads((path / DESCRIPTION).read_text())
         return {key: found[key] for key in ("num", "shards", "made_from")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / DESCRIPTION} is broken: remove {path}") from error
+    except KeyError as error:
+        raise ValueError(f"{path / DESCRIPTION} has no {error}: remove {path}") from error
 
 
 def _shard(file: pathlib.Path) -> np.ndarray:
@@ -260,29 +256,18 @@ def _claim(path: pathlib.Path, num: int, size: int, shards: int, made_from: dict
     """How many of the first shards are there."""
     described = {"num": num, "shards": shards, "size": size, "made_from": made_from}
     if (path / DESCRIPTION).is_file():
-        found = json.loads((path / DESCRIPTION).read_text())
-        for key in ("num", "size"):
-            _check_same(path, key, found[key], described[key])
-        for key, value in json.loads(json.dumps(made_from)).items():
-            _check_same(path, key, found["made_from"].get(key), value)
+        found = files.read_json(path / DESCRIPTION, f"remove {path}")
+        files.check_same(found, described, f"--keep={path}", "name another folder")
     elif cluster.is_first():
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(p for p in path.iterdir() if not p.match(files.PARTIAL)):
             raise ValueError(f"--keep={path} holds other files: name a new folder")
-        path.mkdir(parents=True, exist_ok=True)
-        workdir.write_whole(path / DESCRIPTION, json.dumps(described, indent=1) + "\n")
+        files.write_json(path / DESCRIPTION, described)
+    if cluster.is_first():
+        files.clear(path)
     names = [(path / f"{i:05d}.npy").is_file() for i in range(shards)]
     return names.index(False) if False in names else shards
 
 
-def _check_same(path: pathlib.Path, key: str, found: Any, wanted: Any) -> None:
-    if found != wanted:
-        raise ValueError(
-            f"--keep={path} holds samples with {key}={found!r}, not {wanted!r}: name another folder"
-        )
-
-
-def _write_shard(file: pathlib.Path, batch: np.ndarray) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("wb") as out:
-        np.save(out, batch)
-    os.replace(partial, file)
+def _write_shard(path: pathlib.Path, batch: np.ndarray) -> None:
+    with files.whole(path) as partial, partial.open("wb") as file:
+        np.save(file, batch)

@@ -21,14 +21,13 @@ import jinja2
 from absl import flags
 from plotly.offline import get_plotlyjs
 
-from diffusion import wording
+from diffusion import files, wording
 from experiments.host import cli
 from experiments.report import charts as report_charts
 from experiments.report import runs as report_runs
 from experiments.report import tables
 from experiments.report.runs import Run
 from experiments.report.tables import Ranking
-from experiments.run import workdir
 
 HERE = pathlib.Path(__file__).parent
 PIXELATED = 128  # a picture narrower than this is shown with its pixels as squares, and larger
@@ -56,7 +55,7 @@ def report(
     runs = [run for run in found if run.kind == "run"]
     ranked = metric or any(run.kind == "sweep" for run in found)
     by = tables.ranking(runs, metric, highest) if ranked else None
-    workdir.write_whole(out, page(found, by))
+    files.write(out, page(found, by))
     return out
 
 

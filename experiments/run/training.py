@@ -6,7 +6,6 @@ written.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import weights
+from diffusion import files, weights
 from diffusion.data import folder, latents, loader, transforms
 from diffusion.data.sources import Batch
 from diffusion.data.tokenizers import Tokenizer
@@ -173,11 +172,8 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
         if tokens and not (workdir / "tokenizer.json").exists():
             Tokenizer.load(directory / "tokenizer.json").save(workdir / "tokenizer.json")
         if not (workdir / "first_stage" / weights.WEIGHTS).exists():
-            copy = workdir / ".first_stage.tmp"  # killed amid the copy, it is made again
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(directory / "first_stage", copy)
-            shutil.rmtree(workdir / "first_stage", ignore_errors=True)
-            copy.rename(workdir / "first_stage")
+            with files.whole_folder(workdir / "first_stage", weights.FILES) as copy:
+                shutil.copytree(directory / "first_stage", copy, dirs_exist_ok=True)
 
     context = ("context",) if config.latents.contexts else ()
     stream = source, [transforms.Keep(("mean", "logvar", "tokens", *context, "label"))]
@@ -201,7 +197,7 @@ def latent_identity(config: ConfigDict, begun: networks.Beginning) -> dict[str, 
         "data": config.latents.data_name,
         "epochs": config.latents.epochs,
         "image_size": config.data.image_size,
-        "autoencoder": json.loads(json.dumps(config.model.autoencoder.to_dict())),
+        "autoencoder": config.model.autoencoder.to_dict(),
     }
     if text := begun.frozen.get("text_encoder"):
         # Tokens are its tokenizer's, and what may be stored of it is its own.

@@ -12,16 +12,15 @@ DIR/devices.json    what it ran on, last
 DIR/README.md       the model card
 """
 
-import contextlib
+import fnmatch
 import json
-import os
 import pathlib
 
 from ml_collections import ConfigDict
 
 from configs import common
+from diffusion import files
 from diffusion.redact import redact
-from experiments.host import cli
 
 # A resumed run may differ from the one it resumes in these and nothing else.
 MAY_CHANGE = (
@@ -41,9 +40,6 @@ MAY_CHANGE = (
 )
 
 
-TEMPORARY = ".{}.tmp"  # a file before its rename
-
-
 def to_json(config: ConfigDict) -> str:
     return json.dumps(redact(config.to_dict()), indent=2, sort_keys=True) + "\n"
 
@@ -58,37 +54,33 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> bool:
     if not path.exists():
         if workdir.exists() and not workdir.is_dir():
             raise ValueError(f"--workdir={workdir} is a file: name a folder")
-        found = [p.name for p in workdir.iterdir()] if workdir.exists() else []
-        strangers = [name for name in found if name != TEMPORARY.format("config.json")]
+        found = sorted(p.name for p in workdir.iterdir()) if workdir.exists() else []
+        strangers = [name for name in found if not fnmatch.fnmatch(name, files.PARTIAL)]
         if strangers:
             raise ValueError(
-                f"--workdir={workdir} holds {sorted(strangers)[0]!r} but no config.json, so it is "
+                f"--workdir={workdir} holds {strangers[0]!r} but no config.json, so it is "
                 "not a run: name an empty or new folder"
             )
         return False
-    old, new = cli.flat(read_config(workdir)), cli.flat(ConfigDict(json.loads(to_json(config))))
-    differ = [
-        key
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
-    ]
+    old, new = read_config(workdir).to_dict(), json.loads(to_json(config))
+    differ = [d for d in files.differences(old, new) if not f"{d[0]}.".startswith(MAY_CHANGE)]
     if differ:
-        key = differ[0]
-        more = f" and {len(differ) - 1} other keys" if len(differ) > 1 else ""
-        remedy = f", or --config.{key}={old.get(key)}" if len(differ) == 1 else ""
-        raise ValueError(
-            f"--workdir={workdir} holds a run with {key}={old.get(key)!r}, not {new.get(key)!r}"
-            f"{more}: use another --workdir{remedy}"
-        )
+        key, was, now = differ[0]
+        remedy = f", or --config.{key}={was}" if was is not files.ABSENT else ""
+        if len(differ) > 1:
+            remedy = f" ({len(differ) - 1} other keys differ as well)"
+        what = f"--workdir={workdir}"
+        raise ValueError(files.mismatch(what, key, was, now, f"use another --workdir{remedy}"))
     return True
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict, card: str) -> None:
     """Writes config.json and the model card; the run is this config's from here on."""
-    workdir.mkdir(parents=True, exist_ok=True)
     # First: killed after it, the folder is a run; killed before it, it is empty.
-    write_whole(workdir / "config.json", to_json(config))
-    write_whole(workdir / "README.md", card)
+    files.write(workdir / "config.json", to_json(config))
+    for folder in (workdir, workdir / "previews"):
+        files.clear(folder)
+    files.write(workdir / "README.md", card)
 
 
 def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:
@@ -96,12 +88,7 @@ def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:
     path = workdir / "config.json"
     if not path.is_file():
         raise ValueError(f"{flag}={workdir} holds no run (no config.json): train one first")
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): restore it from a copy") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no object of settings: restore it from a copy")
+    found = files.read_json(path, "restore it from a copy")
     task = found.get("task")
     known = common.denoiser() if task == "denoiser" else common.base(task)
     return ConfigDict(_renamed(_completed(found, json.loads(to_json(known))))).lock()
@@ -134,20 +121,3 @@ def _completed(found: dict, known: dict) -> dict:
         both = isinstance(value, dict) and isinstance(known.get(key), dict)
         filled[key] = {**known[key], **value} if both else value
     return filled
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a reader sees all of it or none."""
-    temporary = path.with_name(TEMPORARY.format(path.name))
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} could not be written ({error.strerror}): free space, or mend the folder"
-        ) from error

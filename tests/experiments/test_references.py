@@ -73,7 +73,7 @@ def test_what_is_written_comes_back(tmp_path):
         assert file["mu"].shape == (6,) and file["sigma"].shape == (6, 6)
         assert json.loads(str(file["identity"]))["data"] == "cifar10"
     other = {**made_from, "split": "test"}
-    with pytest.raises(ValueError, match="split='train', not 'test'"):
+    with pytest.raises(ValueError, match="split='train', but split='test'"):
         references.read(path, NETWORK, other, None)
 
 

@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
+from diffusion import files
 from diffusion.checkpoint import latest_step, verify
 from diffusion.writers import Jsonl
-from experiments.run import workdir as workdirs
 
 
 @pytest.fixture
@@ -116,10 +116,10 @@ def test_metrics_on_a_full_disk_keep_whole_lines(disk):
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(disk):
     folder, _ = disk
     path = folder / "config.json"
-    workdirs.write_whole(path, "old")
+    files.write(path, "old")
     fill(folder)
     with pytest.raises(OSError):
-        workdirs.write_whole(path, "x" * 10**6)
+        files.write(path, "x" * 10**6)
     assert path.read_text() == "old"
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "filler"]
 

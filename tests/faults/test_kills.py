@@ -64,7 +64,7 @@ def leftovers(workdir: pathlib.Path) -> list[str]:
     """What no run needs. A first step that was killed before its manifest stays, set aside."""
     names = [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()]
     names = [name for name in names if ".unfinished" not in name]
-    hidden = [p.name for p in workdir.rglob(".*") if p.name != ".manifest.json"]
+    hidden = [p.name for p in workdir.rglob(".*") if not p.name.startswith(".manifest.json")]
     return names + hidden
 
 

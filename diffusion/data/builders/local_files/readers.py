@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffusion import files
 from diffusion.data import sources
 
 Example = dict[str, Any]  # "image": bytes of a PNG or JPEG file; "label": int; "caption": str
@@ -286,16 +287,14 @@ MAX_CAPTION = 2**14  # characters; text encoders read some hundred
 
 def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """An image of `folder` by the name that metadata gives it; what leads out of it is refused."""
-    relative = pathlib.PurePosixPath(name.replace("\\", "/"))
-    if relative.is_absolute() or ".." in relative.parts:
-        raise ValueError(f"file_name {name[:200]!r} leads out of the folder")
+    path = files.inside(folder, name.replace("\\", "/"))
     try:
-        there = (folder / relative).is_file()
+        there = path.is_file()
     except OSError:  # a name longer than the file system has
         there = False
     if not there:
-        raise ValueError(f"{str(folder / relative)[:500]} does not exist")
-    return folder / relative
+        raise ValueError(f"{str(path)[:500]} does not exist")
+    return path
 
 
 def _caption(text: Any) -> str:

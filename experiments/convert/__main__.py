@@ -80,6 +80,7 @@ def main(values: flags.FlagValues) -> None:
     source = pathlib.Path(cli.require(values, "source"))
     if not source.exists():
         raise ValueError(f"--source={source} does not exist: name what is to be converted")
+    files.check_folder(target)
     tokenizer = pathlib.Path(values.tokenizer) if values.tokenizer else None
     if values["from"].value == "diffusers":
         parts = from_diffusers(source, tokenizer)

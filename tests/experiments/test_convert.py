@@ -250,7 +250,7 @@ def test_commands_refuse_what_does_not_go_together(reference, converted, tmp_pat
         (("--to=diffusers", f"--workdir={tmp_path}/no", "--out=y"), ("no run",)),
         (
             ("--from=diffusers", f"--source={source}", f"--workdir={converted}"),
-            (str(converted), "not an empty folder"),
+            (str(converted), "name a new folder"),
         ),
         (
             ("--from=compvis", f"--source={source}/model_index.json", "--workdir=x"),

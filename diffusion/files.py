@@ -90,8 +90,9 @@ def whole(path: str | os.PathLike, *failures: type[Exception]) -> Iterator[Path]
             sync(partial)
             os.replace(partial, path)
             sync(path.parent)
-    finally:
+    except BaseException:
         _remove(partial)
+        raise
 
 
 def write(path: str | os.PathLike, data: str | bytes) -> None:
@@ -154,8 +155,9 @@ def whole_folder(path: str | os.PathLike, mine: Collection[str] = ()) -> Iterato
                 sync(made)
             _exchange(partial, path)
             sync(path.parent)
-    finally:
+    except BaseException:
         _remove(partial)
+        raise
 
 
 def _exchange(new: Path, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pathlib
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -90,13 +91,14 @@ def test_a_hundred_kills(name, trials, tmp_path):
 
 
 def test_a_kill_amid_the_first_files_leaves_a_run_that_goes_on(trials, tmp_path):
-    """Before each of the first file operations: what is found then is never refused."""
+    """Before every other of the first file operations: what is found then is never refused."""
     config = runpy.run_path(f"{trials.here}/tiny.py")["get_config"]("denoiser").lock()
     seen = set()
-    for n in range(1, 8):
+    for n in range(1, 15, 2):
         directory = tmp_path / f"run-{n}"
         fault = {"at": "operation", "n": n, "signal": signal.SIGKILL}
         assert trials.run_way(directory, "denoiser", fault=fault) == [-signal.SIGKILL]
-        seen.add(tuple(sorted(p.name for p in directory.glob("*"))))
+        names = [p.name for p in directory.glob("*")]
+        seen.add(tuple(sorted(re.sub(r"\w{8}\.partial", "partial", name) for name in names)))
         workdirs.check(directory, config)  # raises where the folder is refused
     assert len(seen) >= 5

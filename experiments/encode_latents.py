@@ -11,11 +11,13 @@ what the frozen text encoder of `init_from` makes of each caption, as float16.
 import math
 import pathlib
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from diffusion import weights
@@ -23,7 +25,6 @@ from diffusion.data import latents, loader, transforms
 from diffusion.training import codec
 from diffusion.training.parallel import BATCH, make_mesh
 from diffusion.wording import Progress
-from experiments.evaluate import reconstructions
 from experiments.host import cli, cluster
 from experiments.run import build, data, networks, training
 
@@ -32,89 +33,43 @@ def encode(config: ConfigDict) -> dict:
     """Writes the latents of `config` to `config.data.dir`; returns their provenance."""
     if "latents" not in config:
         raise ValueError("the config has no `latents` section: use one of a latent diffusion model")
-    out = pathlib.Path(config.data.dir)
     section = config.latents
     if not section.data_dir:
         raise ValueError("latents.data_dir is empty: give --config.latents.data_dir=IMAGES")
     scaling = latents.Scaling(section.scaling, section.scale, section.scaling_examples)
-    stage = find_first_stage(config)
-    network, params = build.autoencoder(config.model.autoencoder), stage.params
-    begun = networks.begin(config)
+    stage, begun = find_first_stage(config), networks.begin(config)
     identity = training.latent_identity(config, begun)["made_from"]
     source, steps = data.open_images(data.images_config(config), "train")
-    count = len(source) * section.epochs
-    shape = build.sample_shape(config)
-    fields: dict = {"mean": ("float16", shape)}
-    if config.model.autoencoder.name == "kl":
-        fields["logvar"] = ("float16", shape)
-    pipeline, tokenizer, hashes = [*steps], None, {}
+    words = _words(config, begun, source, steps)
+    made_from = {**identity, "first_stage": stage.hash}
+    if words is not None:
+        made_from["tokenizer"] = words.sha256
+    made_from |= {"data_sha256": source.provenance["sha256"], "seed": config.seed}
+    plan = latents.Plan(
+        pathlib.Path(config.data.dir),
+        len(source) * section.epochs,
+        section.shard_size,
+        _fields(config, words),
+        made_from,
+    )
+    cluster.together(lambda: cluster.is_first() and _begin(plan, stage, words))
+    pipeline = [*steps]
     if config.data.flip:
         pipeline.append(transforms.FlipOddEpochs())
-    if "text_encoder" in config.model:
-        length = config.model.text_encoder.max_length
-        tokenizer = begun.tokenizer if "text_encoder" in begun.frozen else None
-        tokenizer = tokenizer or data.make_tokenizer(section.tokenizer, source, steps)
-        null = data.null_tokens(config, tokenizer)
-        data.count_cut(source, steps, tokenizer, length)
-        kind = "int16" if tokenizer.vocabulary_size < 2**15 else "int32"
-        fields["tokens"], hashes = (kind, (length,)), {"tokenizer": tokenizer.sha256}
-        pipeline.append(transforms.Tokenize(tokenizer, length))
-        if section.contexts:
-            fields["context"] = ("float16", (length, config.model.text_encoder.width))
-            text = build.text(config, null)
-    if build.null_label(config) is not None:
-        fields["label"] = ("int32", ())
-    plan = latents.Plan(
-        out,
-        count,
-        section.shard_size,
-        fields,
-        {
-            **identity,
-            "first_stage": stage.hash,
-            **hashes,
-            "data_sha256": source.provenance["sha256"],
-            "seed": config.seed,
-        },
-    )
-
-    def begin() -> None:
-        if not cluster.is_first():
-            return
-        plan.begin()
-        if not (out / "first_stage" / weights.WEIGHTS).exists():
-            weights.save_weights(out / "first_stage", params, config.model.autoencoder.to_dict())
-            if tokenizer is not None:
-                tokenizer.save(out / "tokenizer.json")
-
-    cluster.together(begin)
+    if words is not None:
+        pipeline.append(transforms.Tokenize(words, config.model.text_encoder.max_length))
     # Each process encodes shards of its own, on its own devices.
     mesh = make_mesh(devices=[d for d in jax.devices() if d.process_index == jax.process_index()])
     size = math.ceil(section.batch_size / mesh.size) * mesh.size
-    frozen = {k: v for k, v in begun.frozen.items() if k == "text_encoder"}
-    params, frozen = jax.device_put((params, frozen), NamedSharding(mesh, PartitionSpec()))
-
-    @jax.jit
-    def encoded(params, frozen, batch):
-        x = codec.signed(batch["image"])
-        found = network.apply({"params": params}, x, method="encode")
-        columns = {"mean": found.mean, "logvar": found.logvar}
-        if "context" in fields:
-            columns["context"] = text.encode(frozen, {"tokens": batch["tokens"]})["context"]
-        return columns
-
-    progress = Progress("latents", count, silent=not cluster.is_first())
+    columns = _encoder(config, stage, begun, words, mesh)
+    progress = Progress("latents", plan.count, silent=not cluster.is_first())
     for shard in plan.missing(jax.process_index(), jax.process_count()):
-        rows = {name: [] for name in fields}
-        for batch in loader.one_pass(
-            source, size, pipeline, epochs=section.epochs, start=shard.start, stop=shard.stop
-        ):
-            given = {k: batch[k] for k in ("image", "tokens") if k in batch}
-            given = jax.device_put(given, NamedSharding(mesh, BATCH))
-            valid = batch["valid"]
-            columns = {**batch, **encoded(params, frozen, given)}
-            for name in fields:
-                rows[name].append(np.asarray(columns[name])[valid])
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in plan.fields}
+        of_shard = {"epochs": section.epochs, "start": shard.start, "stop": shard.stop}
+        for batch in loader.one_pass(source, size, pipeline, **of_shard):
+            found = {**batch, **columns(batch)}
+            for name in plan.fields:
+                rows[name].append(np.asarray(found[name])[batch["valid"]])
         latents.write_shard(plan, shard, {k: np.concatenate(v) for k, v in rows.items()})
         progress.at(shard.stop)
     progress.close()
@@ -123,13 +78,73 @@ def encode(config: ConfigDict) -> dict:
     return latents.finish(plan, scaling)
 
 
-def find_first_stage(config: ConfigDict) -> reconstructions.Stage:
+def _words(config: ConfigDict, begun: networks.Beginning, source: Any, steps: list) -> Any:
+    """The tokenizer of the captions: a frozen text encoder's, or one made of them; None: none."""
+    if "text_encoder" not in config.model:
+        return None
+    frozen = begun.tokenizer if "text_encoder" in begun.frozen else None
+    words = frozen or data.make_tokenizer(config.latents.tokenizer, source, steps)
+    data.count_cut(source, steps, words, config.model.text_encoder.max_length)
+    return words
+
+
+def _fields(config: ConfigDict, words: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What an example has on disk."""
+    shape = build.sample_shape(config)
+    fields: dict[str, tuple[str, tuple[int, ...]]] = {"mean": ("float16", shape)}
+    if config.model.autoencoder.name == "kl":
+        fields["logvar"] = ("float16", shape)
+    if words is not None:
+        length = config.model.text_encoder.max_length
+        fields["tokens"] = ("int16" if words.vocabulary_size < 2**15 else "int32", (length,))
+        if config.latents.contexts:
+            fields["context"] = ("float16", (length, config.model.text_encoder.width))
+    if build.null_label(config) is not None:
+        fields["label"] = ("int32", ())
+    return fields
+
+
+def _begin(plan: latents.Plan, stage: networks.Stage, words: Any) -> None:
+    plan.begin()
+    if not (plan.directory / "first_stage" / weights.WEIGHTS).exists():
+        described = stage.config.model.autoencoder.to_dict()
+        weights.save_weights(plan.directory / "first_stage", stage.params, described)
+        if words is not None:
+            words.save(plan.directory / "tokenizer.json")
+
+
+def _encoder(
+    config: ConfigDict, stage: networks.Stage, begun: networks.Beginning, words: Any, mesh: Mesh
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A batch to the columns that networks make of it."""
+    network = build.autoencoder(config.model.autoencoder)
+    text = build.text(config, data.null_tokens(config, words)) if words is not None else None
+    frozen = {k: v for k, v in begun.frozen.items() if k == "text_encoder"}
+    placed = jax.device_put((stage.params, frozen), NamedSharding(mesh, PartitionSpec()))
+    contexts = text is not None and config.latents.contexts
+
+    @jax.jit
+    def run(params, frozen, batch):
+        found = network.apply({"params": params}, codec.signed(batch["image"]), method="encode")
+        columns = {"mean": found.mean, "logvar": found.logvar}
+        if contexts:
+            columns["context"] = text.encode(frozen, {"tokens": batch["tokens"]})["context"]
+        return columns
+
+    def columns(batch):
+        given = {k: batch[k] for k in ("image", "tokens") if k in batch}
+        return run(*placed, jax.device_put(given, NamedSharding(mesh, BATCH)))
+
+    return columns
+
+
+def find_first_stage(config: ConfigDict) -> networks.Stage:
     """The first stage that `latents.first_stage` names: its own run, or any workdir that has one.
 
     Raises ValueError when there is none, or its model is not the config's.
     """
     directory = pathlib.Path(config.latents.first_stage)
-    stage = reconstructions.load(directory, flag="--config.latents.first_stage")
+    stage = networks.load_stage(directory, flag="--config.latents.first_stage")
     wanted = build.autoencoder(config.model.autoencoder)
     if found := networks.difference(wanted, stage.network):
         key, ours, theirs = found

@@ -112,13 +112,14 @@ def _evaluate(root: pathlib.Path, smoke: bool, seed: int) -> dict:
 
 
 def _pictures(root: pathlib.Path, seed: int) -> None:
-    model = generate.load(root / "ldm")
+    pipeline = generate.load(root / "ldm").pipeline
     prompts, _ = compose.prompts(GRID, seed + 1, held_out=False)
-    pixels = np.concatenate(list(generate.images(model, GRID, prompts, seed)))
+    columns = pipeline.columns(prompts)
+    pixels = np.concatenate(list(pipeline.images(columns, GRID, [seed])))
     pictures.captioned(root / "samples.png", pixels, prompts)
-    run = generate.make_sampler(model, trajectory=True)
-    tokens = generate.encode(model, prompts[:STRIP])
-    _, steps = run(model.params, np.arange(STRIP, dtype=np.int32), {"tokens": tokens}, seed)
+    numbers = np.full(STRIP, seed, np.uint32), np.arange(STRIP, dtype=np.int32)
+    first = {name: column[:STRIP] for name, column in columns.items()}
+    _, steps = pipeline.compiled(trajectory=True)(pipeline.params, *numbers, first)
     shown = np.linspace(0, len(steps) - 1, min(13, len(steps))).round().astype(int)
     strip = np.asarray(steps)[shown].swapaxes(0, 1).reshape(-1, *steps.shape[2:])
     pictures.save_grid(root / "denoising.png", strip, columns=len(shown), scale=2)

@@ -10,23 +10,39 @@ A video's frames stand side by side, a series is plotted; the .npz has either as
     ... --controlnet=DIR --control=PNG        steered by a picture; both may be given several times
     ... --lora=FILE                           with low-rank updates in Diffusers' format
 
-The same seed gives the same noise, and so the same images, for any batch size and device count.
+The same seed gives the same noise, and so the same images, for any batch size and device count;
+`--seed=random` draws one and says which. Images are written as they are made: the same command,
+run again after an interruption, goes on with those that are missing.
 """
 
 import dataclasses
+import functools
+import json
 import pathlib
+import secrets
+import shutil
 import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
+from PIL import Image
 
 from diffusion import files, pictures
+from diffusion.wording import Progress
 from experiments.host import cli, cluster
-from experiments.run import generate, pipelines
+from experiments.run import generate, kept
 
-GUIDANCE = ("guidance_rescale", "guidance_interval")  # flags that change the config's
+SETTINGS = ("sampler", "steps", "guidance_scale", "guidance_rescale", "guidance_interval")
+# What else the pictures depend on, flag by flag; files go in by what they hold.
+ASKED = ("negative_prompt", "label", "strength", "control_scale", "lora_scale", "size", "tile")
+FILES = ("image", "mask", "control", "controlnet", "lora")
+SHOWN = 256  # pictures in grid.png
+# make(start=i) -> batches of pictures from number i on
+Make = Callable[..., Iterator[np.ndarray]]
 
 
 def define(add: cli.Flags) -> None:
@@ -38,7 +54,7 @@ def define(add: cli.Flags) -> None:
     add.add("string", "prompts_file", None, "A text file of captions, one a line.")
     add.add("multi_string", "negative_prompt", None, "What is guided away from.")
     add.add("multi_integer", "label", None, "A class; may be given several times.")
-    add.add("integer", "seed", 0, "Of the noise.")
+    add.add("string", "seed", "0", "Of the noise, 0 or more; random: drawn, and said.")
     add.add("list", "seeds", None, "Several seeds: --num images of each.")
     add.add("string", "image", None, "To start from, to inpaint, or to upscale.")
     add.add("float", "strength", None, "How much of the image is made anew, in (0, 1].")
@@ -80,89 +96,172 @@ def prompts(values: flags.FlagValues) -> list[str] | None:
     return values.prompt
 
 
-def with_guidance(config: ConfigDict, values: flags.FlagValues) -> ConfigDict:
-    """The config with those of its settings of guidance that the flags change."""
-    config = ConfigDict(config.to_dict())
-    if values.guidance_rescale is not None:
-        config.sample.guidance_rescale = values.guidance_rescale
-    if values.guidance_interval is not None:
-        config.sample.guidance_interval = tuple(cli.numbers(values, "guidance_interval", float))
-    return config.lock()
+def seeds(values: flags.FlagValues) -> list[int]:
+    """From the flags; one that is drawn is the same on every process."""
+    if values.seed == "random" and not values.seeds:
+        drawn = -kept.least(-secrets.randbelow(2**31))
+        if cluster.is_first():
+            print(f"--seed={drawn}", flush=True)
+        return [drawn]
+    try:
+        found = cli.numbers(values, "seeds", int) or [int(values.seed)]
+    except ValueError as error:
+        if values.seeds:
+            raise
+        raise ValueError(f"--seed={values.seed} must be a whole number, or random") from error
+    if wrong := [seed for seed in found if not 0 <= seed < 2**32]:
+        flag = "seeds" if values.seeds else "seed"
+        raise ValueError(f"--{flag}={wrong[0]} must lie in 0..2^32 - 1, or be --seed=random")
+    return found
 
 
 def open_model(values: flags.FlagValues) -> generate.Model:
     """The run with everything that the flags add to it."""
     model = generate.load(cli.require(values, "workdir"), values.weights)
+    pipeline = model.pipeline
     if values.size:
-        model = pipelines.resized(model, cli.numbers(values, "size", int))
-    model = dataclasses.replace(model, config=with_guidance(model.config, values))
-    model = pipelines.with_lora(model, values.lora or (), values.lora_scale)
-    return pipelines.with_controlnets(model, values.controlnet or ())
+        pipeline = pipeline.resized(cli.numbers(values, "size", int))
+    given: dict[str, Any] = {name: values[name].value for name in SETTINGS}
+    if values.guidance_interval is not None:
+        given["guidance_interval"] = tuple(cli.numbers(values, "guidance_interval", float))
+    pipeline = pipeline.changed(**given)
+    for path in values.lora or ():
+        pipeline = pipeline.with_lora(path, values.lora_scale)
+    for directory in values.controlnet or ():
+        pipeline = generate.with_controlnet(pipeline, directory)
+    if values.batch_size is not None:
+        if values.batch_size < 1:
+            raise ValueError(f"batch_size={values.batch_size} must be at least 1")
+        pipeline = dataclasses.replace(pipeline, batch_size=values.batch_size)
+    return dataclasses.replace(model, pipeline=pipeline)
+
+
+def described(values: flags.FlagValues, model: generate.Model) -> dict[str, str]:
+    """What every picture says of how it was made; "request" is of whatever has no line."""
+    how = model.pipeline.how
+    asked = {name: values[name].value for name in ASKED} | {"options": dict(how.options)}
+    for name in FILES:
+        given = values[name].value or []
+        given = [given] if isinstance(given, str) else given
+        asked[name] = [_content(pathlib.Path(path)) for path in given]
+    return {
+        **{name: str(getattr(how, name)) for name in SETTINGS},
+        "weights": values.weights,
+        "checkpoint": model.checkpoint_hash,
+        "step": str(model.step),
+        "request": _digest(asked),
+    }
+
+
+def _digest(asked: Any) -> str:
+    return files.digest(json.loads(json.dumps(asked, default=str)))[:16]
+
+
+def _content(path: pathlib.Path) -> list[str]:
+    """Of a file or a folder; of a run's, its config and which checkpoints there are."""
+    held = sorted(path.glob("*")) if path.is_dir() else [path]
+    runs = sorted(p.name for p in path.glob("checkpoints/*"))
+    return runs + [files.hash_file(file) for file in held if file.is_file()]
 
 
 @cluster.joined
 def main(values: flags.FlagValues) -> None:
     directory = pathlib.Path(cli.require(values, "workdir"))
-    wanted, seeds = prompts(values), cli.numbers(values, "seeds", int) or [values.seed]
     if values.strength is not None and not values.image:
         raise ValueError(f"--strength={values.strength} needs the --image that it changes")
     out = pathlib.Path(values.out or directory / "samples")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out={out} is a file: name a folder")
-    if cluster.is_first():
-        files.clear(out)
-    model = open_model(values)
-    scales = cli.numbers(values, "control_scale", float)
-    given = pipelines.columns(model, values.image, values.mask, values.control or (), scales)
-    options = {
-        "sampler": values.sampler,
-        "steps": values.steps,
-        "guidance_scale": values.guidance_scale,
-    }
-    batches = [
-        batch
-        for seed in seeds
-        for batch in generate.images(
-            model,
-            values.num,
-            wanted,
-            seed,
-            values.batch_size,
-            values.negative_prompt,
-            values.label,
-            given,
-            strength=1.0 if values.strength is None else values.strength,
-            tile=values.tile,
-            **options,
-        )
-    ]
-    pixels = np.concatenate(batches)
-    if values.npz:
-        if cluster.is_first():
-            files.write_arrays(out / "samples.npz", images=pixels)
-            print(f"{len(pixels)} images in {out / 'samples.npz'}")
-        return
-    used = {k: v if v is not None else model.config.sample[k] for k, v in options.items()}
-    text = {
-        **{key: str(value) for key, value in used.items()},
-        **{key: str(model.config.sample[key]) for key in GUIDANCE if values[key].present},
-        "weights": values.weights,
-        "checkpoint": model.checkpoint_hash,
-        "step": str(model.step),
-    }
-    pixels = pictures.as_images(pixels)
-    for i in range(jax.process_index(), len(pixels), jax.process_count()):
+    if values.num < 1:
+        raise ValueError(f"--num={values.num} must be at least 1")
+    wanted, drawn = prompts(values), seeds(values)
+    with cli.flagged(values):
+        model = open_model(values)
+        pipeline, scales = model.pipeline, cli.numbers(values, "control_scale", float)
+        columns = pipeline.columns(wanted, values.negative_prompt, values.label)
+        columns |= pipeline.slots.read(values.image, values.mask, values.control or (), scales)
+        strength = 1.0 if values.strength is None else values.strength
+        run = pipeline.compiled(strength=strength, tile=values.tile)
+    make = functools.partial(pipeline.images, columns, values.num, drawn, run=run)
+    total, text = values.num * len(drawn), described(values, model)
+    size = pipeline.at_a_time(total)
+
+    def of(i: int) -> dict[str, str]:
         turn, index = divmod(i, values.num)
         prompt = wanted[index % len(wanted)] if wanted else ""
-        metadata = {"prompt": prompt, "index": str(index), "seed": str(seeds[turn]), **text}
-        pictures.save_png(out / f"{i:05d}.png", pixels[i], metadata)
+        return {"prompt": prompt, "index": str(index), "seed": str(drawn[turn]), **text}
+
+    cluster.together(lambda: cluster.is_first() and files.clear(out))
+    if values.npz:
+        write_npz(out, make, total, size, {**text, "prompts": _digest(wanted), "seeds": drawn})
+    else:
+        write_pngs(out, make, total, size, of)
+
+
+def write_pngs(
+    out: pathlib.Path, make: Make, total: int, size: int, of: Callable[[int], dict[str, str]]
+) -> None:
+    """Each picture with `of(i)` inside, by which those of an interrupted call are known again."""
+    done = kept.least(_finished(out, total, of))
+    if done:
+        print(f"{done} of {total} images are there, made from the same", flush=True)
+    start = done if done == total else done - done % size
+    shown = [_pixels(out / f"{i:05d}.png") for i in range(min(start, SHOWN))]
+    batches = make(start=start) if start < total else iter(())
+    progress = Progress("images", total, silent=not cluster.is_first())
+    for batch in progress.over(batches, start):
+        for i, pixels in enumerate(pictures.as_images(batch), start):
+            if i % jax.process_count() == jax.process_index():
+                pictures.save_png(out / f"{i:05d}.png", pixels, of(i))
+            if i < SHOWN:
+                shown.append(pixels)
+        start += len(batch)
     if not cluster.is_first():
         return
-    pictures.save_grid(out / "grid.png", pixels[:256], scale=max(1, 64 // min(pixels.shape[1:3])))
-    print(f"{len(pixels)} images and grid.png in {out}")
-    earlier = [p for p in out.glob("*.png") if p.stem.isdigit() and int(p.stem) >= len(pixels)]
-    if earlier:
+    scale = max(1, 64 // min(shown[0].shape[:2]))
+    pictures.save_grid(out / "grid.png", np.stack(shown), scale=scale)
+    print(f"{total} images and grid.png in {out}")
+    if earlier := [p for p in out.glob("*.png") if p.stem.isdigit() and int(p.stem) >= total]:
         print(f"note: {out} holds {len(earlier)} more images of an earlier call")
+
+
+def _finished(out: pathlib.Path, total: int, of: Callable[[int], dict[str, str]]) -> int:
+    """How many of the first pictures are there."""
+    for i in range(total):
+        try:
+            with Image.open(out / f"{i:05d}.png") as picture:
+                found = picture.info
+        except (OSError, SyntaxError):
+            return i
+        if any(found.get(key) != value for key, value in of(i).items()):
+            return i
+    return total
+
+
+def _pixels(path: pathlib.Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def write_npz(out: pathlib.Path, make: Make, total: int, size: int, made_from: dict) -> None:
+    """samples.npz, put together of parts once they are all there."""
+    parts, path = out / ".samples.npz.parts", out / "samples.npz"
+    batches = kept.kept(parts, lambda start: make(start=start), total, size, made_from, "--out")
+    progress = Progress("images", total, silent=not cluster.is_first())
+    shape, dtype = (), None
+    for batch in progress.over(batches):
+        shape, dtype = (total, *batch.shape[1:]), batch.dtype
+    if not cluster.is_first():
+        return
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
+    with files.whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        with archive.open(zipfile.ZipInfo("images.npy"), "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
+            for i in range(-(-total // size)):
+                file.write(np.ascontiguousarray(kept.shard(parts / f"{i:05d}.npy")).tobytes())
+    shutil.rmtree(parts)
+    print(f"{total} images in {path}")
 
 
 if __name__ == "__main__":

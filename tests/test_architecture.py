@@ -20,6 +20,9 @@ MAY_IMPORT = {
     "diffusion.writers": ("diffusion.files", "diffusion.redact", "diffusion.wording"),
     "diffusion.interop": ("diffusion.files", "diffusion.models"),
     "diffusion.training": ("diffusion.process", "diffusion.models", "diffusion.metrics"),
+    "diffusion.sampling": tuple(
+        f"diffusion.{room}" for room in ("process", "models", "data", "interop", "training")
+    ),
     "configs": (),
     "launch": ("configs",),
 }
@@ -27,8 +30,8 @@ MAY_IMPORT = {
 FLOORS = (
     ("host",),
     ("run",),
-    ("evaluate", "sample", "convert", "plan", "report", "prepare_data"),
-    ("train", "encode_latents"),
+    ("evaluate", "sample", "convert", "plan", "report", "prepare_data", "encode_latents"),
+    ("train",),
     ("quickstart", "benchmark"),
 )
 FORBIDDEN = {

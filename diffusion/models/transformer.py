@@ -176,6 +176,11 @@ class Transformer(nn.Module):
 
     # -- sizes ---------------------------------------------------------------------------------
 
+    @property
+    def size_multiple(self) -> int:
+        """What each side of the input is a multiple of: the patch's."""
+        return self.patch if isinstance(self.patch, int) else math.lcm(*self.patch)
+
     def _grid(self, space: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
         """Patches an axis."""
         if any(n % p for n, p in zip(space, patch)):

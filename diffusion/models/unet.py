@@ -230,6 +230,11 @@ class UNet(nn.Module):
         """Channels of a level."""
         return round(self.channels * self.multipliers[level])
 
+    @property
+    def size_multiple(self) -> int:
+        """What each side of the input is a multiple of: all levels but the last halve it."""
+        return 2 ** (len(self.multipliers) - 1)
+
     def per_level(self, value: Any) -> tuple[Any, ...]:
         """One value for all levels, or one a level, as a tuple of one a level."""
         return tuple(value) if isinstance(value, tuple | list) else (value,) * self.levels

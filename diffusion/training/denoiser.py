@@ -109,7 +109,7 @@ class Denoiser:
         for i, network in enumerate(self.controlnets):
             hint = jnp.zeros(self._hint_shape(network))
             control_key = jax.random.fold_in(key, 3 + i)
-            params[_control_name(i)] = network.init(control_key, x, t, hint, **given)["params"]
+            params[control_name(i)] = network.init(control_key, x, t, hint, **given)["params"]
         return params
 
     def _hint_shape(self, network: Any) -> tuple[int, ...]:
@@ -200,7 +200,7 @@ class Denoiser:
         x = x_t if concat is None else jnp.concatenate([x_t, concat.astype(x_t.dtype)], axis=-1)
         total: Any = None
         for i, (network, hint, scale) in enumerate(zip(self.controlnets, hints, scales)):
-            variables = {"params": params[_control_name(i)]}
+            variables = {"params": params[control_name(i)]}
             found = network.apply(variables, x, t, hint, keys=keys, **given)
             found = [scale.reshape(-1, *[1] * (r.ndim - 1)) * r for r in found]
             total = found if total is None else [a + b for a, b in zip(total, found)]
@@ -239,5 +239,6 @@ class Denoiser:
         return conditions.encode(self.conditions, params, batch, dropout_keys)
 
 
-def _control_name(i: int) -> str:
+def control_name(i: int) -> str:
+    """Of the i-th ControlNet, among the parameters."""
     return f"controlnet_{i}" if i else "controlnet"

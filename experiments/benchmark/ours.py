@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 
 from diffusion import files, interop
 from diffusion.interop import scheduler
-from diffusion.process import gaussian, guidance, samplers
+from diffusion.process import samplers
+from diffusion.sampling.settings import Settings
 from diffusion.training import state as ts
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import Parallel, make_mesh
@@ -35,7 +36,7 @@ from experiments.benchmark.workload import (
     timed,
 )
 from experiments.plan import cost, mesh
-from experiments.run import build, generate
+from experiments.run import build
 
 
 class Given(Denoiser):
@@ -148,39 +149,19 @@ def _step_flops(work: dict[str, Any], config: ConfigDict) -> int:
 def sampling(work: dict[str, Any], config: ConfigDict) -> Any:
     """(params, arrays, count) -> x0 of DDIM with eta 0, guided where there is a context."""
     task, _, _ = denoiser_task(config)
-    method = samplers.SAMPLERS["ddim"](build.schedule(config), steps=work["sample_steps"])
-    scale = work["guidance_scale"]
+    changed = {"steps": work["sample_steps"], "guidance_scale": work["guidance_scale"]}
+    process = {"prediction": config.process.prediction, "variance": config.process.variance}
+    how = Settings(build.schedule(config), **process, sampler="ddim", **changed)
 
     @functools.partial(jax.jit, static_argnames="count")
     def run(params, arrays, count):
-        x, context = arrays["x"][:count], arrays.get("context")
-        if context is not None and scale != 1:
-            context = context[:count]
-            context = generate.paired(context, jnp.zeros_like(context))
-
-        def network(x_t, t):
-            given = {} if context is None else {"context": context}
-            return task.predict({"denoiser": params}, x_t, t, given)
-
-        denoise = gaussian.make_denoise(network, task_schedule, config.process.prediction)
-        if context is not None and scale != 1:
-            denoise = _guided(denoise, scale)
+        told = {k: arrays[k][:count] for k in ("context",) if k in arrays}
+        nothing = jax.tree.map(jnp.zeros_like, told) or None
+        denoise = how.denoise(functools.partial(task.predict, {"denoiser": params}), told, nothing)
         keys = jax.random.split(jax.random.key(0), count)
-        return samplers.sample(method, denoise, x, keys)
+        return samplers.sample(how.method(), denoise, arrays["x"][:count], keys)
 
-    task_schedule = build.schedule(config)
     return run
-
-
-def _guided(both: Any, scale: float) -> Any:
-    """Guidance of x0; with eps or v it is the same (`process/guidance.py`)."""
-
-    def denoise(x_t, t):
-        pairs = both(generate.paired(x_t, x_t), generate.paired(t, t))
-        cond, uncond = pairs[::2], pairs[1::2]
-        return guidance.classifier_free(lambda *_: cond, lambda *_: uncond, scale)(x_t, t)
-
-    return denoise
 
 
 def _call(work: dict[str, Any], config: ConfigDict, directory: pathlib.Path | None) -> Any:

@@ -48,9 +48,9 @@ def lora(
     results: dict[str, Any] = {}
     shown = []
     for when, where in (("before", config.init_from), ("after", directory)):
-        model = generate.load(where)
+        pipeline = generate.load(where).pipeline
         for name, (texts, asked) in sets.items():
-            pixels = np.concatenate(list(generate.images(model, num, texts, seed)))
+            pixels = np.concatenate(list(pipeline.images(pipeline.columns(texts), num, [seed])))
             found = metrics.attributes(pixels, judge, colours)
             scores = adherence_metric.adherence(found, asked)
             results.setdefault(name, {})[when] = scores
@@ -74,8 +74,8 @@ def controlnet(
     results: dict[str, Any] = {"originals": _agreement(batch["image"], wanted)}
     shown = [hint[:SHOWN], batch["image"][:SHOWN]]
     for when, where, extra in (("before", config.init_from, {}), ("after", directory, given)):
-        model = generate.load(where)
-        made = generate.images(model, num, batch["caption"], seed, given=extra)
+        pipeline = generate.load(where).pipeline
+        made = pipeline.images(pipeline.columns(batch["caption"]) | extra, num, [seed])
         pixels = np.concatenate(list(made))
         found = metrics.attributes(pixels, judge)
         results[when] = {

@@ -22,6 +22,7 @@ from diffusion.pictures import Panel, logged
 from experiments.evaluate import reconstructions
 from experiments.evaluate.metrics import Judge
 from experiments.host import cli
+from experiments.run import networks
 
 SHOWN = 12  # images of the grid
 PANELS = {
@@ -50,7 +51,7 @@ def report(
     steps = sorted(finished(directory / "checkpoints"))
     if not steps:
         raise ValueError(f"--workdir={directory} has no finished checkpoint: train it first")
-    stages = {step: reconstructions.load(directory, step) for step in steps}
+    stages = {step: networks.load_stage(directory, step) for step in steps}
     batches = list(reconstructions.test_images(stages[steps[0]], num))
     features = None if judge is None else lambda images: judge(images)[1]
     found = {
@@ -81,7 +82,7 @@ def _curves(path: pathlib.Path, directory: pathlib.Path, found: dict, begins: in
     pictures.figure(path, panels, columns=3)
 
 
-def _grid(path: pathlib.Path, images: np.ndarray, *stages: reconstructions.Stage) -> None:
+def _grid(path: pathlib.Path, images: np.ndarray, *stages: networks.Stage) -> None:
     rows = [images, *(reconstructions.reconstructor(stage)(images)[0] for stage in stages)]
     pictures.save_grid(path, np.concatenate(rows), columns=len(images), scale=3)
 

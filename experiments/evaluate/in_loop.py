@@ -33,6 +33,8 @@ from diffusion import weights
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.metrics import adherence, frechet
+from diffusion.sampling.inputs import Columns
+from diffusion.sampling.pipeline import Pipeline
 from diffusion.training import codec
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.denoiser import Denoiser
@@ -42,7 +44,7 @@ from diffusion.writers import Writer
 from experiments.evaluate import reconstructions, stream
 from experiments.evaluate.metrics import Judge, Subject, attributes
 from experiments.host import cluster
-from experiments.run import build, data, generate, training
+from experiments.run import build, data, generate, networks, training
 
 CLASSIFIER = "evaluation.classifier"
 REFERENCE = 10_000  # training images, at most, that the Frechet distance is to
@@ -189,7 +191,7 @@ class FirstStage(Evaluator):
         if config.evaluation.classifier:
             judge = classifier(config.evaluation.classifier, config.data.name)
             features = lambda images: judge(images)[1]  # noqa: E731
-        stage = reconstructions.Stage(config, self.run.task.network, params, 0, "")
+        stage = networks.Stage(config, self.run.task.network, params, 0, "")
         found = stream.of_first(
             self.names, lambda: reconstructions.measure(stage, self._images(), features)
         )
@@ -233,23 +235,22 @@ class Samples(Evaluator):
         if not num:
             return {}
         seen = next(self.run.eval_batches())
-        model, given = self._model(state), {}
-        prompts = model.tokenizer.decode(seen["tokens"]) if model.tokenizer is not None else None
+        pipeline, given = self._pipeline(state), {}
+        words = pipeline.tokenizer
+        prompts = words.decode(seen["tokens"]) if words is not None else None
         if "hint" in seen:
             given = {"hint_0": seen["hint"], "hint_scale_0": np.ones(1, np.float32)}
-        made = self._made(model, num, prompts, given=given)
+        made = self._made(pipeline, pipeline.columns(prompts) | given, num)
         return {"samples": sheets.as_images(made)}
 
-    def _made(self, model: generate.Model, num: int, *args: Any, **options: Any) -> np.ndarray:
+    def _made(self, pipeline: Pipeline, columns: Columns, num: int, seed: int = 0) -> np.ndarray:
         """Compiled once: parameters are arguments, and the latents' scale never changes."""
-        if self._sampler is None:
-            self._sampler = generate.make_sampler(dataclasses.replace(model, params={}))
-        batches = generate.images(model, num, *args, **options, run=self._sampler)
-        return np.concatenate(list(batches))
+        self._sampler = self._sampler or pipeline.compiled()
+        return np.concatenate(list(pipeline.images(columns, num, [seed], run=self._sampler)))
 
     def _judged(self, state: TrainState, which: str) -> dict[str, float]:
-        config, model = self.run.config, self._model(state, which)
-        num, captioned = config.evaluation.samples, model.tokenizer is not None
+        config, pipeline = self.run.config, self._pipeline(state, which)
+        num, captioned = config.evaluation.samples, pipeline.tokenizer is not None
         digits = captioned and data.known(_data_name(config)).judged
         sets = {"adherence": num, "adherence_held_out": max(num // 4, 1)} if digits else {"": num}
         found: dict[str, float] = {}
@@ -257,7 +258,7 @@ class Samples(Evaluator):
             prompts, asked = None, {}
             if digits:
                 prompts, asked = compose.prompts(count, config.seed, name == "adherence_held_out")
-            images = self._made(model, count, prompts, config.seed)
+            images = self._made(pipeline, pipeline.columns(prompts), count, config.seed)
             if "frechet_distance" not in found:
                 made = frechet.feature_statistics(self._judge(images)[1])
                 found["frechet_distance"] = frechet.frechet_distance(made, self._reference)
@@ -277,7 +278,7 @@ class Samples(Evaluator):
         images = Subject(self.directory).data("train", REFERENCE)
         return frechet.feature_statistics(self._judge(images)[1])
 
-    def _model(self, state: TrainState, which: str = "ema") -> generate.Model:
+    def _pipeline(self, state: TrainState, which: str = "ema") -> Pipeline:
         """What samples from `state`, with averaged weights where there are any, or raw ones."""
         params = state.inference_params if which == "ema" else state.params
         return dataclasses.replace(
@@ -287,8 +288,8 @@ class Samples(Evaluator):
         )
 
     @functools.cached_property
-    def _around(self) -> generate.Model:
-        """All of the model that training does not change."""
+    def _around(self) -> Pipeline:
+        """All of the pipeline that training does not change."""
         params: dict[str, Any] = dict(self.run.frozen)
         first_stage, tokenizer = None, None
         if "autoencoder" in self.run.config.model:
@@ -297,4 +298,5 @@ class Samples(Evaluator):
             first_stage = build.autoencoder(ConfigDict(described))
         if "text" in self.run.task.conditions:
             tokenizer = Tokenizer.load(self.directory / "tokenizer.json")
-        return generate.Model(self.run.config, self.run.task, params, {}, first_stage, tokenizer)
+        given = {"first_stage": first_stage, "tokenizer": tokenizer}
+        return generate.pipeline(self.run.config, self.run.task, params, **given)

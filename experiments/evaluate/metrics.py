@@ -38,7 +38,7 @@ from diffusion.training import codec
 from experiments.evaluate import distances, reconstructions
 from experiments.evaluate.features import Judge, attributes
 from experiments.evaluate.samples import Subject
-from experiments.run import build, data
+from experiments.run import build, data, networks
 
 __all__ = ["METRICS", "Judge", "Subject", "attributes", "measure"]
 
@@ -77,7 +77,7 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
         keys = numbered(jax.random.key(subject.seed), index)
 
         def network(x_t, t):
-            return model.task.predict(params, x_t, t, {})
+            return model.pipeline.task.predict(params, x_t, t, {})
 
         denoise = gaussian.make_denoise(
             network,
@@ -96,7 +96,7 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
     count, size = min(subject.num, len(source)), min(64, subject.num)
     parts = []
     for batch in loader.one_pass(source, size, steps, stop=count):
-        found = bound(model.params, batch["image"], batch["index"].astype(np.int32))
+        found = bound(model.pipeline.params, batch["image"], batch["index"].astype(np.int32))
         parts.append({k: np.asarray(v)[batch["valid"]] for k, v in found.items()})
     every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {
@@ -163,7 +163,7 @@ def psnr(subject: Subject) -> dict[str, Any]:
     directory, config = subject.run, subject.image_config
     if "autoencoder" not in config.model:
         raise ValueError(f"--metrics=psnr needs a first stage, and --workdir={directory} has none")
-    reconstruct = reconstructions.reconstructor(reconstructions.load(directory, subject.step))
+    reconstruct = reconstructions.reconstructor(networks.load_stage(directory, subject.step))
     source, steps = data.open_images(config, "test")
     values = []
     for batch in loader.one_pass(source, 250, steps):
@@ -176,7 +176,7 @@ def psnr(subject: Subject) -> dict[str, Any]:
 
 
 def reconstruction_quality(subject: Subject) -> dict[str, Any]:
-    stage = reconstructions.load(subject.run, subject.step)
+    stage = networks.load_stage(subject.run, subject.step)
     tools = subject.tools
     network = subject.network if tools.classifier or tools.features else None
     features = None if network is None else lambda images: network.run(images)["pool"]

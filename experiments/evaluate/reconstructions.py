@@ -8,9 +8,7 @@ frechet_distance         of reconstructions and images on a feature network: a c
 latent_mean, latent_std  of each channel, of the posterior's mean
 """
 
-import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,53 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import weights
-from diffusion.checkpoint import restore_params
 from diffusion.data import loader
 from diffusion.interop.perceptual import load_lpips
 from diffusion.metrics import frechet, reconstruction
 from diffusion.metrics.intervals import mean_interval
 from diffusion.models.perceptual import LPIPS
 from diffusion.training import codec
-from experiments.run import build, data, workdir
+from experiments.run import data, networks
 
 Features = Callable[[np.ndarray], np.ndarray]  # uint8 images to (batch, dim)
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A first stage with its weights (the average where it has one), and the data it was for."""
-
-    config: ConfigDict
-    network: Any
-    params: Any
-    step: int
-    hash: str
-
-
-def load(directory: pathlib.Path, step: int | None = None, flag: str = "--workdir") -> Stage:
-    """Of a first stage's own run (the checkpoint of `step`, or the newest), or one kept frozen by a
-    latent run or a converted pipeline.
-
-    Raises ValueError for a run that has none.
-    """
-    config = data.images_config(workdir.read_config(directory, flag))
-    if config.task == "autoencoder":
-        saved = restore_params(directory / "checkpoints", ("params", "ema"), step)
-        params = {**saved.items["params"], **saved.items["ema"]}["autoencoder"]
-        found = saved.step, saved.hash
-    elif "autoencoder" in config.model:
-        params, _, sha256 = weights.load_weights(directory / "first_stage")
-        found = 0, sha256[:16]
-    else:
-        raise ValueError(
-            f"{flag}={directory} has no first stage: name a run of task='autoencoder', or of "
-            "latent diffusion"
-        )
-    return Stage(config, build.autoencoder(config.model.autoencoder), params, *found)
-
-
-def test_images(stage: Stage, num: int) -> Iterator[np.ndarray]:
+def test_images(stage: networks.Stage, num: int) -> Iterator[np.ndarray]:
     """Batches of the first `num` images of the evaluation split, uint8."""
     source, steps = data.open_images(stage.config, stage.config.data.eval_split)
     size = stage.config.evaluation.batch_size
@@ -84,7 +47,7 @@ def _compiled(network: Any) -> Callable[..., Any]:
     return run
 
 
-def reconstructor(stage: Stage) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def reconstructor(stage: networks.Stage) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """A compiled function from uint8 images to (uint8 reconstructions, latent means)."""
 
     def reconstruct(image):
@@ -95,7 +58,7 @@ def reconstructor(stage: Stage) -> Callable[[np.ndarray], tuple[np.ndarray, np.n
 
 
 def measure(
-    stage: Stage, batches: Iterable[np.ndarray], features: Features | None = None
+    stage: networks.Stage, batches: Iterable[np.ndarray], features: Features | None = None
 ) -> dict[str, Any]:
     """Everything above, over batches of uint8 images."""
     reconstruct, distance = reconstructor(stage), perceptual(stage.config)

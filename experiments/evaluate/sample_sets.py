@@ -3,10 +3,7 @@
     folder of images     PNG, JPEG, WebP or BMP, in the order of their names; grid.png is left out
     .npz                 "arr_0" (as guided-diffusion writes it) or "images" (experiments.sample),
                          uint8, read a part at a time
-    folder of shards     what `--keep=DIR` leaves: 00000.npy, ... and samples.json
-
-Shards are written whole, each under another name first, and samples.json says how many there are to
-be: a folder that lacks some is half-written, and the command that made it goes on where it stopped.
+    folder of shards     what `--keep=DIR` leaves (`run/kept.py`): 00000.npy, ... and samples.json
 """
 
 import dataclasses
@@ -19,13 +16,11 @@ import numpy as np
 
 from diffusion import files
 from diffusion.data import sources
-from experiments.evaluate import stream
-from experiments.host import cluster
+from experiments.run import kept
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 OWN = ("grid.png",)
 ARRAYS = ("arr_0", "images")
-DESCRIPTION = "samples.json"
 BATCH = 250
 ROUNDINGS = ("nearest", "truncate")
 REMEDY = "remove it, or make it again"
@@ -46,7 +41,7 @@ def open_samples(path: str | pathlib.Path, limit: int | None = None) -> SampleSe
     """The first `limit` images at `path`, or all. ValueError for anything that is no such set."""
     path = pathlib.Path(path)
     if path.is_dir():
-        found = open_shards(path) if (path / DESCRIPTION).is_file() else open_folder(path)
+        found = open_shards(path) if (path / kept.DESCRIPTION).is_file() else open_folder(path)
     elif path.suffix == ".npz" and path.is_file():
         found = open_npz(path)
     else:
@@ -207,67 +202,15 @@ def open_shards(path: pathlib.Path) -> SampleSet:
 
     def batches() -> Iterator[np.ndarray]:
         for part in parts:
-            yield _shard(part)
+            yield kept.shard(part)
 
-    shape = _shard(parts[0]).shape[1:]
+    shape = kept.shard(parts[0]).shape[1:]
     return SampleSet(path, described["num"], shape, batches, described["made_from"])
 
 
 def _description(path: pathlib.Path) -> dict[str, Any]:
-    found = files.read_json(path / DESCRIPTION, f"remove {path}")
+    found = files.read_json(path / kept.DESCRIPTION, f"remove {path}")
     try:
         return {key: found[key] for key in ("num", "shards", "made_from")}
     except KeyError as error:
-        raise ValueError(f"{path / DESCRIPTION} has no {error}: remove {path}") from error
-
-
-def _shard(file: pathlib.Path) -> np.ndarray:
-    try:
-        return np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{file} is truncated: remove it, and make it again") from error
-
-
-def kept(
-    path: pathlib.Path,
-    make: Callable[[int], Iterator[np.ndarray]],
-    num: int,
-    size: int,
-    made_from: dict[str, Any],
-) -> Iterator[np.ndarray]:
-    """`make(start)`'s batches of `size` images, kept as shards; those that are there are read.
-
-    ValueError for a folder of samples that were made from something else.
-    """
-    shards = -(-num // size)
-    own = cluster.together(lambda: _claim(path, num, size, shards, made_from))
-    done = int(stream.gather(np.array([own])).min())
-    for i in range(done):
-        yield _shard(path / f"{i:05d}.npy")
-    if done == shards:
-        return
-    for i, batch in enumerate(make(done * size), done):
-        if cluster.is_first():
-            _write_shard(path / f"{i:05d}.npy", batch)
-        yield batch
-
-
-def _claim(path: pathlib.Path, num: int, size: int, shards: int, made_from: dict[str, Any]) -> int:
-    """How many of the first shards are there."""
-    described = {"num": num, "shards": shards, "size": size, "made_from": made_from}
-    if (path / DESCRIPTION).is_file():
-        found = files.read_json(path / DESCRIPTION, f"remove {path}")
-        files.check_same(found, described, f"--keep={path}", "name another folder")
-    elif cluster.is_first():
-        if path.is_dir() and any(p for p in path.iterdir() if not p.match(files.PARTIAL)):
-            raise ValueError(f"--keep={path} holds other files: name a new folder")
-        files.write_json(path / DESCRIPTION, described)
-    if cluster.is_first():
-        files.clear(path)
-    names = [(path / f"{i:05d}.npy").is_file() for i in range(shards)]
-    return names.index(False) if False in names else shards
-
-
-def _write_shard(path: pathlib.Path, batch: np.ndarray) -> None:
-    with files.whole(path) as partial, partial.open("wb") as file:
-        np.save(file, batch)
+        raise ValueError(f"{path / kept.DESCRIPTION} has no {error}: remove {path}") from error

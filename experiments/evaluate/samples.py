@@ -25,7 +25,7 @@ from experiments.evaluate import references, sample_sets, stream
 from experiments.evaluate.features import FeatureNetwork, Judge, attributes
 from experiments.evaluate.tools import Tools
 from experiments.host import cluster
-from experiments.run import data, generate, workdir
+from experiments.run import data, generate, kept, workdir
 
 
 class Subject:
@@ -85,12 +85,8 @@ class Subject:
 
     @functools.cached_property
     def model(self) -> generate.Model:
-        model = generate.load(self.run, self.which, self.step)
-        if not self.sample:
-            return model
-        config = ConfigDict(model.config.to_dict())
-        config.sample.update(self.sample)
-        return dataclasses.replace(model, config=config.lock())
+        model = generate.load(self.run, self.which, self.step, self.sample)
+        return dataclasses.replace(model, pipeline=model.pipeline.changed(**self.options))
 
     @property
     def run(self) -> pathlib.Path:
@@ -153,12 +149,11 @@ class Subject:
             yield from _shown(self.sample_set.batches(), self.count)
             return
         prompts, _ = self.prompts(num, held_out)
-        size = generate.sampling_batch(self.model, num)
+        pipeline = self.model.pipeline
+        size, columns = pipeline.at_a_time(num), pipeline.columns(prompts)
 
         def make(start: int) -> Iterator[np.ndarray]:
-            for batch in generate.images(
-                self.model, num, prompts, self.seed, start=start, run=self.sampler
-            ):
+            for batch in pipeline.images(columns, num, [self.seed], start, self.sampler):
                 yield sample_sets.to_uint8(batch, self.rounding, start)
                 start += len(batch)
 
@@ -167,7 +162,7 @@ class Subject:
         else:
             made_from = {**self.made_from(), "weights": self.which, "held_out": held_out}
             folder = self.keep / f"{self.which}{'_held_out' * held_out}"
-            batches = sample_sets.kept(folder, make, num, size, made_from)
+            batches = kept.kept(folder, make, num, size, made_from)
             yield from _shown(batches, num)
 
     def images(self, num: int, held_out: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -178,7 +173,7 @@ class Subject:
     def sampler(self) -> Any:
         """Averaged and raw weights, and all checkpoints, go through one compiled function."""
         model = self.model
-        extra = {k: v for k, v in model.extra.items() if k.startswith("latent_")}
+        extra = {k: v for k, v in model.pipeline.extra.items() if k.startswith("latent_")}
         known = [
             workdir.to_json(model.config),
             self.options,
@@ -186,9 +181,7 @@ class Subject:
         ]
         key = json.dumps(known)
         if key not in self.tools.samplers:
-            bare = dataclasses.replace(model, params={})  # parameters are arguments
-            made = generate.make_sampler(bare, rounded=False, **self.options)
-            self.tools.samplers[key] = made
+            self.tools.samplers[key] = model.pipeline.compiled(rounded=False)
         return self.tools.samplers[key]
 
     @functools.cached_property

@@ -7,12 +7,14 @@ A `ValueError` or `OSError` that reaches the top is printed to stderr as "error:
 status 2 and no traceback; so is whatever absl or ml_collections refuses on the command line.
 """
 
+import contextlib
 import pathlib
+import re
 import sys
 import tempfile
 import traceback
 import unittest.mock
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -126,6 +128,19 @@ def numbers(values: flags.FlagValues, name: str, kind: type[int] | type[float]) 
         raise ValueError(
             f"--{name}={','.join(given)} must be {what} with commas between: give --{name}={such}"
         ) from error
+
+
+@contextlib.contextmanager
+def flagged(values: flags.FlagValues) -> Iterator[None]:
+    """The library's errors begin with its argument, "size=3,4 ..."; here with the flag of that
+    name, "--size=3,4 ..."."""
+    try:
+        yield
+    except ValueError as error:
+        named = re.match(r"(\w+)=", str(error))
+        if named is None or named[1] not in values:
+            raise
+        raise ValueError(f"--{error}") from error
 
 
 def flat(config: ConfigDict) -> dict[str, object]:

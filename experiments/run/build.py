@@ -4,6 +4,7 @@ Everything that a config can be wrong in raises ValueError here, before anything
 """
 
 import contextlib
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -24,8 +24,8 @@ from diffusion.models.lora import Lora
 from diffusion.models.perceptual import LPIPS
 from diffusion.models.text_encoder import TextTransformer
 from diffusion.models.unet import UNet
-from diffusion.process import guidance, losses, schedules
-from diffusion.process.samplers import SAMPLERS, Sampler
+from diffusion.process import losses, schedules
+from diffusion.sampling.settings import Settings
 from diffusion.training import conditions, optim
 from diffusion.training.adversarial import Adversary
 from diffusion.training.autoencoder import Autoencoder
@@ -98,52 +98,14 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
     return made
 
 
-def sampler(config: ConfigDict, strength: float = 1.0, **changed: Any) -> Sampler:
-    """The sampler of `config.sample`, with `sampler=` or `steps=` changed where they are given.
-
-    `strength` in (0, 1]: only that fraction of its steps, the last ones.
-    """
-    section = config.sample.to_dict()
-    section.update({k: v for k, v in changed.items() if v is not None})
-    make = choose(SAMPLERS, section["sampler"], "sample.sampler")
-    # Options are those of the config's own sampler.
-    same = section["sampler"] == config.sample.sampler and "options" in section
-    chosen = section["options"] if same else {}
-    if section["sampler"] == "ddpm":
-        chosen = {"variance": config.process.variance, **chosen}
-    given = {"schedule": schedule(config)}
-    full = construct(make, chosen, "sample.options", **given, steps=section["steps"])
-    if (kept := int(full.steps * strength)) == full.steps:
-        return full
-    if not kept:
-        raise ValueError(f"--strength={strength} of {full.steps} steps is none: raise one of them")
-    times = full.rows["t"][np.append(0, full.ends[:-1] + 1)][-kept:]
-    chosen = {k: v for k, v in chosen.items() if k not in ("spacing", "steps_offset")}
-    return construct(make, chosen, "sample.options", **given, times=times)
-
-
-def guided(config: ConfigDict, conditional: Any, unconditional: Any, scale: float) -> Any:
-    """Classifier-free guidance of two functions denoise(x_t, t), as `config.sample` has it."""
-    section = config.sample
-    interval = tuple(section.guidance_interval)
-    if len(interval) not in (0, 2):
-        raise ValueError(f"sample.guidance_interval={interval} must be (low, high), or ()")
-    try:
-        return guidance.classifier_free(
-            conditional, unconditional, scale, interval or None, section.guidance_rescale
-        )
-    except ValueError as error:  # it begins with the argument's name
-        raise ValueError(f"sample.guidance_{error}") from error
-
-
-def bounded(config: ConfigDict, denoise: Any) -> Any:
-    """denoise(x_t, t) with x0 held where `config.sample` wants it."""
-    if config.sample.dynamic_threshold:
-        try:
-            return guidance.dynamic_threshold(denoise, config.sample.dynamic_threshold)
-        except ValueError as error:
-            raise ValueError(f"sample.dynamic_threshold: {error}") from error
-    return guidance.clip_x0(denoise) if config.sample.clip else denoise
+def settings(config: ConfigDict) -> Settings:
+    """How `config.sample` finds x_0."""
+    section = {k: v for k, v in config.sample.items() if k not in ("options", "batch_size")}
+    process = {"prediction": config.process.prediction, "variance": config.process.variance}
+    own = options(config.sample.options) if "options" in config.sample else {}
+    noising = schedule(config)
+    with naming("sample.options", [field.name for field in dataclasses.fields(Settings)]):
+        return Settings(noising, **process, options=own, **options(section))
 
 
 def _compute(config: ConfigDict) -> dict[str, Any]:
@@ -307,8 +269,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     with naming("process"):  # checks names
         jax.eval_shape(lambda key, x0: draw(key[None], x0=x0), jax.random.key(0), one)
-    sampler(config)  # one that the schedule cannot serve is refused now, not after training
-    bounded(config, guided(config, lambda x_t, t: x_t, lambda x_t, t: x_t, 1.0))
+    settings(config)  # a sampler that the schedule cannot serve is refused now, not after training
     return Denoiser(
         network=denoiser_network(config),
         sample_shape=shape,

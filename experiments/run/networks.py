@@ -15,7 +15,7 @@ from diffusion import weights
 from diffusion.checkpoint import restore_params
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.models import lora
-from experiments.run import build, workdir
+from experiments.run import build, data, workdir
 
 FOLDERS = {"autoencoder": "first_stage", "text_encoder": "text_encoder", "denoiser": "denoiser"}
 FORMER = {"denoiser": "unet"}  # the folder in workdirs made before a denoiser was called so
@@ -86,6 +86,39 @@ def folder(directory: pathlib.Path, name: str) -> pathlib.Path:
     """Where a workdir keeps a frozen network."""
     former = directory / FORMER.get(name, FOLDERS[name])
     return former if former.is_dir() else directory / FOLDERS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A first stage with its weights (the average where it has one), and the data it was for."""
+
+    config: ConfigDict
+    network: Any
+    params: Any
+    step: int
+    hash: str
+
+
+def load_stage(directory: pathlib.Path, step: int | None = None, flag: str = "--workdir") -> Stage:
+    """Of a first stage's own run (the checkpoint of `step`, or the newest), or one kept frozen by a
+    latent run or a converted pipeline.
+
+    Raises ValueError for a run that has none.
+    """
+    config = data.images_config(workdir.read_config(directory, flag))
+    if config.task == "autoencoder":
+        saved = restore_params(directory / "checkpoints", ("params", "ema"), step)
+        params = {**saved.items["params"], **saved.items["ema"]}["autoencoder"]
+        found = saved.step, saved.hash
+    elif "autoencoder" in config.model:
+        params, _, sha256 = weights.load_weights(directory / "first_stage")
+        found = 0, sha256[:16]
+    else:
+        raise ValueError(
+            f"{flag}={directory} has no first stage: name a run of task='autoencoder', or of "
+            "latent diffusion"
+        )
+    return Stage(config, build.autoencoder(config.model.autoencoder), params, *found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,8 +81,8 @@ def test_a_controlnet_starts_from_the_unet_and_steers(job, tmp_path):
     assert results["originals"]["f"] == 1.0
     assert 0 <= results["after"]["outline"]["f"] <= 1
     # The run's ControlNet beside the base's U-Net is the run.
-    model = generate.load(target)
-    assert len(model.task.controlnets) == 1
+    pipeline = generate.load(target).pipeline
+    assert len(pipeline.task.controlnets) == 1
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,13 @@ def test_half_written_data_is_refused(job, tmp_path, capsys):
         (("--num=0",), ("--num=0",)),
         (("--prompts_file=nothing.txt",), ("nothing.txt",)),
         (("--sampler=magic",), ("magic", "ddim")),
-        (("--steps=0",), ("0",)),
+        (("--steps=0",), ("--steps=0, ",)),
+        (("--guidance_rescale=2",), ("--guidance_rescale=2",)),
+        (("--guidance_interval=9,1",), ("--guidance_interval=(9.0, 1.0)",)),
+        (("--batch_size=0",), ("--batch_size=0",)),
+        (("--seed=-1",), ("--seed=-1", "random")),
+        (("--seed=x",), ("--seed=x", "random")),
+        (("--seeds=1,-2",), ("--seeds=-2",)),
         (("--prompt=a", "--prompts_file=b"), ("--prompt", "--prompts_file")),
     ],
 )
@@ -194,7 +200,7 @@ def test_an_option_of_a_sampler_is_told_by_its_key():
     config.sample.options = {"eta": 2.0}
     config.sample.sampler = "ddim"
     with pytest.raises(ValueError, match=r"^sample\.options\.eta=2\.0, but it must lie in"):
-        build.sampler(config)
+        build.settings(config)
 
 
 @pytest.mark.parametrize(("kind", "such"), [(int, "1,2,4"), (float, "1,2.5,4")])

@@ -14,7 +14,6 @@ from diffusion.interop import compvis, compvis_ldm, text_encoder
 from diffusion.interop.files import to_tensors
 from experiments import encode_latents, sample
 from experiments.convert import __main__ as convert
-from experiments.evaluate import reconstructions
 from experiments.host import cli
 from experiments.run import build, generate, networks
 
@@ -59,7 +58,7 @@ def test_directories_go_round(sd, reference, converted, tmp_path):
     again.set_progress_bar_config(disable=True)
     assert isinstance(again.scheduler, DDIMScheduler)
     assert {key: again.scheduler.config[key] for key in sd.SCHEDULER} == sd.SCHEDULER
-    model = generate.load(converted)
+    model = generate.load(converted).pipeline
     given = sd.noise(model, 2, 5)
     few = {"latents": given, "num_inference_steps": 2}
     found, wanted = (sd.theirs(pipe, model, **few) for pipe in (again, reference[0]))
@@ -156,7 +155,7 @@ def test_a_whole_checkpoint_of_compvis(sd, reference, converted, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found.params[name], wanted.params[name])
     for name in ("latent_scale", "latent_shift"):
         np.testing.assert_array_equal(found.extra[name], wanted.extra[name])
-    models = (generate.load(run) for run in (converted, tmp_path / "run"))
+    models = (generate.load(run).pipeline for run in (converted, tmp_path / "run"))
     pictures = [sd.ours(model, steps=2) for model in models]
     np.testing.assert_allclose(*pictures, atol=1e-6)
 
@@ -183,7 +182,7 @@ def test_a_first_stage_of_compvis_alone(converted, tmp_path):
     argv = (f"--source={tmp_path}/model.ckpt", f"--workdir={tmp_path}/run")
     argv += ("--config=configs/autoencoder_kl.py:f8,smoke",)  # 4 groups a norm, which is not LDM's
     assert command("--from=compvis", *argv) == 0
-    stage = reconstructions.load(tmp_path / "run")
+    stage = networks.load_stage(tmp_path / "run")
     assert stage.network.groups == 4 and stage.network.multipliers == (1, 2)
     jax.tree.map(np.testing.assert_array_equal, stage.params, found.params["autoencoder"])
 

@@ -1,5 +1,6 @@
 """The default job ran: its files, its numbers, and what sampling promises."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -53,24 +54,28 @@ def test_pngs_carry_how_they_were_made(job, tmp_path):
 
 
 def test_samples_do_not_depend_on_the_batch_size(job):
-    model = generate.load(job / "ldm")
+    pipeline = generate.load(job / "ldm").pipeline.changed(steps=2)
     prompts = ["a small red seven at the top left on black", "a large blue one"]
-    whole, ragged = (
-        np.concatenate(list(generate.images(model, 5, prompts, seed=3, batch_size=size, steps=2)))
-        for size in (5, 2)
-    )
+    columns = pipeline.columns(prompts)
+
+    def made(size, *seeds):
+        batches = dataclasses.replace(pipeline, batch_size=size).images(columns, 5, seeds)
+        return np.concatenate(list(batches))
+
+    whole, ragged = (made(size, 3) for size in (5, 2))
     assert whole.shape == (5, 32, 32, 3) and whole.dtype == np.uint8
     assert np.abs(whole.astype(int) - ragged).max() <= 1
-    other = np.concatenate(list(generate.images(model, 5, prompts, seed=4, steps=2)))
-    assert np.abs(whole.astype(int) - other).max() > 1
+    both = made(4, 3, 4)  # a batch holds pictures of both seeds
+    assert np.abs(whole.astype(int) - both[:5]).max() <= 1
+    assert np.abs(whole.astype(int) - both[5:]).max() > 1
 
 
 def test_guidance_and_prompt_change_the_picture(job):
-    model = generate.load(job / "ldm", which="raw")
+    pipeline = generate.load(job / "ldm", which="raw").pipeline
 
     def picture(prompt, scale):
-        made = generate.images(model, 1, [prompt], steps=2, guidance_scale=scale)
-        return next(made).astype(int)
+        made = pipeline.changed(steps=2, guidance_scale=scale)
+        return next(made.images(made.columns([prompt]), 1)).astype(int)
 
     seven = picture("a red seven", 4.0)
     assert np.abs(seven - picture("a large blue zero at the top", 4.0)).max() > 0

@@ -15,13 +15,14 @@ from safetensors.numpy import save_file
 from diffusion.interop import inception as inception_files
 from diffusion.interop.files import to_tensors
 from diffusion.metrics import frechet
+from diffusion.sampling.pipeline import Pipeline
 from diffusion.training import codec
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import presets, sample_sets
 from experiments.evaluate.features import Judge
 from experiments.evaluate.samples import Subject
 from experiments.host import cli
-from experiments.run import generate
+from experiments.run import kept as kept_samples
 
 FAST = ("--steps=2", "--num=80", "--num_held_out=8", "--replicates=10")
 
@@ -124,7 +125,7 @@ def test_again_it_reads_what_it_kept(whole, monkeypatch):
     def never(*_, **__):
         raise AssertionError("samples are made again")
 
-    monkeypatch.setattr(generate, "make_sampler", never)
+    monkeypatch.setattr(Pipeline, "compiled", never)
     short = [a for a in argv if "sweep" not in a and "every" not in a and "adherence" not in a]
     assert run(*short, "--metrics=frechet_distance", f"--out={root}/again.json") == 0
     again = json.loads((root / "again.json").read_text())
@@ -138,8 +139,8 @@ def test_an_interrupted_evaluation_goes_on(whole, tmp_path, monkeypatch):
     short = [a for a in short if "keep" not in a and "out=" not in a]
     short += ["--metrics=kernel_distance", f"--keep={tmp_path}/kept", "--weights=ema"]
     short += ["--num=90", f"--out={tmp_path}/out.json", f"--reference={root}/reference.npz"]
-    monkeypatch.setattr(generate, "sampling_batch", lambda *_: 40)
-    write, written = sample_sets._write_shard, []
+    monkeypatch.setattr(Pipeline, "at_a_time", lambda *_: 40)
+    write, written = kept_samples._write, []
 
     def full_disk(file, batch):
         if len(written) == 1:
@@ -147,7 +148,7 @@ def test_an_interrupted_evaluation_goes_on(whole, tmp_path, monkeypatch):
         written.append(file)
         write(file, batch)
 
-    monkeypatch.setattr(sample_sets, "_write_shard", full_disk)
+    monkeypatch.setattr(kept_samples, "_write", full_disk)
     assert run(*short) == 2
     assert not (tmp_path / "out.json").exists()
     kept = tmp_path / "kept" / "ema"
@@ -406,7 +407,7 @@ def test_a_model_that_diverged_is_refused_not_black():
 
 def test_nan_samples_end_the_command(job, tmp_path, capsys, monkeypatch):
     black = np.full((80, 32, 32, 3), np.nan, np.float32)
-    monkeypatch.setattr(generate, "images", lambda *_, **__: iter([black]))
+    monkeypatch.setattr(Pipeline, "images", lambda *_, **__: iter([black]))
     out = tmp_path / "out.json"
     out.write_text("an earlier result")
     argv = [f"--workdir={job}/ldm", f"--classifier={job}/classifier", f"--out={out}"]
@@ -448,7 +449,7 @@ def test_presets_fit_their_configs(name):
     data = config.latents.data_name if "latents" in config else config.data.name
     assert (data, config.data.image_size) == (preset.data, preset.image_size)
     config.sample.update(preset.sample)
-    build.sampler(config)
+    build.settings(config)
     for key, value in preset.sample.items():
         if key != "options":
             assert config.sample[key] == value

@@ -1,7 +1,5 @@
 """The settings of guidance are a config's and a command's: each does what its function does."""
 
-import types
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from configs import common
 from diffusion.process import guidance
 from experiments import sample
 from experiments.host import cli
-from experiments.run import build, generate
+from experiments.run import build
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 3)), jnp.float32)
 T = jnp.array([100, 900])
@@ -21,11 +19,10 @@ def denoised(scale=SCALE, **settings):
     """x0 of a network that says the half of x_t where it is told something, else a tenth of it."""
     config = common.denoiser()
     config.process.prediction = "x0"
-    config.sample.update(settings)
-    predict = lambda params, x_t, t, told: x_t * told["gain"].reshape(-1, 1, 1, 1) + 0.3  # noqa: E731
-    model = types.SimpleNamespace(config=config, task=types.SimpleNamespace(predict=predict))
+    config.sample.update({"guidance_scale": scale, **settings})
+    predict = lambda x_t, t, told: x_t * told["gain"].reshape(-1, 1, 1, 1) + 0.3  # noqa: E731
     told, nothing = ({"gain": jnp.full(2, gain)} for gain in (0.5, 0.1))
-    return generate.denoise_fn(model, {}, told, nothing, scale)(X, T)
+    return build.settings(config).denoise(predict, told, nothing)(X, T)
 
 
 def wanted(**options):
@@ -76,10 +73,10 @@ def test_what_cannot_be_is_refused_before_training(settings):
         build.denoiser(config)
 
 
-def test_flags_change_the_configs_settings():
+def test_flags_change_the_configs_settings(job):
     declared = cli.Flags()
     sample.define(declared)
-    declared.values(["sample", "--guidance_rescale=0.7", "--guidance_interval=100,600"])
-    config = sample.with_guidance(common.denoiser().lock(), declared.values)
-    assert config.sample.guidance_rescale == 0.7
-    assert tuple(config.sample.guidance_interval) == (100, 600)
+    flags = ("--guidance_rescale=0.7", "--guidance_interval=100,600", "--steps=3")
+    declared.values(["sample", f"--workdir={job}/ldm", *flags])
+    how = sample.open_model(declared.values).pipeline.how
+    assert (how.guidance_rescale, how.guidance_interval, how.steps) == (0.7, (100.0, 600.0), 3)

@@ -47,10 +47,8 @@ def test_an_old_run_samples_the_same_pixels(job, old):
     assert config.model.denoiser.kind == "unet" and "unet" not in config.model
     assert list(config.ema.networks) == ["denoiser"]
     assert old.joinpath("config.json").read_text().count('"unet"') == 2
-    ours, theirs = (
-        next(generate.images(generate.load(d, "raw"), 2, ["a red seven"], steps=2))
-        for d in (job / "ldm", old)
-    )
+    pipes = [generate.load(d, "raw").pipeline.changed(steps=2) for d in (job / "ldm", old)]
+    ours, theirs = (next(pipe.images(pipe.columns(["a red seven"]), 2)) for pipe in pipes)
     np.testing.assert_array_equal(ours, theirs)
     averages = [networks.load(d).params["denoiser"] for d in (job / "ldm", old)]
     jax.tree.map(np.testing.assert_array_equal, *averages)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from experiments import sample
 from experiments.convert import __main__ as convert
-from experiments.run import generate, pipelines
+from experiments.run import generate
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -39,7 +39,7 @@ ROUNDED = 0.5 / 255 + 1e-3
 
 
 def test_a_whole_pipeline_equals_diffusers(sd, reference, converted):
-    model = generate.load(converted)
+    model = generate.load(converted).pipeline
     found = sd.ours(model, negative=sd.NEGATIVE)
     given = sd.noise(model, 2, 5)
     wanted = sd.theirs(reference[0], model, latents=given, negative_prompt=sd.NEGATIVE)
@@ -53,8 +53,8 @@ def test_a_whole_pipeline_equals_diffusers(sd, reference, converted):
 def test_image_to_image_equals_diffusers(sd, reference, converted, tmp_path):
     image = np.random.default_rng(3).integers(0, 255, (16, 16, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / "in.png")
-    model = generate.load(converted)
-    given = pipelines.columns(model, image=str(tmp_path / "in.png"))
+    model = generate.load(converted).pipeline
+    given = model.slots.read(image=str(tmp_path / "in.png"))
     found = sd.ours(model, given=given, strength=0.6)
     pipe = StableDiffusionImg2ImgPipeline(**reference[0].components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -78,9 +78,9 @@ def test_inpainting_keeps_what_the_mask_does_not_cover(sd, converted, tmp_path):
     mask[4:12, 4:12] = 255
     Image.fromarray(image).save(tmp_path / "in.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    model = generate.load(converted)
-    given = pipelines.columns(model, str(tmp_path / "in.png"), str(tmp_path / "mask.png"))
-    (found,) = generate.images(model, 1, sd.PROMPTS[:1], 0, given=given, steps=4)
+    model = generate.load(converted).pipeline
+    given = model.slots.read(str(tmp_path / "in.png"), str(tmp_path / "mask.png"))
+    (found,) = model.changed(steps=4).images(model.columns(sd.PROMPTS[:1]) | given, 1)
     np.testing.assert_array_equal(found[0][mask == 0], image[mask == 0])
     assert np.abs(found[0].astype(int) - image)[mask > 0].max() > 5
 
@@ -101,9 +101,9 @@ def test_nine_channels_inpaint_as_diffusers_does(sd, reference, tmp_path):
     mask[2:10, 4:] = 255
     Image.fromarray(image).save(tmp_path / "in.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    model = generate.load(run)
-    assert model.config.conditioning.concat == "inpaint"
-    given = pipelines.columns(model, str(tmp_path / "in.png"), str(tmp_path / "mask.png"))
+    model = generate.load(run).pipeline
+    assert model.concat == "inpaint"
+    given = model.slots.read(str(tmp_path / "in.png"), str(tmp_path / "mask.png"))
     found = sd.ours(model, given=given)
     with pytest.MonkeyPatch.context() as patch:
         module = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint"
@@ -149,7 +149,7 @@ def test_super_resolution_by_concatenation_equals_diffusers(sd, tmp_path):
     Image.fromarray(small).save(tmp_path / "small.png")
     argv = ("--size=16,24", f"--image={tmp_path}/small.png")
     found = sd.sampled(tmp_path / "run", tmp_path / "out", *argv)
-    model = pipelines.resized(generate.load(tmp_path / "run"), (16, 24))
+    model = generate.load(tmp_path / "run").pipeline.resized((16, 24))
     drawn = sd.noise(model, 2, 5)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         module = "diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolution"
@@ -186,7 +186,7 @@ def test_two_controlnets_at_once_equal_diffusers(sd, reference, converted, tmp_p
             **reference[0].components, controlnet=nets, requires_safety_checker=False
         )
     pipe.set_progress_bar_config(disable=True)
-    model = generate.load(converted)
+    model = generate.load(converted).pipeline
     given = {"latents": sd.noise(model, 2, 5), "height": 16, "width": 16}
     wanted = sd.theirs(pipe, model, **given, image=pictures, controlnet_conditioning_scale=scales)
     assert np.abs(found - wanted).max() < ROUNDED
@@ -214,7 +214,7 @@ def test_low_rank_updates_are_added_when_sampling(sd, reference, converted, tmp_
         **{**reference[0].components, "unet": changed}, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    model = generate.load(converted)
+    model = generate.load(converted).pipeline
     given = {"latents": sd.noise(model, 2, 5)}
     wanted = sd.theirs(pipe, model, **given)
     assert np.abs(found - wanted).max() < ROUNDED
@@ -225,7 +225,7 @@ def test_large_pictures_decoded_in_tiles_equal_diffusers(sd, reference, converte
     """`--size --tile`: 2 x 5 tiles of 16 pixels."""
     argv = [f"--prompt={prompt}" for prompt in sd.PROMPTS]
     found = sd.sampled(converted, tmp_path / "out", *argv, "--size=24,64", "--tile=16")
-    pipe, model = reference[0], pipelines.resized(generate.load(converted), (24, 64))
+    pipe, model = reference[0], generate.load(converted).pipeline.resized((24, 64))
     given = {"latents": sd.noise(model, 2, 5), "height": 24, "width": 64}
     pipe.vae.enable_tiling()
     try:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.metrics import adherence, frechet
+from diffusion.sampling.pipeline import Pipeline
 from diffusion.writers import Multi, Writer
 from experiments import train
 from experiments.evaluate import in_loop
@@ -48,9 +49,9 @@ def losses(directory):
 @pytest.fixture
 def watched(job, tmp_path, monkeypatch):
     """A run of four steps looked at twice: its folder, what a writer heard, samplers compiled."""
-    recorder, compiled, make = Recorder(), [], generate.make_sampler
+    recorder, compiled, make = Recorder(), [], Pipeline.compiled
 
-    def make_sampler(*arguments, **options):
+    def compile_it(*arguments, **options):
         compiled.append(options)
         return make(*arguments, **options)
 
@@ -59,7 +60,7 @@ def watched(job, tmp_path, monkeypatch):
 
     own = train.make_writer
     monkeypatch.setattr(train, "make_writer", make_writer)
-    monkeypatch.setattr(generate, "make_sampler", make_sampler)
+    monkeypatch.setattr(Pipeline, "compiled", compile_it)
     wanted = {"every_steps": 2, "preview": 3, "samples": SAMPLES}
     config = config_of(job, classifier=str(job / "classifier"), **wanted)
     train.train(config, tmp_path / "run")
@@ -92,8 +93,8 @@ def test_looking_changes_nothing_and_is_heard_by_every_writer(watched, job, tmp_
     real = frechet.feature_statistics(judge(Subject(directory).data("train"))[1])
     prompts, asked = compose.prompts(SAMPLES, 0, held_out=False)
     for which in ("ema", "raw"):
-        model = generate.load(directory, which)
-        images = np.concatenate(list(generate.images(model, SAMPLES, prompts)))
+        pipeline = generate.load(directory, which).pipeline
+        images = np.concatenate(list(pipeline.images(pipeline.columns(prompts), SAMPLES)))
         made = frechet.feature_statistics(judge(images)[1])
         heard = recorder.numbers[4][f"eval_frechet_distance_{which}"]
         np.testing.assert_allclose(heard, frechet.frechet_distance(made, real), rtol=1e-6)

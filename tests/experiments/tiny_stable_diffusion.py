@@ -3,6 +3,7 @@
 It is read from its path and asked for by the fixture `sd`, since it imports torch.
 """
 
+import dataclasses
 import warnings
 
 import jax
@@ -11,7 +12,6 @@ import numpy as np
 from diffusion.process import keys as ks
 from experiments import sample
 from experiments.host import cli
-from experiments.run import generate
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -126,18 +126,21 @@ def pipeline(directory):
     return pipe
 
 
-def noise(model, num, seed):
-    """What `generate` starts from, channels first."""
+def noise(pipeline, num, seed):
+    """What a pipeline starts from, channels first."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(num))
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-    drawn = ks.normal(keys, (num, *model.task.sample_shape))
+    drawn = ks.normal(keys, (num, *pipeline.task.sample_shape))
     return torch.from_numpy(np.moveaxis(np.asarray(drawn), -1, 1).copy())
 
 
-def ours(model, num=2, **options):
-    options = {"steps": 20, "guidance_scale": 7.5, "rounded": False, "batch_size": num} | options
+def ours(pipeline, given=None, negative=None, steps=20, strength=1.0):
+    """Two pictures, float in [0, 1]."""
+    made = dataclasses.replace(pipeline.changed(steps=steps, guidance_scale=7.5), batch_size=2)
     with jax.default_matmul_precision("highest"):
-        return np.concatenate(list(generate.images(model, num, PROMPTS, 5, **options)))
+        run = made.compiled(strength=strength, rounded=False)
+        columns = made.columns(PROMPTS, negative) | (given or {})
+        return np.concatenate(list(made.images(columns, 2, [5], run=run)))
 
 
 def theirs(pipe, model, **options):

@@ -1,0 +1,230 @@
+"""Pictures of prompts: networks, settings and a first stage as one compiled function.
+
+Example i of a run of samples is a function of (seed, i) and its own columns alone: its noise is
+keyed by fold_in(key(seed), i), so neither batch size nor device count changes it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from diffusion import interop
+from diffusion.data.tokenizers import Tokenizer
+from diffusion.models import lora
+from diffusion.models.unet import UNet
+from diffusion.process import keys as ks
+from diffusion.process import samplers
+from diffusion.sampling import inputs
+from diffusion.sampling.inputs import Columns
+from diffusion.sampling.settings import Settings
+from diffusion.training import codec, conditions
+from diffusion.training.denoiser import Denoiser, control_name
+from diffusion.training.parallel import BATCH, make_mesh, to_host
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A denoiser with all it needs to make pictures. `params` holds every network, by name.
+
+    extra: the latents' shift and scale. concat: what joins x_t's channels (`inputs.Slots`).
+    batch_size: pictures at a time.
+    """
+
+    task: Denoiser
+    how: Settings
+    params: dict[str, Any]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    first_stage: Any = None
+    tokenizer: Tokenizer | None = None
+    concat: str = ""
+    batch_size: int = 64
+
+    @property
+    def downsampling(self) -> int:
+        return 1 if self.first_stage is None else self.first_stage.downsampling
+
+    @property
+    def slots(self) -> inputs.Slots:
+        """What it takes besides prompts."""
+        space = self.task.sample_shape[:-1]
+        pixels = tuple(side * self.downsampling for side in space)
+        return inputs.Slots(self.concat, space, pixels, len(self.task.controlnets))
+
+    def changed(self, **given: Any) -> "Pipeline":
+        """With other settings; those that are None stay."""
+        return dataclasses.replace(self, how=self.how.changed(**given))
+
+    def resized(self, size: Sequence[int]) -> "Pipeline":
+        """For pictures of (height, width) pixels. ValueError where the networks refuse."""
+        multiple = self.downsampling * self.task.network.size_multiple
+        if len(size) != 2 or any(side < 1 or side % multiple for side in size):
+            raise ValueError(
+                f"size={','.join(map(str, size))} must be height,width in multiples of {multiple}, "
+                "since the networks halve them so often"
+            )
+        space = [side // self.downsampling for side in size]
+        shape = (*space, self.task.sample_shape[-1])
+        return dataclasses.replace(self, task=dataclasses.replace(self.task, sample_shape=shape))
+
+    def with_lora(self, path: str, scale: float = 1.0) -> "Pipeline":
+        """With `scale` times the updates of a file in Diffusers' format."""
+        params = dict(self.params)
+        theirs = {"unet" if k == "denoiser" else k: v for k, v in params.items()}
+        for name, tree in interop.load_lora(path, theirs).items():
+            name = "denoiser" if name == "unet" else name
+            params[name] = lora.merge(params[name], tree, scale)
+        return dataclasses.replace(self, params=params)
+
+    def with_controlnet(self, network: Any, params: Any) -> "Pipeline":
+        """Steered by one ControlNet more. ValueError for one of another U-Net."""
+        if not isinstance(self.task.network, UNet):
+            kind = type(self.task.network).__name__
+            raise ValueError(f"the ControlNet steers a U-Net, but the denoiser is a {kind}")
+        for key in ("channels", "multipliers", "blocks"):
+            ours, theirs = (n.per_level(getattr(n, key)) for n in (self.task.network, network))
+            if ours != theirs:
+                raise ValueError(
+                    f"the ControlNet has {key}={theirs}, but the U-Net has {ours}: it steers "
+                    "another U-Net"
+                )
+        nets = self.task.controlnets
+        task = dataclasses.replace(self.task, controlnets=(*nets, network))
+        return dataclasses.replace(
+            self, task=task, params={**self.params, control_name(len(nets)): params}
+        )
+
+    # -- what is asked for -----------------------------------------------------------------------
+
+    def tokens(self, prompts: Sequence[str] | None, name: str = "prompt") -> np.ndarray | None:
+        """Prompts to tokens; None for a model that reads none. What it cannot read, it says.
+
+        Raises ValueError for prompts the model cannot use, and for an empty list.
+        """
+        text: Any = self.task.conditions.get("text")
+        if self.tokenizer is None or text is None:
+            if prompts:
+                raise ValueError(
+                    f"{name}={prompts[0]!r} was given, but the model reads no captions: leave it "
+                    "out, or use a run of a text-conditional config"
+                )
+            return None
+        prompts = [""] if prompts is None else list(prompts)
+        if not prompts:
+            raise ValueError("the list of prompts is empty: give --prompt=... or a file of lines")
+        if unknown := self.tokenizer.unknown(prompts):
+            print(f"note: words the tokenizer does not know: {', '.join(unknown[:10])}", flush=True)
+        tokens, cut = self.tokenizer.encode_and_mark(prompts, len(text.null_tokens))
+        if cut.any():
+            note = f"note: {int(cut.sum())} prompts were longer than the text encoder reads"
+            print(note, flush=True)
+        return tokens
+
+    def columns(
+        self,
+        prompts: Sequence[str] | None = None,
+        negative: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+    ) -> Columns:
+        """Columns of any length, in turn: row i % n for picture i. Each class in turn where none is
+        named. ValueError for what the model does not know."""
+        found: Columns = {}
+        for name, words in (("tokens", prompts), ("negative", negative)):
+            tokens = self.tokens(words, "prompt" if name == "tokens" else "negative_prompt")
+            if tokens is not None and (words or name == "tokens"):
+                found[name] = tokens
+        known: Any = self.task.conditions.get("label")
+        if known is None:
+            if labels:
+                raise ValueError(f"label={labels[0]}, but the model knows no classes: leave it out")
+            return found
+        if wrong := [label for label in labels or () if not 0 <= label <= known.null_label]:
+            raise ValueError(f"label={wrong[0]} must lie in 0..{known.null_label}")
+        return found | {"label": np.array(labels or range(known.null_label), np.int32)}
+
+    # -- pictures --------------------------------------------------------------------------------
+
+    def decode(self, params: Any, x: jax.Array, tile: int = 0, rounded: bool = True) -> jax.Array:
+        """What was diffused, (batch, *space, channels), to pixels uint8; a series to float32.
+
+        `tile` > 0: in tiles of so many pixels (`models/tiling.py`). Not `rounded`: float32 in
+        [0, 1].
+        """
+        x = codec.decode(self.first_stage, params, self.extra, x, tile)
+        if x.ndim == 3:  # a series is no picture: it stays as it is
+            return x
+        return codec.to_uint8(x) if rounded else jnp.clip((x + 1) / 2, 0, 1)
+
+    def compiled(
+        self,
+        trajectory: bool = False,
+        strength: float | int = 1.0,
+        tile: int = 0,
+        rounded: bool = True,
+    ) -> Callable[..., Any]:
+        """A compiled function (params, seeds, indices, columns) -> images [, images of each step].
+
+        It holds no parameters. seeds, indices and columns have one row a picture.
+        """
+        bare = dataclasses.replace(self, params={})
+        task, how, method = bare.task, bare.how, bare.how.method(strength)
+
+        @jax.jit
+        def run(params: Any, seeds: Any, indices: Any, batch: dict[str, Any]) -> Any:
+            keys = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(
+                seeds, indices
+            )
+            first, noise = (ks.stream(keys, i) for i in (0, 1))
+            params = task.merged(params)
+            encode = functools.partial(codec.encode, bare.first_stage, params, bare.extra)
+            given = inputs.prepare(bare.concat, batch, encode, bare.downsampling)
+            told, nothing = {**task.condition(params, batch), **given.told}, None
+            if empty := conditions.null(task.conditions, params, batch):
+                nothing = {**task.condition(params, {**batch, **empty}), **given.told}
+            denoise = how.denoise(functools.partial(task.predict, params), told, nothing)
+            x = ks.normal(first, (len(indices), *task.sample_shape))  # of (seed, i) alone
+            x = given.start(how.schedule, method, x)
+            found = samplers.sample(method, given.kept(denoise), x, noise, trajectory)
+            if not trajectory:
+                return given.pasted(bare.decode(params, found, tile, rounded))
+            x0, xs = found
+            return bare.decode(params, x0, tile), jax.vmap(lambda x: bare.decode(params, x))(xs)
+
+        return run
+
+    def at_a_time(self, count: int) -> int:
+        """How many of `count` pictures are made at a time: what all devices divide."""
+        size, devices = min(self.batch_size, count), make_mesh().size
+        return -(-size // devices) * devices
+
+    def images(
+        self,
+        columns: Columns,
+        num: int,
+        seeds: Sequence[int] = (0,),
+        start: int = 0,
+        run: Callable[..., Any] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yields batches of `num` pictures of each seed, from the one numbered `start` on.
+
+        Row i % n of a column is for picture i of a seed. A ragged last batch is padded, so one
+        compilation serves all. Spread over all devices. `run`: what `compiled` gave, of the same
+        networks and settings.
+        """
+        if num < 1:
+            raise ValueError(f"num={num} must be at least 1")
+        total = num * len(seeds)
+        mesh, size, run = make_mesh(), self.at_a_time(total), run or self.compiled()
+        params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+        split = NamedSharding(mesh, BATCH)
+        for first in range(start, total, size):
+            turn, index = np.divmod(np.minimum(np.arange(first, first + size), total - 1), num)
+            rows = {name: column[index % len(column)] for name, column in columns.items()}
+            numbers = np.array(seeds, np.uint32)[turn], index.astype(np.int32)
+            placed = jax.device_put((*numbers, rows), split)
+            yield to_host(run(params, *placed))[: min(size, total - first)]

@@ -1,0 +1,126 @@
+"""How x_0 is found: the noise schedule, a sampler and its steps, guidance, and what bounds x_0."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.process import gaussian, guidance
+from diffusion.process.gaussian import Denoise
+from diffusion.process.samplers import SAMPLERS, Sampler
+from diffusion.process.schedules import Schedule
+
+# predict(x_t, t, told) -> the network's output, told what conditions say.
+Predict = Callable[[jax.Array, jax.Array, Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """`options` are the sampler's own (`process/samplers/`); the others are `configs/common.py`'s.
+
+    ValueError, beginning with the field or option, for what no sampler or guidance takes.
+    """
+
+    schedule: Schedule
+    prediction: str = "eps"
+    variance: str = "fixed_large"
+    sampler: str = "ddim"
+    steps: int = 50
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guidance_scale: float | int = 1.0
+    guidance_interval: tuple[float | int, ...] = ()
+    guidance_rescale: float | int = 0.0
+    clip: bool = False
+    dynamic_threshold: float | int = 0.0
+
+    def __post_init__(self):
+        if len(self.guidance_interval) not in (0, 2):
+            raise ValueError(
+                f"guidance_interval={self.guidance_interval} must be (low, high), or ()"
+            )
+        self.method()
+        self._bounded(self._guided(lambda x, t: x, lambda x, t: x))
+
+    def changed(self, **given: Any) -> "Settings":
+        """With the fields that are not None. Options are one sampler's: another has none."""
+        given = {k: v for k, v in given.items() if v is not None}
+        if given.get("sampler", self.sampler) != self.sampler:
+            given = {"options": {}, **given}
+        return dataclasses.replace(self, **given)
+
+    def method(self, strength: float | int = 1.0) -> Sampler:
+        """The sampler; of `strength` in (0, 1] only that fraction of its steps, the last ones."""
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength={strength} must lie in (0, 1]: 1 keeps nothing of an image")
+        options = dict(self.options)
+        if self.sampler == "ddpm":
+            options = {"variance": self.variance, **options}
+        full = self._make(options, steps=self.steps)
+        if (kept := int(full.steps * strength)) == full.steps:
+            return full
+        if not kept:
+            raise ValueError(f"strength={strength} of {full.steps} steps is none: raise one")
+        times = full.rows["t"][np.append(0, full.ends[:-1] + 1)][-kept:]
+        options = {k: v for k, v in options.items() if k not in ("spacing", "steps_offset")}
+        return self._make(options, times=times)
+
+    def _make(self, options: dict[str, Any], **more: Any) -> Sampler:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler={self.sampler!r} is unknown: use one of {sorted(SAMPLERS)}")
+        try:
+            return SAMPLERS[self.sampler](self.schedule, **options, **more)
+        except TypeError as error:
+            raise ValueError(
+                f"options={options} has a key that {self.sampler} lacks ({error})"
+            ) from error
+
+    def denoise(self, predict: Predict, told: Any, nothing: Any = None) -> Denoise:
+        """denoise(x_t, t) -> x_0, or (x_0, variance output) of a learned variance.
+
+        With classifier-free guidance away from `nothing`, what says nothing, both halves in one
+        call of the network; None, or a scale of 1: without.
+        """
+
+        def estimate(given: Any) -> Denoise:
+            return gaussian.make_denoise(
+                lambda x_t, t: predict(x_t, t, given),
+                self.schedule,
+                self.prediction,
+                learned_variance=self.variance == "learned",
+            )
+
+        if self.guidance_scale == 1 or nothing is None:
+            return self._bounded(estimate(told))
+        both = estimate(jax.tree.map(_paired, told, nothing))
+
+        def guided(x_t: jax.Array, t: jax.Array) -> Any:
+            pairs = both(_paired(x_t, x_t), _paired(t, t))
+            cond, uncond = (jax.tree.map(lambda x, i=i: x[i::2], pairs) for i in (0, 1))
+            return self._guided(lambda *_: cond, lambda *_: uncond)(x_t, t)
+
+        return self._bounded(guided)
+
+    def _guided(self, conditional: Denoise, unconditional: Denoise) -> Denoise:
+        interval = self.guidance_interval or None
+        try:
+            return guidance.classifier_free(
+                conditional, unconditional, self.guidance_scale, interval, self.guidance_rescale
+            )
+        except ValueError as error:  # it begins with the argument's name
+            raise ValueError(f"guidance_{error}") from error
+
+    def _bounded(self, denoise: Denoise) -> Denoise:
+        if not self.dynamic_threshold:
+            return guidance.clip_x0(denoise) if self.clip else denoise
+        try:
+            return guidance.dynamic_threshold(denoise, self.dynamic_threshold)
+        except ValueError as error:
+            raise ValueError(f"dynamic_threshold={self.dynamic_threshold}: {error}") from error
+
+
+def _paired(a: jax.Array, b: jax.Array) -> jax.Array:
+    """(n, ...) twice to (2 n, ...), a0 b0 a1 b1 ...: pairs stay on the device that holds them."""
+    return jnp.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])

@@ -1,0 +1,130 @@
+"""Pictures without a config: networks, settings and a first stage are all there is."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion.models.controlnet import ControlNet
+from diffusion.models.transformer import Transformer
+from diffusion.models.unet import UNet
+from diffusion.process import losses, schedules
+from diffusion.sampling.pipeline import Pipeline
+from diffusion.sampling.settings import Settings
+from diffusion.training.conditions import Hints, Label
+from diffusion.training.denoiser import Denoiser
+from diffusion.training.ema import Ema
+from diffusion.training.state import Optimizer
+
+SCHEDULE = schedules.ddpm_linear()
+SHAPE = (8, 8, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A network that says eps for data that is one colour a class: exact at every level."""
+
+    num_classes: int = 3
+    multipliers: tuple[int, ...] = (1, 2)
+    size_multiple: int = 2
+
+    def init(self, key, x, t, **given):
+        return {"params": {"colour": jnp.array([-0.5, 0.25, 0.75, 0.0])}}
+
+    def apply(self, variables, x, t, labels, residuals=None, keys=None):
+        alpha, sigma = (f(t).reshape(-1, 1, 1, 1) for f in (SCHEDULE.alpha, SCHEDULE.sigma))
+        x0 = variables["params"]["colour"][labels].reshape(-1, 1, 1, 1)
+        return (x - alpha * x0) / sigma
+
+
+def pipeline(network: Any = None, **settings: Any) -> Pipeline:
+    task = Denoiser(
+        network=network or Known(),
+        sample_shape=SHAPE,
+        objective=lambda *a: losses.objective(*a, schedule=SCHEDULE),
+        draw=lambda *a: None,
+        optimizer=Optimizer({"denoiser": optax.identity()}, lambda step: 0.0),
+        ema=Ema(0.0),
+        conditions={"label": Label(3), "hint": Hints()},
+    )
+    params = task.networks_init(jax.random.key(0))
+    return Pipeline(task, Settings(SCHEDULE, **{"steps": 4} | settings), params, batch_size=8)
+
+
+def made(pipe, labels, num, seeds=(0,), **options):
+    batches = pipe.images(pipe.columns(labels=labels), num, seeds, **options)
+    return np.concatenate(list(batches))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m", "unipc", "heun"])
+def test_a_known_network_gives_its_data(sampler):
+    found = made(pipeline(sampler=sampler), [0, 2], 4)
+    wanted = np.round((np.array([-0.5, 0.75, -0.5, 0.75]) + 1) * 127.5)
+    np.testing.assert_allclose(found, np.broadcast_to(wanted[:, None, None, None], found.shape))
+
+
+def test_guidance_goes_away_from_the_null_class():
+    """x0 = null + s (told - null), and the null class is black here: s times the colour."""
+    found = made(pipeline(guidance_scale=1.2), [1], 1)
+    np.testing.assert_array_equal(found, np.round((1.2 * 0.25 + 1) * 127.5))
+
+
+def test_pictures_go_on_where_they_are_told_and_seeds_follow_each_other():
+    pipe = pipeline(sampler="ddpm", steps=2)
+    pipe = dataclasses.replace(pipe, params={"denoiser": {"colour": jnp.zeros(4)}})
+    pipe = dataclasses.replace(pipe, how=dataclasses.replace(pipe.how, prediction="x0"))
+    columns = pipe.columns(labels=[0])
+    whole = made(pipe, [0], 5, (7, 8))
+    np.testing.assert_array_equal(whole[5:], made(pipe, [0], 5, (8,)))
+    rest = np.concatenate(list(pipe.images(columns, 5, (7, 8), start=3)))
+    np.testing.assert_array_equal(rest, whole[3:])
+    assert len({picture.tobytes() for picture in whole}) == 10
+
+
+def test_what_a_pipeline_cannot_do_is_refused_by_the_arguments_name():
+    pipe = pipeline()
+    for call, words in (
+        (lambda: pipe.columns(["a cat"]), "prompt='a cat' was given, but the model reads no"),
+        (lambda: pipe.columns(labels=[4]), r"label=4 must lie in 0..3"),
+        (lambda: next(pipe.images({}, 0)), "num=0 must"),
+        (lambda: pipe.resized((7, 8)), "size=7,8 must be height,width in multiples of 2"),
+        (lambda: pipe.changed(steps=0), "steps=0, but"),
+        (lambda: pipe.changed(sampler="magic"), "sampler='magic' is unknown"),
+        (lambda: pipe.changed(options={"magic": 1}), "options=.*a key that ddim lacks"),
+        (lambda: pipe.changed(guidance_rescale=2), "guidance_rescale=2, but"),
+        (lambda: pipe.changed(guidance_interval=(3,)), r"guidance_interval=\(3,\) must"),
+        (lambda: pipe.changed(dynamic_threshold=2.0), "dynamic_threshold=2.0: "),
+        (lambda: pipe.compiled(strength=0.1), "strength=0.1 of 4 steps is none"),
+        (lambda: pipe.slots.read(mask="m.png"), "mask=m.png needs"),
+        (lambda: pipe.slots.read(controls=["c.png"]), "1 pictures for 0 ControlNets"),
+    ):
+        with pytest.raises(ValueError, match=f"^{words}"):
+            call()
+
+
+def test_another_sampler_has_no_options_of_the_first():
+    how = Settings(SCHEDULE, options={"eta": 1.0})
+    assert how.changed(steps=3).options == {"eta": 1.0}
+    assert how.changed(sampler="unipc").options == {}
+    assert how.changed(sampler=None, guidance_scale=None) == how
+
+
+def test_a_controlnet_steers_the_unet_that_it_was_made_for():
+    unet = UNet(channels=8, multipliers=(1, 2), blocks=1, attention=(False, False), groups=4)
+    fields = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (False, False)}
+    pipe = pipeline(unet.clone(num_classes=4))
+    steered = pipe.with_controlnet(ControlNet(**fields), {"a": 1}).with_controlnet(
+        ControlNet(**fields), {"b": 2}
+    )
+    assert len(steered.task.controlnets) == steered.slots.controls == 2
+    assert steered.params["controlnet"] == {"a": 1} and steered.params["controlnet_1"] == {"b": 2}
+    with pytest.raises(ValueError, match=r"channels=.16, 16., but the U-Net has .8, 8."):
+        pipe.with_controlnet(ControlNet(**{**fields, "channels": 16}), {})
+    transformer = Transformer(out_channels=3, width=12, depth=1, heads=2, num_classes=4)
+    with pytest.raises(ValueError, match="steers a U-Net, but the denoiser is a Transformer"):
+        pipeline(transformer).with_controlnet(ControlNet(**fields), {})
+    assert pipeline(transformer).resized((4, 6)).task.sample_shape == (4, 6, 3)

@@ -66,6 +66,25 @@ def digits_networks(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def digits_transformer() -> dict:
+    """A transformer on the same latents, 8 x 8 places, with the caption by cross-attention."""
+    return {
+        "kind": "transformer",
+        "out_channels": 4,
+        "size": 8,
+        "patch": 1,
+        "width": 96,
+        "depth": 4,
+        "heads": 3,
+        "cross": True,
+        "qk_norm": True,
+        "norm": "rms",
+        "positions": "rotary",
+        "activation": "swiglu",
+        "mult": 8 / 3,
+    }
+
+
 def digits_adapter() -> ConfigDict:
     """What is trained on top of the default job's run, which stays frozen at `init_from`."""
     config = digits_networks(digits_data(denoiser()))

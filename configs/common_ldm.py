@@ -162,9 +162,13 @@ def latent_smoke(config: ConfigDict) -> ConfigDict:
     if "latents" in config:
         config.latents.update({"shard_size": 500, "batch_size": 8})
     config.model.autoencoder.update({"channels": 8, "groups": 4, "blocks": 1})
-    config.model.denoiser.update({"channels": 16, "groups": 8, "blocks": 1})
-    if config.model.denoiser.head_dim is not None:
-        config.model.denoiser.head_dim = 8
+    if config.model.denoiser.kind == "transformer":
+        side = 128 * config.model.denoiser.size // 256
+        config.model.denoiser.update({"width": 32, "depth": 2, "heads": 2, "size": side})
+    else:
+        config.model.denoiser.update({"channels": 16, "groups": 8, "blocks": 1})
+        if config.model.denoiser.head_dim is not None:
+            config.model.denoiser.head_dim = 8
     config.sample.update({"steps": 2, "batch_size": 8})
     return smoke(config)
 

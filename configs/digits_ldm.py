@@ -3,6 +3,7 @@
     python -m experiments.encode_latents --config=configs/digits_ldm.py
     python -m experiments.train --config=configs/digits_ldm.py --workdir=DIR
 
+`unet` (default) or `transformer`, DiT's with the caption by cross-attention, of as many FLOPs.
 Needs a first stage (configs/digits_autoencoder.py) at `latents.first_stage`;
 `./launch/quickstart.sh` runs all of it. Time and adherence: experiments/results/digits/README.md.
 """
@@ -11,7 +12,7 @@ from configs import common, common_digits
 
 
 def get_config(arg=None):
-    _, smoke = common.parse(arg)
+    which, smoke = common.parse(arg, ("unet", "transformer"))
     config = common.denoiser()
     config.data.name = "latents"
     config.data.dir = "runs/quickstart/latents"
@@ -29,6 +30,8 @@ def get_config(arg=None):
         "batch_size": 250,
     }
     common_digits.digits_networks(config)
+    if which == "transformer":
+        config.model.denoiser = common_digits.digits_transformer()
     config.train.steps = 12000
     config.train.batch_size = 16
     config.train.log_every_steps = 250

@@ -23,6 +23,10 @@ VQ_GAN = {"discriminator": 663_361}  # of two layers
 DIGITS = {"denoiser": 1_502_244, "text_encoder": 119_712, "autoencoder": 926_356}
 V1 = {"denoiser": SD_V1, "text_encoder": CLIP_L, "autoencoder": KL_F8}
 V2 = {"denoiser": SD_V2, "text_encoder": CLIP_H, "autoencoder": KL_F8}
+DIT = {"xl2": 674_834_720, "s2": 32_865_056, "b2": 130_315_808, "l2": 457_840_672}  # published
+DIT["b4"] = 130_426_496
+SIT_WIDTHS = {"xl": 1152, "l": 1024, "b": 768, "s": 384}
+DIGITS_TRANSFORMER = 892_036
 # Every network of every config and argument (after a colon; the first argument is the default).
 # Those of DDPM, LDM, Stable Diffusion, its adapters and text encoders, and of PatchGAN are the
 # published counts; the others are this project's own networks, written down so as not to drift.
@@ -47,9 +51,21 @@ PARAMETERS = {
     "digits_autoencoder": {"autoencoder": 926_356},
     "digits_classifier": {"classifier": 131_114},
     "digits_controlnet": {**DIGITS, "controlnet": 872_080},
-    "digits_ldm": DIGITS,
     "digits_lora": {**DIGITS, "lora": 31_488},
     "digits_pixel": {"denoiser": 1_525_411},
+    **{
+        f"dit_imagenet256:{size}": {"denoiser": count, "autoencoder": KL_F8}
+        for size, count in DIT.items()
+    },
+    **{  # the last layer puts out 4 values a place, not 8
+        f"sit_imagenet256:{size}": {
+            "denoiser": count - 4 * (SIT_WIDTHS[size[:-1]] + 1) * int(size[-1]) ** 2,
+            "autoencoder": KL_F8,
+        }
+        for size, count in DIT.items()
+    },
+    "digits_ldm:unet": DIGITS,
+    "digits_ldm:transformer": {**DIGITS, "denoiser": DIGITS_TRANSFORMER},
     "edm_cifar10": {"denoiser": 53_634_563},
     "fashion_autoencoder": {"autoencoder": 396_404, "discriminator": 42_545},
     "fashion_classifier": {"classifier": 174_122},
@@ -130,6 +146,13 @@ def test_flops_are_of_the_papers_network_and_of_nothing_that_is_not_run():
     assert train_flops(config) == whole
     config.loss.adversarial = ""
     assert 1 < whole / train_flops(config) < 1.4
+
+
+@pytest.mark.parametrize(("size", "macs"), [("s2", 6.06e9), ("b2", 23.01e9)])
+def test_flops_of_a_transformer_are_the_papers(size, macs):
+    """DiT's table 1 counts multiply-adds."""
+    forward = plan.plan(load("dit_imagenet256", size))["flops_per_example"]["forward"]
+    assert abs(forward / (2 * macs) - 1) < 0.001
 
 
 @pytest.mark.slow  # a minute of tracing

@@ -48,13 +48,18 @@ def classifier_free(
     scale: float | int | Array,
     interval: tuple | None = None,
     rescale: float | int = 0.0,
+    channels: int = 0,
 ) -> Denoise:
     """Eq. 1 with ``scale`` s (1 is no guidance; () or (batch,)) and eq. 2 with phi = ``rescale``.
 
     ``interval`` (low, high), in the schedule's t, both included: outside it the conditional
-    estimate is returned alone (Kynkaanniemi et al., arXiv:2404.07724). Raises ValueError for an
-    empty interval or a rescale outside [0, 1].
+    estimate is returned alone (Kynkaanniemi et al., arXiv:2404.07724). ``channels``: how many of
+    the first are guided, 0: all; the others are the conditional estimate's, as DiT has its fourth
+    (facebookresearch/DiT: models.py, forward_with_cfg). Raises ValueError for an empty interval, a
+    rescale outside [0, 1] or a negative number of channels.
     """
+    if channels < 0:
+        raise ValueError(f"channels={channels}, but it must be 0 (all) or more")
     if interval is not None and not interval[0] <= interval[1]:
         raise ValueError(f"interval={interval}, but low <= high must hold: swap the two")
     if not 0 <= rescale <= 1:
@@ -70,6 +75,8 @@ def classifier_free(
         if interval is not None:
             inside = (t >= interval[0]) & (t <= interval[1])
             x0 = jnp.where(expand(inside, x0) != 0, x0, cond)
+        if channels:
+            x0 = jnp.concatenate([x0[..., :channels], cond[..., channels:]], axis=-1)
         return _join(x0, rest)
 
     return denoise

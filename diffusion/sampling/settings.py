@@ -33,6 +33,7 @@ class Settings:
     guidance_scale: float | int = 1.0
     guidance_interval: tuple[float | int, ...] = ()
     guidance_rescale: float | int = 0.0
+    guidance_channels: int = 0
     clip: bool = False
     dynamic_threshold: float | int = 0.0
 
@@ -104,10 +105,14 @@ class Settings:
         return self._bounded(guided)
 
     def _guided(self, conditional: Denoise, unconditional: Denoise) -> Denoise:
-        interval = self.guidance_interval or None
         try:
             return guidance.classifier_free(
-                conditional, unconditional, self.guidance_scale, interval, self.guidance_rescale
+                conditional,
+                unconditional,
+                self.guidance_scale,
+                self.guidance_interval or None,
+                self.guidance_rescale,
+                self.guidance_channels,
             )
         except ValueError as error:  # it begins with the argument's name
             raise ValueError(f"guidance_{error}") from error

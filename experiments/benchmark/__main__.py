@@ -148,7 +148,7 @@ def fitted(config: ConfigDict) -> tuple[ConfigDict, dict[str, Any]]:
     """The config as both sides can run it, and what that changed; so without a peer as well."""
     changed = {}
     config = ConfigDict(config.to_dict())
-    if config.task == "denoiser" and build.denoiser_network(config).pool_context:
+    if config.task == "denoiser" and getattr(build.denoiser_network(config), "pool_context", False):
         config.model.denoiser.pool_context = False  # Diffusers has no such thing
         changed["model.denoiser.pool_context"] = False
     if config.task == "autoencoder" and build.autoencoder(config.model.autoencoder).patch > 1:

@@ -32,7 +32,9 @@ PIPELINES = (
     "LDMSuperResolutionPipeline",
     "DDPMPipeline",
     "DDIMPipeline",
+    "DiTPipeline",
 )
+DENOISERS = {"unet": interop.load_unet, "transformer": interop.load_transformer}
 # Which config a CompVis file of these widths is: (of the U-Net, of its context).
 KNOWN = {
     (320, 768): "stable_diffusion:v1",
@@ -65,9 +67,10 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
     if not (source / "model_index.json").exists() and (source / "config.json").exists():
         return _alone(source, tokenizer)
     index, kind = _index(source)
-    network, params = interop.load_unet(source / "unet")
+    name = "transformer" if "transformer" in index else "unet"
+    network, params = DENOISERS[name](source / name)
     described = scheduler.read_scheduler(source / "scheduler")
-    side = files.read_config(source / "unet", ()).get("sample_size") or 64
+    side = files.read_config(source / name, ()).get("sample_size") or 64
     parts = Parts(ConfigDict(), {"denoiser": params})
     first = next((name for name in ("vae", "vqvae") if index.get(name)), None)
     module = None
@@ -76,6 +79,7 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
         if kind != "LDMSuperResolutionPipeline":  # which decodes latents as they are
             parts.scale, parts.shift = _scaling(source / first, module)
     config = _config(network, module, described)
+    config.model.denoiser.kind = name
     if module is not None:
         config.online.scale = parts.scale
     config.data.image_size = side * (module.downsampling if module else 1)
@@ -84,7 +88,7 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
         config.model.text_encoder = _fields(encoder)
         config.conditioning.train_text_encoder = False
         parts.tokenizer = tokenizer_files.load(source / "tokenizer")
-    parts.config = _finish(config, params, source / "unet")
+    parts.config = _finish(config, params, source / name)
     return parts
 
 
@@ -138,13 +142,14 @@ def _index(source: pathlib.Path) -> tuple[dict[str, Any], str]:
     if named not in PIPELINES:
         raise ValueError(f"{path}: _class_name={named!r} is not one of {', '.join(PIPELINES)}")
     held = {k: v for k, v in index.items() if isinstance(v, list) and v and v[0] is not None}
-    read = ("unet", "scheduler", "vae", "vqvae", "text_encoder", "tokenizer")
+    read = (*DENOISERS, "scheduler", "vae", "vqvae", "text_encoder", "tokenizer")
     for name in read:
         if name in held and not (source / name).is_dir():
             raise ValueError(f"{source / name} is missing, which {path.name} promises: fetch it")
-    for name in ("unet", "scheduler"):
-        if name not in held:
-            raise ValueError(f"{path} names no {name}: it is not a diffusion pipeline read here")
+    for names in (DENOISERS, ("scheduler",)):
+        if not held.keys() & set(names):
+            wanted = " or ".join(names)
+            raise ValueError(f"{path} names no {wanted}: it is not a diffusion pipeline read here")
     for name in sorted(held.keys() - set(read)):
         print(f"note: {name} is left out", flush=True)
     return held, named
@@ -169,8 +174,12 @@ def _config(network: Any, first_stage: Any, described: scheduler.Scheduler) -> C
 
 
 def _finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
-    """What the U-Net's channels say: what joins x_t, whether a variance is learned."""
-    found, out = params["conv_in"]["kernel"].shape[-2], config.model.denoiser.out_channels
+    """What the denoiser's channels say: what joins x_t, whether a variance is learned."""
+    out = config.model.denoiser.out_channels
+    if "conv_in" in params:
+        found = params["conv_in"]["kernel"].shape[-2]
+    else:
+        found = params["patches"]["kernel"].shape[0] // config.model.denoiser.patch**2
     channels = build.sample_shape(config)[-1]
     kinds = {channels: "", 2 * channels + 1: "inpaint"}
     kinds[channels + config.data.channels] = "low_resolution"
@@ -183,6 +192,8 @@ def _finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
     config.process.variance = "learned" if out == 2 * channels else "fixed_large"
     if "text_encoder" in config.model:
         config.sample.guidance_scale = 7.5
+    elif build.null_label(config) is not None:
+        config.sample.guidance_scale = 4.0  # of Diffusers' DiT, and of its authors' sample.py
     return config
 
 

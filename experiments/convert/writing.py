@@ -36,11 +36,13 @@ def _write_pipeline(scratch: pathlib.Path, found: networks.Networks) -> None:
     config, params = found.config, found.params
     latent = build.sample_shape(config)
     index: dict[str, Any] = {"_class_name": _pipeline(config), "_diffusers_version": "0.30.0"}
-    interop.save_unet(
-        scratch / "unet", build.denoiser_network(config), params["denoiser"], latent[0]
-    )
-    described = files.read_json(scratch / "unet" / "config.json", AGAIN)
-    index["unet"] = ["diffusers", described["_class_name"]]
+    name, network = config.model.denoiser.kind, build.denoiser_network(config)
+    if name == "transformer":
+        interop.save_transformer(scratch / name, network, params["denoiser"])
+    else:
+        interop.save_unet(scratch / name, network, params["denoiser"], latent[0])
+    described = files.read_json(scratch / name / "config.json", AGAIN)
+    index[name] = ["diffusers", described["_class_name"]]
     if found.first_stage is not None:
         name = "vqvae" if isinstance(found.first_stage, VQModel) else "vae"
         _write_first_stage(scratch / name, found)
@@ -84,6 +86,8 @@ def _pipeline(config: ConfigDict) -> str:
     if config.conditioning.concat:
         kinds = {"inpaint": "StableDiffusionInpaintPipeline"}
         return kinds.get(config.conditioning.concat, "LDMSuperResolutionPipeline")
+    if config.model.denoiser.kind == "transformer":
+        return "DiTPipeline"
     if "text_encoder" in config.model:
         return "StableDiffusionPipeline"
     return "LDMPipeline" if "autoencoder" in config.model else "DDPMPipeline"

@@ -23,6 +23,7 @@ from diffusion.models.layers import ClassEmbedder
 from diffusion.models.lora import Lora
 from diffusion.models.perceptual import LPIPS
 from diffusion.models.text_encoder import TextTransformer
+from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
 from diffusion.process import losses, schedules
 from diffusion.sampling.settings import Settings
@@ -42,7 +43,7 @@ SCHEDULES: dict[str, Callable[..., schedules.Schedule]] = {
     "edm": schedules.edm,
     "flow": schedules.flow,
 }
-DENOISERS: dict[str, Any] = {"unet": UNet}
+DENOISERS: dict[str, Any] = {"unet": UNet, "transformer": Transformer}
 AUTOENCODERS: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel}
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 

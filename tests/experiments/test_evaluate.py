@@ -154,7 +154,7 @@ def test_an_interrupted_evaluation_goes_on(whole, tmp_path, monkeypatch):
     kept = tmp_path / "kept" / "ema"
     assert sorted(p.name for p in kept.iterdir()) == ["00000.npy", "samples.json"]
     first = contents(kept)["00000.npy"]
-    monkeypatch.setattr(sample_sets, "_write_shard", write)
+    monkeypatch.setattr(kept_samples, "_write", write)
     assert run(*short) == 0
     assert sorted(p.name for p in kept.glob("*.npy")) == [f"0000{i}.npy" for i in range(3)]
     assert contents(kept)["00000.npy"] == first

@@ -35,6 +35,7 @@ def wanted(**options):
     [
         ({}, lambda: wanted()),
         ({"guidance_rescale": 0.7}, lambda: wanted(rescale=0.7)),
+        ({"guidance_channels": 2}, lambda: wanted(channels=2)),
         ({"guidance_interval": (0, 500)}, lambda: wanted(interval=(0, 500))),
         (
             {"dynamic_threshold": 0.9, "clip": True},
@@ -60,6 +61,7 @@ def test_outside_the_interval_there_is_no_guidance():
     [
         {"guidance_rescale": 1.5},
         {"guidance_interval": (5.0,)},
+        {"guidance_channels": -1},
         {"guidance_interval": (500, 0)},
         {"dynamic_threshold": 1.5},
     ],

@@ -55,6 +55,15 @@ def test_interval_guides_inside_only():
     np.testing.assert_array_equal(out[2], up(X, T)[2])
 
 
+def test_guided_channels_are_the_first_and_the_others_the_conditional_ones():
+    """DiT guides three of its four channels; here one of two."""
+    found = guidance.classifier_free(up, down, 4.0, channels=1)(X, T)
+    whole = guidance.classifier_free(up, down, 4.0)(X, T)
+    np.testing.assert_array_equal(found[..., :1], whole[..., :1])
+    np.testing.assert_array_equal(found[..., 1:], up(X, T)[..., 1:])
+    assert np.abs(found - whole)[..., 1:].min() > 0
+
+
 def test_rescale_brings_back_the_conditional_deviation():
     guided = guidance.classifier_free(up, down, 7.0, rescale=1.0)(X, T)
     np.testing.assert_allclose(guided.std(axis=(1, 2, 3)), up(X, T).std(axis=(1, 2, 3)), rtol=1e-5)
@@ -115,6 +124,7 @@ def test_inpaint_ends_at_what_is_known(name, exact):
             r"^interval=\(5, 1\), but low",
         ),
         (lambda: guidance.classifier_free(up, down, 2, rescale=1.5), r"^rescale=1\.5"),
+        (lambda: guidance.classifier_free(up, down, 2, channels=-1), r"^channels=-1"),
         (lambda: guidance.dynamic_threshold(up, 0.0), r"^percentile=0\.0.*\(0, 1\]"),
     ],
 )

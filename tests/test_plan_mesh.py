@@ -73,7 +73,7 @@ def test_a_shard_holds_an_eighth(plans):
 
 def test_what_is_planned_is_what_lies_on_a_device(plans):
     """The state itself, on eight devices."""
-    parallel, task = Parallel("jit", make_mesh(1, 8)), mesh.build.task(tiny())
+    parallel, task = Parallel("jit", make_mesh(1, 8)), mesh.tasks.task(tiny())
     state = parallel.init(task.init, jax.random.key(0))
     device = jax.devices()[0]
     held = sum(

@@ -38,7 +38,7 @@ Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """Flax modules and functions of the task; holds no arrays. See `experiments/run/build.py`.
+    """Flax modules and functions of the task; holds no arrays. See `experiments/run/tasks.py`.
 
     sample_shape: (*space, channels) of what is diffused. objective and draw come from
     `process/losses.py`. `network`, "denoiser" among the parameters, is any that is called as

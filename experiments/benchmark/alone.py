@@ -108,7 +108,7 @@ def checkpoint(config: ConfigDict, batch: int | None, repeats: int) -> dict[str,
     """
     del batch
     config = ConfigDict(config.to_dict())
-    placed, task = training.parallel(config), training.build.task(config)
+    placed, task = training.parallel(config), training.tasks.task(config)
     state = placed.init(task.init, jax.random.key(config.seed))
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     found: dict[str, list[float]] = {k: [] for k in ("blocking", "save", "hash", "restore")}

@@ -36,7 +36,7 @@ from experiments.benchmark.workload import (
     timed,
 )
 from experiments.plan import cost, mesh
-from experiments.run import build
+from experiments.run import build, tasks
 
 
 class Given(Denoiser):
@@ -50,7 +50,7 @@ def denoiser_task(
     config: ConfigDict, networks: tuple[str, ...] = ("denoiser",)
 ) -> tuple[Given, Any, dict]:
     """The task, the U-Net's parameter shapes, and the shapes of a batch of one."""
-    full = build.denoiser(config)
+    full = tasks.denoiser(config)
     fields = {f.name: getattr(full, f.name) for f in dataclasses.fields(full)}
     fields |= {"conditions": {}, "autoencoder": None, "flip": False}
     fields["optimizer"] = build.optimizer(config, networks)
@@ -171,7 +171,7 @@ def _call(work: dict[str, Any], config: ConfigDict, directory: pathlib.Path | No
         raise ValueError(f"--devices={work['devices']}, but there are {len(devices)}")
     placed = Parallel("jit", make_mesh(devices=devices))
     if work["suite"] == "autoencoder":
-        task = build.first_stage_task(config)
+        task = tasks.first_stage(config)
         init, name = task.init, "autoencoder"
         shapes = {"image": build.image_shape(config)}
     else:

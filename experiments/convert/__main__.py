@@ -27,7 +27,7 @@ from diffusion.checkpoint import Checkpoints
 from experiments.convert.reading import Parts, from_compvis, from_diffusers
 from experiments.convert.writing import to_diffusers
 from experiments.host import cli
-from experiments.run import build, data, networks, workdir
+from experiments.run import build, data, networks, tasks, workdir
 
 
 def write_workdir(target: pathlib.Path, parts: Parts) -> None:
@@ -43,7 +43,7 @@ def write_workdir(target: pathlib.Path, parts: Parts) -> None:
         extra["latent_scale"] = np.full(channels, parts.scale, np.float32)
         extra["latent_shift"] = np.full(channels, parts.shift, np.float32)
     if config.task == "autoencoder" or "denoiser" in parts.params:
-        build.task(config)
+        tasks.task(config)
     with files.whole_folder(target) as scratch:
         workdir.claim(scratch, config, data.model_card(config))
         for name in parts.params.keys() - trained.keys():

@@ -28,7 +28,7 @@ from diffusion.metrics.clip_score import scores
 from diffusion.models import clip as clip_model
 from diffusion.models.inception import PREPROCESSINGS, Inception, preprocess
 from diffusion.training import codec
-from experiments.run import build, workdir
+from experiments.run import tasks, workdir
 
 Rows = dict[str, np.ndarray]  # arrays with a leading axis of images
 # metric: its name on the published Inception
@@ -117,7 +117,7 @@ class Judge:
         self.data = config.data.name
         saved = restore_params(directory / "checkpoints", ("params", "ema"))
         params = {**saved.items["params"], **saved.items["ema"]}["classifier"]
-        network = build.task(config).network
+        network = tasks.task(config).network
         self.hash, self.dim = saved.hash, network.feature_dim
 
         def run(params, image):

@@ -1,9 +1,9 @@
 """Sets of images to be evaluated: a folder, an .npz, or samples as they are made.
 
-    folder of images     PNG, JPEG, WebP or BMP, in the order of their names; grid.png is left out
-    .npz                 "arr_0" (as guided-diffusion writes it) or "images" (experiments.sample),
-                         uint8, read a part at a time
-    folder of shards     what `--keep=DIR` leaves (`run/kept.py`): 00000.npy, ... and samples.json
+folder of images     PNG, JPEG, WebP or BMP, in the order of their names; grid.png is left out
+.npz                 "arr_0" (as guided-diffusion writes it) or "images" (experiments.sample),
+                     uint8, read a part at a time
+folder of shards     what `--keep=DIR` leaves (`run/kept.py`): 00000.npy, ... and samples.json
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusion.interop import perceptual as lpips
 from diffusion.training import parallel
-from experiments.run import build
+from experiments.run import build, tasks
 
 
 def count(tree: Any) -> int:
@@ -97,7 +97,7 @@ def plan(config: ConfigDict, devices: int = 1) -> dict[str, Any]:
 
 def shapes(config: ConfigDict) -> tuple[Any, Any, dict[str, Any]]:
     """The task, the shapes of its state, and those of its frozen networks."""
-    task = build.task(config)
+    task = tasks.task(config)
     state = jax.eval_shape(task.init, jax.random.key(0))
     return task, state, frozen_shapes(config, task, state)
 

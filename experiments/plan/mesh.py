@@ -47,7 +47,7 @@ from diffusion.training.parallel import (
     unsharded,
 )
 from experiments.plan import cost
-from experiments.run import build
+from experiments.run import tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def shard_bytes(tree: Any) -> int:
 
 def abstract_step(config: ConfigDict, placed: Parallel) -> tuple[Any, ...]:
     """The task, and the shapes and shardings that its step takes: state, batch, frozen."""
-    task = build.task(config)
+    task = tasks.task(config)
     state = placed.abstract(task.init, jax.random.key(0))
     whole = NamedSharding(placed.mesh, PartitionSpec())
 
@@ -244,7 +244,7 @@ def planned(
         raise ValueError(f"--hardware={hardware} is unknown: use one of {', '.join(HARDWARE)}")
     data, fsdp = parse_mesh(mesh, devices)
     check_batch(config.train.batch_size, config.train.accumulate, devices)
-    build.task(config)  # whatever the config is wrong in, before a process is started
+    tasks.task(config)  # whatever the config is wrong in, before a process is started
     found = in_a_process(config, data, fsdp)
     return found | ({"roofline": roofline(found, hardware)} if hardware else {})
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from diffusion import interop
 from diffusion.sampling.pipeline import Pipeline
-from experiments.run import build, data, networks
+from experiments.run import build, data, networks, tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ def load(
     if found.tokenizer is not None:
         tokens = data.null_tokens(config, found.tokenizer)
     config.sample.update(sample or {})
-    task = build.task(config.lock(), null_tokens=tokens)
+    task = tasks.task(config.lock(), null_tokens=tokens)
     given = {"extra": found.extra, "first_stage": found.first_stage, "tokenizer": found.tokenizer}
     return Model(config, pipeline(config, task, found.params, **given), found.hash, found.step)
 

@@ -24,7 +24,7 @@ from diffusion.interop.perceptual import SOURCES, load_lpips
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
 from diffusion.training.state import TrainState
 from experiments.host import cli
-from experiments.run import build, checks, data, networks
+from experiments.run import build, checks, data, networks, tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _image_run(config: ConfigDict, placed: Parallel) -> Run:
         scale = np.full(channels, config.online.scale, np.float32)
         extra = {"latent_shift": np.zeros_like(scale), "latent_scale": scale}
     ends = _ends(config, tokenizer, len(tokens))
-    made = build.task(config, **({"null_tokens": tokens} if tokenizer else {}))
+    made = tasks.task(config, **({"null_tokens": tokens} if tokenizer else {}))
     _check_example(config, made, source, [*steps, *ends])
 
     @functools.cache
@@ -165,7 +165,7 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
     directory = pathlib.Path(config.data.dir)
     if "text_encoder" in config.model:
         tokens = data.null_tokens(config, Tokenizer.load(directory / "tokenizer.json"))
-    made = build.task(config, **({"null_tokens": tokens} if tokens else {}))
+    made = tasks.task(config, **({"null_tokens": tokens} if tokens else {}))
 
     def write_files(workdir: pathlib.Path) -> None:
         begun.write(config, workdir)

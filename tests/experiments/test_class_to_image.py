@@ -9,7 +9,7 @@ from configs import ldm_imagenet256
 from experiments import sample
 from experiments.convert import __main__ as convert
 from experiments.convert import reading
-from experiments.run import build
+from experiments.run import build, tasks
 
 
 def drawn(shapes, rng):
@@ -33,7 +33,7 @@ def classes():
     config.model.denoiser.update({"multipliers": (1, 2), "attention": (False, True)})
     config.model.autoencoder.num_codes = 32
     rng, key = np.random.default_rng(0), jax.random.key(0)
-    shapes = jax.eval_shape(build.task(config).networks_init, key)
+    shapes = jax.eval_shape(tasks.task(config).networks_init, key)
     image = np.zeros((1, 32, 32, 3), np.float32)
     first = build.autoencoder(config.model.autoencoder)
     shapes["autoencoder"] = jax.eval_shape(first.init, key, image)["params"]

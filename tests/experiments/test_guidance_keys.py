@@ -8,7 +8,7 @@ from configs import common
 from diffusion.process import guidance
 from experiments import sample
 from experiments.host import cli
-from experiments.run import build
+from experiments.run import build, tasks
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 3)), jnp.float32)
 T = jnp.array([100, 900])
@@ -72,7 +72,7 @@ def test_what_cannot_be_is_refused_before_training(settings):
     config = digits_pixel.get_config("smoke")
     config.sample.update(settings)
     with pytest.raises(ValueError, match=f"sample.{next(iter(settings))}"):
-        build.denoiser(config)
+        tasks.denoiser(config)
 
 
 def test_flags_change_the_configs_settings(job):

@@ -22,7 +22,7 @@ from configs import ddpm_cifar10
 from diffusion import checkpoint, manifest
 from diffusion.training import state as ts
 from experiments.host import cluster, guards
-from experiments.run import build
+from experiments.run import tasks
 
 
 def seconds(call, repeats: int) -> float:
@@ -102,7 +102,7 @@ def of_host(calls: int = 20_000) -> float:
 
 def main(out: str, batch_size: int = 4) -> None:
     config = ddpm_cifar10.get_config()
-    task = build.task(config)
+    task = tasks.task(config)
     state = jax.jit(task.init)(jax.random.key(0))
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
     results = {

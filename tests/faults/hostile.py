@@ -31,7 +31,7 @@ from diffusion.training.parallel import Parallel
 from experiments import train
 from experiments.convert import __main__ as convert
 from experiments.host import cli
-from experiments.run import build
+from experiments.run import build, tasks
 
 MEMORY_BYTES = 12 * 2**30  # address space, of which JAX takes some at its start
 LIMIT_SECS = 30  # for one input
@@ -145,8 +145,8 @@ def overrides_of_the_config(count, root) -> list[int]:
 
 def build_once() -> None:
     """The network, which is always the same here."""
-    task = build.task(runpy.run_path(TINY)["get_config"]("folder"))
-    build.task = lambda *_, **__: task
+    task = tasks.task(runpy.run_path(TINY)["get_config"]("folder"))
+    tasks.task = lambda *_, **__: task
     Parallel.abstract = lambda *_: {}
 
 

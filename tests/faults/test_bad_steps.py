@@ -14,7 +14,7 @@ from diffusion.checkpoint import latest_step, restore_params
 from diffusion.training import optim
 from diffusion.training import state as ts
 from diffusion.training.ema import Ema
-from experiments.run import build, data
+from experiments.run import data, tasks
 
 LEARNED = ("params", "opt_state", "ema")
 
@@ -24,7 +24,7 @@ def made(trials_here: str, kind: str):
     """A task of tiny.py, its state after two steps, and the compiled step."""
     config = runpy.run_path(f"{trials_here}/tiny.py")["get_config"](kind)
     config.data.image_size = (16,)
-    task = build.task(config)
+    task = tasks.task(config)
     state = task.init(jax.random.key(1))
     step = jax.jit(lambda state, batch: task.train_step(state, batch, {}))
     source, _ = data.open_images(config, "train")

@@ -17,7 +17,7 @@ from configs import common, common_dit, common_ldm
 def get_config(arg=None):
     which, smoke = common.parse(arg, common_dit.CHOICES)
     config = common_dit.transformer_on_imagenet(which)
-    config.process.schedule = {"name": "flow"}
+    config.process.schedule = {"name": "flow", "time_scale": 1.0}
     config.process.prediction = "velocity"
     config.sample.sampler = "heun"
     config.sample.steps = 125

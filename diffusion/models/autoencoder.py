@@ -18,41 +18,20 @@ resolution. p = 1 is LDM exactly.
 """
 
 import functools
+import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, Num
+from jaxtyping import Array, Float, Key
 
 from diffusion.models.attention import AttentionBlock
 from diffusion.models.bottleneck import LOGVAR_RANGE, Code, Posterior, Quantized, quantize
 from diffusion.models.layers import Conv, Downsample, GroupNorm, ResBlock, Upsample
+from diffusion.models.positions import patches, unpatch
 
 EPSILON = 1e-6
-
-
-def space_to_depth(
-    x: Num[Array, "batch *space channels"], factor: int
-) -> Num[Array, "batch *out_space features"]:
-    """Blocks of `factor` places along every axis become channels: row-major place, then channel."""
-    batch, *space, channels = x.shape
-    rank = len(space)
-    x = x.reshape(batch, *(n for size in space for n in (size // factor, factor)), channels)
-    x = x.transpose(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
-    return x.reshape(batch, *(size // factor for size in space), factor**rank * channels)
-
-
-def depth_to_space(
-    x: Num[Array, "batch *space features"], factor: int
-) -> Num[Array, "batch *out_space channels"]:
-    """The inverse of `space_to_depth`."""
-    batch, *space, features = x.shape
-    rank = len(space)
-    x = x.reshape(batch, *space, *(factor,) * rank, features // factor**rank)
-    pairs = (n for axis in range(1, rank + 1) for n in (axis, rank + axis))
-    x = x.transpose(0, *pairs, 2 * rank + 1)
-    return x.reshape(batch, *(size * factor for size in space), -1)
 
 
 class _Stage(nn.Module):
@@ -98,7 +77,7 @@ class Encoder(_Stage):
     def __call__(
         self, x: Float[Array, "batch *space channels"]
     ) -> Float[Array, "batch *out_space features"]:
-        x = space_to_depth(x, self.patch) if self.patch > 1 else x
+        x = patches(x, (self.patch,) * (x.ndim - 2)) if self.patch > 1 else x
         h = Conv(self.channels, dtype=self.dtype, name="conv_in")(x)
         for level, multiplier in enumerate(self.multipliers):
             for index in range(self.blocks):
@@ -123,8 +102,9 @@ class Decoder(_Stage):
                 h = self._block(h, level, index, f"up_{i}")
             if level > 0:
                 h = Upsample(h.shape[-1], dtype=self.dtype, name=f"up_{i}_sample")(h)
-        h = self._finish(h, self.out_channels * self.patch ** (z.ndim - 2))
-        return depth_to_space(h, self.patch) if self.patch > 1 else h
+        patch = (self.patch,) * (z.ndim - 2)
+        h = self._finish(h, self.out_channels * math.prod(patch))
+        return unpatch(h, patch) if self.patch > 1 else h
 
 
 class FirstStage(nn.Module):
@@ -191,17 +171,24 @@ class FirstStage(nn.Module):
             self.quant_conv = point(self.moments * self.latent_channels)
             self.post_quant_conv = point(self.z_channels)
 
-    def _encode(self, x: Array) -> Array:
+    def moments_of(
+        self, x: Float[Array, "batch *space channels"]
+    ) -> Float[Array, "batch *out_space moments"]:
+        """What `encode` makes its result of: [mean, logvar before the clamp], or the code."""
         self._check_image(x)
         h = self.encoder(x)
         h = self.quant_conv(h) if self.use_quant_conv else h
         return h.astype(jnp.promote_types(x.dtype, jnp.float32))
 
-    def moments_of(
-        self, x: Float[Array, "batch *space channels"]
-    ) -> Float[Array, "batch *out_space moments"]:
-        """What `encode` makes its result of: [mean, logvar before the clamp], or the code."""
-        return self._encode(x)
+    def reconstruct(self, x: Array, keys: Array | None = None) -> tuple[Array, Any]:
+        """x_hat, and what the bottleneck did."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Float[Array, "batch *space channels"], keys: Key[Array, "batch"] | None = None
+    ) -> Float[Array, "batch *space channels"]:
+        """x_hat alone."""
+        return self.reconstruct(x, keys)[0]
 
     def _decode(self, z: Array) -> Array:
         if z.shape[-1] != self.latent_channels:
@@ -250,7 +237,7 @@ class AutoencoderKL(FirstStage):
 
     def encode(self, x: Float[Array, "batch *space channels"]) -> Posterior:
         """ValueError where a size is no multiple of `downsampling`, or channels differ."""
-        mean, logvar = jnp.split(self._encode(x), 2, axis=-1)
+        mean, logvar = jnp.split(self.moments_of(x), 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
     def decode(
@@ -266,12 +253,6 @@ class AutoencoderKL(FirstStage):
         posterior = self.encode(x)
         return self.decode(posterior.mean if keys is None else posterior.sample(keys)), posterior
 
-    def __call__(
-        self, x: Float[Array, "batch *space channels"], keys: Key[Array, "batch"] | None = None
-    ) -> Float[Array, "batch *space channels"]:
-        """x_hat alone."""
-        return self.reconstruct(x, keys)[0]
-
 
 class VQModel(FirstStage):
     """LDM's vector-quantised autoencoder, with the interface of `AutoencoderKL`.
@@ -285,12 +266,13 @@ class VQModel(FirstStage):
 
     def setup(self) -> None:
         super().setup()
-        init = _uniform(1.0 / self.num_codes)
-        self.codebook = nn.Embed(self.num_codes, self.latent_channels, embedding_init=init)
+        shape, bound = (self.num_codes, self.latent_channels), 1.0 / self.num_codes
+        init = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+        self.codebook = nn.Embed(*shape, embedding_init=init)
 
     def encode(self, x: Float[Array, "batch *space channels"]) -> Code:
         """`.mean` is the code before it is quantised. Errors as `AutoencoderKL.encode`."""
-        return Code(self._encode(x))
+        return Code(self.moments_of(x))
 
     def quantize(self, z: Float[Array, "batch *space latent_channels"]) -> Quantized:
         """`bottleneck.quantize` with this model's codebook and weights, in float32 or wider."""
@@ -315,16 +297,3 @@ class VQModel(FirstStage):
         del keys
         quantized = self.quantize(self.encode(x).mean)
         return self._decode(quantized.codes), quantized
-
-    def __call__(
-        self, x: Float[Array, "batch *space channels"], keys: Key[Array, "batch"] | None = None
-    ) -> Float[Array, "batch *space channels"]:
-        """x_hat alone."""
-        return self.reconstruct(x, keys)[0]
-
-
-def _uniform(bound: float) -> Any:
-    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init

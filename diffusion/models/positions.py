@@ -10,11 +10,9 @@ axis first, as EVA-02 has it (https://arxiv.org/abs/2303.11331). With the place 
     (3)  [a, b]_i -> [a cos(w_i k) - b sin(w_i k), b cos(w_i k) + a sin(w_i k)]
 """
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 
 def per_axis(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -26,25 +24,26 @@ def per_axis(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, .
 
 
 def patches(
-    x: Float[Array, "batch *space channels"], patch: tuple[int, ...]
-) -> Float[Array, "batch tokens values"]:
-    """Row-major patches, in each its places row-major and channels last."""
+    x: Num[Array, "batch *space channels"], patch: tuple[int, ...]
+) -> Num[Array, "batch *grid values"]:
+    """`patch` places an axis become channels: row-major place, then channel."""
     batch, *space, channels = x.shape
     split = [n for size, p in zip(space, patch) for n in (size // p, p)]
     rank = len(space)
     order = (0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
-    tokens = math.prod(size // p for size, p in zip(space, patch))
-    return x.reshape(batch, *split, channels).transpose(order).reshape(batch, tokens, -1)
+    grid = split[::2]
+    return x.reshape(batch, *split, channels).transpose(order).reshape(batch, *grid, -1)
 
 
 def unpatch(
-    u: Float[Array, "batch tokens values"], grid: tuple[int, ...], patch: tuple[int, ...]
-) -> Float[Array, "batch *space channels"]:
-    """The inverse of `patches`, for `grid` patches an axis."""
+    u: Num[Array, "batch *grid values"], patch: tuple[int, ...]
+) -> Num[Array, "batch *space channels"]:
+    """The inverse of `patches`."""
+    batch, *grid, _ = u.shape
     rank = len(grid)
-    u = u.reshape(len(u), *grid, *patch, -1)
+    u = u.reshape(batch, *grid, *patch, -1)
     order = (0, *(n for i in range(rank) for n in (1 + i, 1 + rank + i)), 2 * rank + 1)
-    return u.transpose(order).reshape(len(u), *(g * p for g, p in zip(grid, patch)), -1)
+    return u.transpose(order).reshape(batch, *(g * p for g, p in zip(grid, patch)), -1)
 
 
 def sincos_positions(places: list[np.ndarray], width: int) -> Float[np.ndarray, "tokens {width}"]:

@@ -105,6 +105,7 @@ class Transformer(nn.Module):
         grid = self._grid(x.shape[1:-1], patch)
         places, angles = self._places(grid, patch), None
         u = Dense(self.width, dtype=self.dtype, name="patches")(patches(x, patch))
+        u = u.reshape(len(x), -1, self.width)
         if self.positions == "sincos":
             u = u + jnp.asarray(sincos_positions(places, self.width), u.dtype)[None]
         else:
@@ -131,7 +132,9 @@ class Transformer(nn.Module):
             )
             u = make(u, c if shared is None else shared, context, context_mask, angles)
         u = self._out(u[:, self.registers :], c, math.prod(patch))
-        return unpatch(u, grid, patch).astype(jnp.promote_types(x.dtype, jnp.float32))
+        return unpatch(u.reshape(len(x), *grid, -1), patch).astype(
+            jnp.promote_types(x.dtype, jnp.float32)
+        )
 
     def _condition(self, x: Array, t: Array, labels: Array | None) -> tuple[Array, Array | None]:
         """Eq. 2; and W silu(c) of eq. 4 where one W serves all blocks."""

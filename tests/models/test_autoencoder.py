@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from diffusion.models.autoencoder import (
-    AutoencoderKL,
-    VQModel,
-    depth_to_space,
-    space_to_depth,
-)
+from diffusion.models.autoencoder import AutoencoderKL, VQModel
 from diffusion.models.bottleneck import (
     Code,
     Posterior,
@@ -18,6 +13,7 @@ from diffusion.models.bottleneck import (
     perplexity,
     quantize,
 )
+from diffusion.models.positions import patches, unpatch
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "groups": 4}
 VQ = {**SMALL, "num_codes": 16}
@@ -123,24 +119,16 @@ def test_a_patch_stem_is_ldms_network_on_folded_pixels():
         return mean, module.apply(variables, z, method="decode")
 
     (mean, y), (folded_mean, folded_y) = jax.jit(
-        lambda: (run(patched, x), run(plain, space_to_depth(x, 2)))
+        lambda: (run(patched, x), run(plain, patches(x, (2, 2))))
     )()
     np.testing.assert_allclose(mean, folded_mean, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(y, depth_to_space(folded_y, 2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, unpatch(folded_y, (2, 2)), rtol=1e-5, atol=1e-5)
     assert y.shape == x.shape
-
-
-@pytest.mark.parametrize("shape", [(2, 6, 3), (2, 6, 9, 2), (1, 3, 6, 9, 2)])
-def test_depth_to_space_inverts_space_to_depth(shape):
-    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-    folded = space_to_depth(x, 3)
-    assert folded.shape[1:-1] == tuple(n // 3 for n in shape[1:-1])
-    np.testing.assert_array_equal(depth_to_space(folded, 3), x)
 
 
 def test_a_patch_is_folded_in_row_major_order():
     x = jnp.arange(16.0).reshape(1, 4, 4, 1)
-    np.testing.assert_array_equal(space_to_depth(x, 2)[0, 0, 1], [2, 3, 6, 7])
+    np.testing.assert_array_equal(patches(x, (2, 2))[0, 0, 1], [2, 3, 6, 7])
 
 
 @pytest.mark.parametrize("space", [(2, 4), (6, 8), (4, 10)])

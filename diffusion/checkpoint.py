@@ -20,60 +20,40 @@ With several processes every one calls `save`, `wait`, `restore` and `close`, at
 a directory that all of them see; process 0 judges, cleans and writes the manifest.
 """
 
+import contextlib
 import json
 import logging
 import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
+from jax.tree_util import keystr
 from orbax.checkpoint import v1 as ocp
 
-from diffusion.manifest import (
-    MANIFEST,
-    TEMPORARY,
-    CorruptError,
-    check_same,
-    clean,
-    finished,
-    latest_step,
-    newest_good,
-    prune,
-    read_manifest,
-    verify,
-    write_manifest,
-)
+from diffusion import files, manifest
+from diffusion.manifest import finished, read_manifest
 
-__all__ = [
-    "Checkpoints",
-    "CorruptError",
-    "Items",
-    "Restored",
-    "latest_step",
-    "restore_params",
-    "verify",
-]
-
+Leaves = dict[tuple[str, ...], Any]
 TODAY = {"unet": "denoiser"}  # a network by what checkpoints made before called it
 _NONE = -1  # "no step", where processes exchange step numbers
 log = logging.getLogger(__name__)
 
 
-class _QuietOrbax(logging.Filter):
+def _is_news(record: logging.LogRecord) -> bool:
     """Orbax reports every file at level INFO on absl's one logger, and with a traceback what it
     raises as well; only its warnings are news."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        news = record.levelno >= logging.WARNING and not record.exc_info
-        return news or "orbax" not in record.pathname
+    news = record.levelno >= logging.WARNING and not record.exc_info
+    return news or "orbax" not in record.pathname
 
 
-logging.getLogger("absl").addFilter(_QuietOrbax())
+logging.getLogger("absl").addFilter(_is_news)
 
 
 class Restored(NamedTuple):
@@ -94,33 +74,16 @@ class Items(NamedTuple):
     hash: str
 
 
-def _name(key: Any) -> str:
-    for attribute in ("name", "key", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
+def _flatten(tree: Any) -> Leaves:
     """Leaves by the names on their path: `("opt_state", "denoiser", "0", "mu", "kernel")`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    flat = {tuple(_name(key) for key in path): leaf for path, leaf in leaves}
+    flat = {tuple(keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
     if len(flat) < len(leaves):
         raise ValueError("two leaves of the state have one name (dict keys 1 and '1'): rename one")
     return flat
 
 
-def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
-
-
-def _saved_leaves(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
+def _saved_leaves(folder: pathlib.Path) -> Leaves:
     """Shape and dtype of every stored leaf, from Orbax's metadata; no arrays are read."""
     return _flatten(ocp.metadata(str(folder)).metadata)
 
@@ -130,24 +93,8 @@ def _today(path: tuple[str, ...]) -> tuple[str, ...]:
     return path[:1] + tuple(TODAY.get(name, name) for name in path[1:2]) + path[2:]
 
 
-def _check_target(folder: pathlib.Path, target: Mapping[tuple[str, ...], Any]) -> None:
-    """ValueError when the target's tree is not the saved one: another network or optimiser."""
-    saved = {_today(path): leaf for path, leaf in _saved_leaves(folder).items()}
-    problems = [f"{'.'.join(p)} is in the checkpoint only" for p in saved if p not in target]
-    for path, leaf in target.items():
-        if path not in saved:
-            problems.append(f"{'.'.join(path)} is missing from the checkpoint")
-            continue
-        have = (tuple(saved[path].shape), np.dtype(saved[path].dtype))
-        want = (tuple(leaf.shape), np.dtype(leaf.dtype))
-        if have != want:
-            problems.append(f"{'.'.join(path)} is {have[1]}{have[0]}, wanted {want[1]}{want[0]}")
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"checkpoint {folder} does not fit this run's state: {'; '.join(problems[:5])}{more}. "
-            "Use the config it was saved with, or another workdir."
-        )
+def _described(leaves: Leaves) -> dict[str, str]:
+    return {".".join(p): f"{np.dtype(x.dtype)}{tuple(x.shape)}" for p, x in leaves.items()}
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -170,23 +117,19 @@ def restore_params(
     saved (an `ema` of no networks) is an empty dict. Raises ValueError when there is no checkpoint.
     """
     root = pathlib.Path(directory).absolute()
-    chosen = newest_good(root, step, set_aside=False)
+    chosen = manifest.newest_good(root, step, set_aside=False)
     if chosen is None:
         raise ValueError(f"{root} holds no finished checkpoint: train first")
     folder = root / str(chosen)
-    manifest, saved = read_manifest(folder), _saved_leaves(folder)
+    made, saved = read_manifest(folder), _saved_leaves(folder)
     wanted = {p: np.empty(x.shape, x.dtype) for p, x in saved.items() if p[0] in items}
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        found = _flatten(ocp.load(str(folder), _nest(wanted))) if wanted else {}
-    tree = _nest({_today(path): leaf for path, leaf in found.items()})
-    return Items(
-        step=chosen,
-        items={name: tree.get(name, {}) for name in items},
-        metadata=manifest["metadata"],
-        hash=manifest["sha256"][:16],
-    )
+        found = _flatten(ocp.load(str(folder), unflatten_dict(wanted))) if wanted else {}
+    tree = unflatten_dict({_today(path): leaf for path, leaf in found.items()})
+    taken = {name: tree.get(name, {}) for name in items}
+    return Items(chosen, taken, made["metadata"], made["sha256"][:16])
 
 
 def _from_first(value: int) -> int:
@@ -196,7 +139,7 @@ def _from_first(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run, in `directory`; a context manager.
 
     Keeps the newest `keep_last`, every step that `keep_every_steps` divides, with
@@ -215,10 +158,9 @@ class Checkpoints:
         async_save: bool = True,
         keep_best: str | None = None,
     ):
-        if keep_last < 1:
-            raise ValueError(f"keep_last is {keep_last}; keep at least 1 checkpoint")
-        if keep_every_steps is not None and keep_every_steps < 1:
-            raise ValueError(f"keep_every_steps is {keep_every_steps}; give 1 or more, or None")
+        for name, value in {"keep_last": keep_last, "keep_every_steps": keep_every_steps}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")
         self.directory = pathlib.Path(directory).absolute()
         self._retention = (keep_last, keep_every_steps, keep_best)
         self._async = async_save
@@ -226,11 +168,8 @@ class Checkpoints:
         self._error: Exception | None = None
         self._first = jax.process_index() == 0
         if self._first:
-            self._inode = clean(self.directory)
+            self._inode = manifest.clean(self.directory)
         _from_first(0)
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
@@ -242,7 +181,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest finished step, or None."""
-        return latest_step(self.directory)
+        return manifest.latest_step(self.directory)
 
     def save(self, step: int, state: Any, data_state: Any, metadata: Any) -> bool:
         """Saves `state` (a pytree of arrays), with `data_state` and `metadata` (JSON-able).
@@ -269,9 +208,10 @@ class Checkpoints:
         context.asynchronous.create_directories_asynchronously = False
         try:
             if self._first:
-                check_same(self.directory, self._inode)
+                manifest.check_same(self.directory, self._inode)
             with context:
-                response = ocp.save_async(str(folder), _nest(_flatten(state)), overwrite=True)
+                tree = unflatten_dict(_flatten(state))
+                response = ocp.save_async(str(folder), tree, overwrite=True)
         except Exception as error:
             raise self._failed(folder, error) from error
         self._thread = threading.Thread(
@@ -284,17 +224,17 @@ class Checkpoints:
         try:
             response.result()
             if self._first:
-                check_same(self.directory, self._inode)
-                write_manifest(folder, body)
-                prune(self.directory, *self._retention, written=body["step"])
+                manifest.check_same(self.directory, self._inode)
+                manifest.write_manifest(folder, body)
+                manifest.prune(self.directory, *self._retention, written=body["step"])
         except Exception as error:
             self._error = self._failed(folder, error)
             self._error.__cause__ = error
 
     def _failed(self, folder: pathlib.Path, error: Exception) -> OSError:
-        if self._first and not (folder / MANIFEST).is_file():
+        if self._first and not (folder / manifest.MANIFEST).is_file():
             for path in self.directory.glob(f"{folder.name}*"):
-                if path == folder or path.name.startswith(folder.name + TEMPORARY):
+                if path == folder or path.name.startswith(folder.name + manifest.TEMPORARY):
                     shutil.rmtree(path, ignore_errors=True)
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         return OSError(
@@ -318,9 +258,7 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    def close(self) -> None:
-        """Waits for the last save."""
-        self.wait()
+    close = wait
 
     def restore(self, target: Any, step: int | None = None) -> Restored | None:
         """The newest checkpoint that verifies, or `step`, as a `target`-like state; None: none.
@@ -335,7 +273,7 @@ class Checkpoints:
         chosen, error = None, None
         if self._first:
             try:
-                chosen = newest_good(self.directory, step, set_aside=True)
+                chosen = manifest.newest_good(self.directory, step, set_aside=True)
             except ValueError as problem:
                 error = problem
         agreed = _from_first(_NONE - 1 if error else _NONE if chosen is None else chosen)
@@ -344,15 +282,16 @@ class Checkpoints:
         if agreed == _NONE:
             return None
         folder = self.directory / str(agreed)
-        manifest, wanted = read_manifest(folder), _flatten(target)
-        _check_target(folder, wanted)
-        stored = {_today(path): path for path in _saved_leaves(folder)}
-        named = _nest({stored[path]: _abstract(leaf) for path, leaf in wanted.items()})
+        made, saved, wanted = read_manifest(folder), _saved_leaves(folder), _flatten(target)
+        stored = {_today(path): path for path in saved}
+        known = _described({_today(path): leaf for path, leaf in saved.items()})
+        remedy = "use the config it was saved with, or another workdir"
+        files.check_same(known, _described(wanted), f"checkpoint {folder}", remedy)
+        named = unflatten_dict({stored[path]: _abstract(leaf) for path, leaf in wanted.items()})
         tree = _flatten(ocp.load(str(folder), named))
-        state = jax.tree.unflatten(
-            jax.tree.structure(target), [tree[stored[path]] for path in wanted]
-        )
-        return Restored(agreed, state, manifest["data_state"], manifest["metadata"])
+        leaves = [tree[stored[path]] for path in wanted]
+        state = jax.tree.unflatten(jax.tree.structure(target), leaves)
+        return Restored(agreed, state, made["data_state"], made["metadata"])
 
 
 def _plain(value: Any) -> Any:

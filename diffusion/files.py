@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -189,9 +189,9 @@ def hash_file(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hashes(paths: Sequence[Path]) -> list[str]:
+def _each(function: Callable[[Path], Any], paths: Sequence[Path]) -> list[Any]:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
-        return list(pool.map(hash_file, paths))
+        return list(pool.map(function, paths))
 
 
 def hash_tree(directory: Path, exclude: Collection[str] = ()) -> dict[str, dict[str, Any]]:
@@ -201,13 +201,10 @@ def hash_tree(directory: Path, exclude: Collection[str] = ()) -> dict[str, dict[
     """
     paths = [p for p in sorted(directory.rglob("*")) if p.is_file()]
     paths = [p for p in paths if not any(fnmatch.fnmatch(p.name, x) for x in exclude)]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(sync, paths))
-    names = [p.relative_to(directory).as_posix() for p in paths]
-    return {
-        name: {"bytes": path.stat().st_size, "sha256": found}
-        for name, path, found in zip(names, paths, _hashes(paths))
-    }
+    _each(sync, paths)
+    hashes = zip(paths, _each(hash_file, paths))
+    found = {path: {"bytes": path.stat().st_size, "sha256": one} for path, one in hashes}
+    return {path.relative_to(directory).as_posix(): one for path, one in found.items()}
 
 
 def inside(directory: Path, name: str) -> Path:
@@ -218,26 +215,21 @@ def inside(directory: Path, name: str) -> Path:
     return directory / relative
 
 
-def damage(directory: Path, listed: Mapping[str, Any], contents: bool = False) -> str:
-    """What is wrong with the first file that is not as `hash_tree` listed it; "" if all are well.
+def check_tree(directory: Path, listed: Mapping[str, Any], contents: bool = False) -> None:
+    """ValueError naming the first file that is not as `hash_tree` listed it.
 
     Without `contents` only sizes are compared. OSError where a file cannot be read.
     """
     for name, entry in listed.items():
-        try:
-            path = inside(directory, name)
-        except ValueError as error:
-            return str(error)
+        path = inside(directory, name)
         if not path.is_file():
-            return f"{path} is missing"
+            raise ValueError(f"{path} is missing")
         if (size := path.stat().st_size) != entry["bytes"]:
-            return f"{path} has {size} bytes where {entry['bytes']} were written"
-    if contents:
-        paths = [directory / name for name in listed]
-        for path, entry, found in zip(paths, listed.values(), _hashes(paths)):
-            if found != entry["sha256"]:
-                return f"{path} does not hash to what was written: its content has changed"
-    return ""
+            raise ValueError(f"{path} has {size} bytes where {entry['bytes']} were written")
+    paths = [directory / name for name in listed] if contents else []
+    for path, entry, found in zip(paths, listed.values(), _each(hash_file, paths)):
+        if found != entry["sha256"]:
+            raise ValueError(f"{path} does not hash to what was written: its content has changed")
 
 
 def seal(path: Path, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,15 +281,17 @@ def differences(
             yield f"{above}{key}", has, asked
 
 
-def mismatch(what: str, key: str, found: Any, wanted: Any, remedy: str) -> str:
-    """The sentence for one of the `differences`."""
-    has, asked = (f"no {key}" if v is ABSENT else f"{key}={v!r}" for v in (found, wanted))
-    return f"{what} was made with {has}, but {asked} is asked for: {remedy}"
+def mismatch(what: str, differ: Sequence[tuple[str, Any, Any]], remedy: str) -> str:
+    """The sentence for `differences`: the first, and how many more there are."""
+    key, *values = differ[0]
+    has, asked = (f"no {key}" if v is ABSENT else f"{key}={v!r}" for v in values)
+    more = f" ({len(differ) - 1} more differ)" if len(differ) > 1 else ""
+    return f"{what} was made with {has}, but {asked} is asked for{more}: {remedy}"
 
 
 def check_same(
     found: Mapping[str, Any], wanted: Mapping[str, Any], what: str, remedy: str, free: bool = False
 ) -> None:
     """ValueError naming the first of the `differences`; `wanted` as it would be read from JSON."""
-    for difference in differences(found, json.loads(json.dumps(wanted)), free):
-        raise ValueError(mismatch(what, *difference, remedy))
+    if differ := list(differences(found, json.loads(json.dumps(wanted)), free)):
+        raise ValueError(mismatch(what, differ, remedy))

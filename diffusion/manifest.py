@@ -57,11 +57,9 @@ def verify(folder: str | os.PathLike) -> dict[str, Any]:
     folder = pathlib.Path(folder)
     manifest = read_manifest(folder)
     try:
-        wrong = files.damage(folder, manifest["files"], contents=True)
-    except OSError as error:
-        raise CorruptError(f"{error.filename or folder} cannot be read: {error}") from error
-    if wrong:
-        raise CorruptError(wrong)
+        files.check_tree(folder, manifest["files"], contents=True)
+    except (OSError, ValueError) as error:
+        raise CorruptError(str(error)) from error
     return manifest
 
 

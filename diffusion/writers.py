@@ -7,6 +7,7 @@ TensorBoard and wandb are imported only when they are used, and a run does witho
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -47,16 +48,11 @@ class Writer:
         """Writes what is left. The writer is not used afterwards."""
 
 
-Null = Writer
-
-
 class Console(Writer):
     """Progress and messages: one line in place on a terminal, a line a logged step elsewhere."""
 
-    def __init__(self, total_steps: int, start: str | None = None, stream: Any = None):
+    def __init__(self, total_steps: int, stream: Any = None):
         self._progress = Progress("step", total_steps, every_secs=0, stream=stream)
-        if start:
-            self.message(start)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         if "loss" not in values:
@@ -168,7 +164,7 @@ def make_tensorboard(directory: str | os.PathLike) -> Writer:
         return TensorBoard(directory)
     except ImportError as error:
         log.warning("TensorBoard is off: %s. Install tensorflow-cpu, tensorboard, clu", error.msg)
-        return Null()
+        return Writer()
 
 
 class WandB(Writer):
@@ -219,16 +215,15 @@ def make_wandb(workdir: str | os.PathLike, mode: str, project: str) -> Writer:
     """
     chosen = resolve_wandb_mode(mode)
     if chosen == "disabled":
-        return Null()
+        return Writer()
     try:
         return WandB(workdir, chosen, project)
     except ImportError as error:
         if mode != "auto":
             remedy = "`pip install wandb`, or set wandb.mode to 'disabled'"
-            message = f"wandb.mode is {mode!r} and the package wandb is missing: {remedy}"
-            raise ValueError(message) from error
+            raise ValueError(f"wandb.mode={mode!r} needs the package wandb: {remedy}") from error
         log.warning("Weights & Biases is off: the package wandb is not installed")
-        return Null()
+        return Writer()
 
 
 def resolve_wandb_mode(mode: str) -> str:
@@ -236,10 +231,9 @@ def resolve_wandb_mode(mode: str) -> str:
     modes = ("auto", "online", "offline", "disabled")
     if mode not in modes:
         raise ValueError(f"wandb.mode is {mode!r}; choose one of {', '.join(modes)}")
-    if mode != "auto":
-        return mode
-    if os.environ.get("WANDB_MODE") in modes[1:]:
-        return os.environ["WANDB_MODE"]
+    chosen = os.environ.get("WANDB_MODE", "") if mode == "auto" else mode
+    if chosen in modes[1:]:
+        return chosen
     return "online" if _has_wandb_key() else "offline"
 
 
@@ -266,22 +260,12 @@ class Multi(Writer):
 
     def __init__(self, writers: Sequence[Writer]):
         self.writers = tuple(writers)
+        for name in ("scalars", "images", "hparams", "message"):
+            setattr(self, name, functools.partial(self._each, name))
 
     def _each(self, method: str, *arguments: Any) -> None:
         for writer in self.writers:
             getattr(writer, method)(*arguments)
-
-    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        self._each("scalars", step, values)
-
-    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        self._each("images", step, images)
-
-    def hparams(self, values: Mapping[str, Any]) -> None:
-        self._each("hparams", values)
-
-    def message(self, text: str) -> None:
-        self._each("message", text)
 
     def close(self) -> None:
         """Closes all of them, whatever one of them raises."""
@@ -298,21 +282,19 @@ def make_writer(
     config_dict: Mapping[str, Any],
     resume_step: int | None = None,
     is_main: bool = True,
-    start: str | None = None,
     tensorboard: bool = True,
 ) -> Writer:
     """Every writer of a run: `workdir/metrics.jsonl`, console, `workdir/tensorboard`, wandb.
 
-    `resume_step` is the step a run starts from (0: afresh); `start` a first line for the console;
-    without `tensorboard` a run of seconds saves the seconds that importing TensorFlow takes.
-    Raises ValueError for an unknown `wandb_mode` before anything is touched.
+    `resume_step`: the step a run starts from (0: afresh). Without `tensorboard` it starts seconds
+    sooner. Raises ValueError for an unknown `wandb_mode` before anything is touched.
     """
     resolve_wandb_mode(wandb_mode)
     if not is_main:
-        return Null()
+        return Writer()
     workdir = pathlib.Path(workdir)
     remote = make_wandb(workdir, wandb_mode, wandb_project)
-    local = (Jsonl(workdir / "metrics.jsonl", resume_step), Console(total_steps, start))
-    board = make_tensorboard(workdir / "tensorboard") if tensorboard else Null()
+    local = (Jsonl(workdir / "metrics.jsonl", resume_step), Console(total_steps))
+    board = make_tensorboard(workdir / "tensorboard") if tensorboard else Writer()
     (writer := Multi((*local, board, remote))).hparams(config_dict)
     return writer

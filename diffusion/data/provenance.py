@@ -36,6 +36,8 @@ def read(directory: pathlib.Path, remedy: str) -> dict[str, Any]:
     found = files.unseal(directory / FILE, remedy)
     if "files" not in found:
         raise ValueError(f"{directory / FILE} lists no files: {remedy}")
-    if wrong := files.damage(directory, found["files"]):
-        raise ValueError(f"{wrong}: {remedy}")
+    try:
+        files.check_tree(directory, found["files"])
+    except ValueError as error:
+        raise ValueError(f"{error}: {remedy}") from error
     return found

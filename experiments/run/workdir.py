@@ -65,12 +65,10 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> bool:
     old, new = read_config(workdir).to_dict(), json.loads(to_json(config))
     differ = [d for d in files.differences(old, new) if not f"{d[0]}.".startswith(MAY_CHANGE)]
     if differ:
-        key, was, now = differ[0]
-        remedy = f", or --config.{key}={was}" if was is not files.ABSENT else ""
-        if len(differ) > 1:
-            remedy = f" ({len(differ) - 1} other keys differ as well)"
-        what = f"--workdir={workdir}"
-        raise ValueError(files.mismatch(what, key, was, now, f"use another --workdir{remedy}"))
+        key, was, _ = differ[0]
+        alone = len(differ) == 1 and was is not files.ABSENT
+        remedy = "use another --workdir" + (f", or --config.{key}={was}" if alone else "")
+        raise ValueError(files.mismatch(f"--workdir={workdir}", differ, remedy))
     return True
 
 

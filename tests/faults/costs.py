@@ -45,7 +45,7 @@ def of_saves(state, folder: pathlib.Path, repeats: int = 5) -> dict[str, float]:
         write(*arguments)
         hashing.append(time.perf_counter() - began)
 
-    with mock.patch.object(checkpoint, "write_manifest", timed):
+    with mock.patch.object(manifest, "write_manifest", timed):
         for step in range(repeats):
             with checkpoint.Checkpoints(folder, keep_last=1) as checkpoints:
                 began = time.perf_counter()

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 MUTATIONS = (
     (
         "no hash of a file is compared",
-        "diffusion/manifest.py",
+        "diffusion/files.py",
         'if found != entry["sha256"]:',
         "if False:",
         "faults/test_damage.py::test_every_file_of_a_run_damaged_is_found_out_and_fallen_back_from",

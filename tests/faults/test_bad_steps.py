@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.checkpoint import latest_step, restore_params
+from diffusion.checkpoint import restore_params
+from diffusion.manifest import latest_step
 from diffusion.training import optim
 from diffusion.training import state as ts
 from diffusion.training.ema import Ema

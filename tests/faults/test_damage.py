@@ -7,8 +7,8 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from diffusion.checkpoint import Checkpoints, latest_step, restore_params
-from diffusion.manifest import MANIFEST, SOUND, newest_good
+from diffusion.checkpoint import Checkpoints, restore_params
+from diffusion.manifest import MANIFEST, SOUND, latest_step, newest_good
 
 
 def flip(path: pathlib.Path, draw: random.Random):

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from diffusion import files
-from diffusion.checkpoint import latest_step, verify
+from diffusion.manifest import latest_step, verify
 from diffusion.writers import Jsonl
 
 

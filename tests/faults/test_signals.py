@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from diffusion.checkpoint import latest_step, verify
+from diffusion.manifest import latest_step, verify
 from experiments.host import guards
 
 NUMBERS = [int(number) for number in guards.SIGNALS]

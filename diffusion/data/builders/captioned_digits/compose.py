@@ -51,14 +51,7 @@ OFFSETS = {"small": (1, 9, 17), "large": (2, 6, 10)}  # pixels, for edge, middle
 # One digit a colour and at most one colour a digit: every colour and every digit is seen in
 # training, and colours stay uniform over a set that has as many of each digit.
 HELD_OUT = frozenset(
-    {
-        (1, "blue"),
-        (2, "orange"),
-        (3, "red"),
-        (5, "cyan"),
-        (7, "green"),
-        (8, "magenta"),
-    }
+    ((1, "blue"), (2, "orange"), (3, "red"), (5, "cyan"), (7, "green"), (8, "magenta"))
 )
 PHRASINGS = (
     "a {size} {colour} {digit} {place} on {background}",

@@ -1,9 +1,7 @@
 """A folder of images as it lies on disk, with captions or labels: nothing is prepared.
 
-What is read, and how captions are found, is `builders.local_files.read_folder`'s: metadata.jsonl of
-`file_name` and `text` (Hugging Face's ImageFolder), a .txt of the same stem beside each image,
-labels by sub-folder, or images alone, under the folder or its `train`, `validation` and `test`.
-Every file is opened once at the start: those that are no image are counted and named.
+What is read, and how captions are found, is `builders/local_files/folders.py`'s. Every file is
+opened once at the start: those that are no image are counted and named.
 """
 
 import concurrent.futures
@@ -15,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from diffusion import files
-from diffusion.data.builders.local_files import readers
-from diffusion.data.sources import NO_IMAGE, Batch, decode_image, open_image
+from diffusion.data.builders.local_files import folders
+from diffusion.data.images import NO_IMAGE, decode_image, open_image
+from diffusion.data.sources import Batch
 
-DECODERS = 4  # threads, each with an image of at most `sources.MAX_PIXELS`
+DECODERS = 4  # threads, each with an image of at most `images.MAX_PIXELS`
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def open_folder(
     root = pathlib.Path(directory)
     if not root.is_dir():
         raise ValueError(f"data.dir={str(root)!r} is not a directory")
-    listed = readers.list_folder(root)
+    listed = folders.list_folder(root)
     if split not in listed:
         raise ValueError(f"data.dir={str(root)!r} has no split {split!r}: it has {[*listed]}")
     rows = listed[split]
@@ -120,8 +119,7 @@ def _identity(root: pathlib.Path, row: dict[str, Any]) -> list[Any]:
 def _why_not(path: pathlib.Path) -> str:
     """Why the file is no image; "" where all of it decodes and its size is not absurd."""
     try:
-        with open_image(path) as image:
-            image.convert("RGB")
+        open_image(path)
     except NO_IMAGE as error:
         return " ".join(str(error).split())[:200] or type(error).__name__
     return ""

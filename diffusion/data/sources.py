@@ -8,16 +8,13 @@ lock while it decodes).
 """
 
 import dataclasses
-import io
 import pathlib
-import struct
-import zlib
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
 from diffusion.data import provenance
+from diffusion.data.images import decode_image
 
 Batch = dict[str, Any]  # arrays with a leading batch axis, or lists as long; see `loader`
 
@@ -89,56 +86,6 @@ class RecordSource:
         if "caption" in rows[0]:
             batch["caption"] = [row["caption"].decode() for row in rows]
         return batch
-
-
-def crop_resize(image: Image.Image, image_size: int) -> Image.Image:
-    """The centre square, resized bicubic: how LDM and DDPM prepared LSUN.
-
-    The authors' code crops to the shorter side, then resizes (CompVis latent-diffusion,
-    ldm/data/lsun.py).
-    """
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    if image.size != (side, side):
-        image = image.crop((left, top, left + side, top + side))
-    if side == image_size:
-        return image
-    return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-
-
-# What Pillow raises for a file that is no image, or one that it takes for a decompression bomb.
-NO_IMAGE = (
-    *(OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, struct.error),
-    *(zlib.error, IndexError, KeyError, NotImplementedError, ZeroDivisionError, AttributeError),
-    *(Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError, RuntimeError),
-)
-MAX_PIXELS = 2**26  # of an image, 67 million: 200 MB as RGB, more than any camera's but the largest
-
-
-def open_image(file: Any, decode: bool = True) -> Image.Image:
-    """An image file, decoded or its header alone; one of `NO_IMAGE` where it is none, or of more
-    than MAX_PIXELS."""
-    image = Image.open(file)  # reads the header alone
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise ValueError(f"{image.width} x {image.height} pixels are over {MAX_PIXELS}")
-    try:
-        if decode:
-            image.load()
-    except BaseException:
-        image.close()
-        raise
-    return image
-
-
-def decode_image(data: bytes, channels: int, image_size: int | None) -> np.ndarray:
-    """An encoded image as uint8 (height, width, channels). One of `NO_IMAGE` where it is none."""
-    with open_image(io.BytesIO(data)) as opened:
-        image = opened.convert("L" if channels == 1 else "RGB")
-    if image_size is not None:
-        image = crop_resize(image, image_size)
-    pixels = np.asarray(image)
-    return pixels[..., None] if channels == 1 else pixels
 
 
 def find_directory(name: str, data_dir: str | pathlib.Path) -> pathlib.Path | None:

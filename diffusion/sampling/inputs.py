@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.data import sources
+from diffusion.data import images
 from diffusion.process import guidance
 from diffusion.process.gaussian import Denoise
 from diffusion.process.samplers import Sampler
@@ -31,15 +31,14 @@ from diffusion.training import codec
 Columns = dict[str, np.ndarray]
 
 
-def read_image(path: str | pathlib.Path, size: Sequence[int], name: str, mode: str = "RGB"):
+def read_image(path: str | pathlib.Path, size: Sequence[int], name: str, channels: int = 3):
     """uint8 (1, height, width, channels), of exactly that size.
 
     Raises ValueError with `name` and file for what is no image, or of another size.
     """
     try:
-        with sources.open_image(path) as opened:
-            image = opened.convert(mode)
-    except sources.NO_IMAGE as error:
+        image = images.open_image(path, channels)
+    except images.NO_IMAGE as error:
         raise ValueError(f"{name}={path} is no image that can be read: {error}") from error
     height, width = size
     if image.size != (width, height):
@@ -90,7 +89,7 @@ class Slots:
         elif image:
             found["image"] = read_image(image, self.image_size, "image")
         if mask:
-            found["mask"] = read_image(mask, self.image_size, "mask", "L") > 127
+            found["mask"] = read_image(mask, self.image_size, "mask", 1) > 127
         for i, path in enumerate(controls):
             found[f"hint_{i}"] = read_image(path, self.image_size, "control")
             scale = control_scales[i] if i < len(control_scales) else 1.0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffusion import files
-from diffusion.data import sources
+from diffusion.data import images
 from experiments.run import kept
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -90,16 +90,15 @@ def open_folder(path: pathlib.Path) -> SampleSet:
 
 def _header(path: pathlib.Path) -> tuple[int, int, int]:
     try:
-        with sources.open_image(path, decode=False) as image:
-            return image.height, image.width, 1 if image.mode in ("L", "1") else 3
-    except sources.NO_IMAGE as error:
+        return images.shape(path)
+    except images.NO_IMAGE as error:
         raise ValueError(f"{path} is half-written or no image ({error}): {REMEDY}") from error
 
 
 def _decode(path: pathlib.Path, channels: int) -> np.ndarray:
     try:
-        return sources.decode_image(path.read_bytes(), channels, None)
-    except sources.NO_IMAGE as error:
+        return images.decode_image(path.read_bytes(), channels, None)
+    except images.NO_IMAGE as error:
         raise ValueError(f"{path} is half-written or no image ({error}): {REMEDY}") from error
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.data import prepare, provenance, sources
+from diffusion.data import images, prepare, provenance, sources
 from diffusion.data.builders.local_files import readers
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -182,7 +182,7 @@ def test_folder_with_metadata(folder, tmp_path):
     assert sorted(batch["caption"]) == [f"é {i}" for i in range(4)]
     for image, caption in zip(batch["image"], batch["caption"]):
         path = folder / rows[int(caption[-1])]["file_name"]
-        expected = sources.decode_image(path.read_bytes(), 3, 16)  # JPEG is stored as it was
+        expected = images.decode_image(path.read_bytes(), 3, 16)  # JPEG is stored as it was
         np.testing.assert_array_equal(image, expected)
     with pytest.raises(ValueError, match=r"data\.image_size=None, but .* several sizes"):
         everything("mine", tmp_path / "data")
@@ -225,7 +225,9 @@ def test_broken_metadata_is_named_by_line(folder, line, reason):
 def test_images_that_are_none_are_skipped_up_to_a_limit(folder, tmp_path, caplog):
     (folder / "2.png").write_bytes(image_bytes()[:-40])
     (folder / "3.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"3\.png is no image, .*max_bad_images=1"):
+    with pytest.raises(
+        ValueError, match=r"3\.png is no image \(it has no format.*max_bad_images=1"
+    ):
         prepare.prepare("mine", tmp_path / "data", folder, max_bad_images=1)
     assert sources.find_directory("mine", tmp_path / "data") is None
     prepare.prepare("mine", tmp_path / "data", folder, max_bad_images=2)

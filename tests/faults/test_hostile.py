@@ -14,7 +14,7 @@ import zlib
 
 import pytest
 
-from diffusion.data.builders.local_files import readers
+from diffusion.data.builders.local_files import folders
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -47,16 +47,16 @@ def test_metadata_cannot_leave_its_folder(name, tmp_path):
         (folder / "outside.png").write_bytes(b"secret")
     line = {"file_name": name.format(folder=tmp_path), "text": "a fox"}
     (tmp_path / "images" / "metadata.jsonl").write_text(json.dumps(line))
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1, .*leads out of the folder"):
-        readers.list_folder(tmp_path / "images")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1, .*is outside its folder"):
+        folders.list_folder(tmp_path / "images")
 
 
 @pytest.mark.parametrize("side", [8_200, 60_000])
 def test_an_image_of_absurd_size_is_refused_by_its_header(side, tmp_path):
     """Nothing is decoded of 10 GB, nor of a whole image that is a little over the bound."""
-    from diffusion.data import folder, sources
+    from diffusion.data import folder, images
 
-    assert side**2 > sources.MAX_PIXELS > 8_190**2
+    assert side**2 > images.MAX_PIXELS > 8_190**2
     rows = zlib.compress(bytes(1 + side // 8) * side) if side == 8_200 else b"x"
     header = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", side.to_bytes(4) * 2 + b"\x01\0\0\0\0")
     (tmp_path / "0.png").write_bytes(header + chunk(b"IDAT", rows) + chunk(b"IEND", b""))

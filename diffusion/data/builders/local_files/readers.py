@@ -8,7 +8,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import json
 import logging
 import pathlib
 import pickle
@@ -19,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusion import files
-from diffusion.data import sources
+from diffusion.data import images
+from diffusion.data.builders.local_files import folders
 
 Example = dict[str, Any]  # "image": bytes of a PNG or JPEG file; "label": int; "caption": str
 
@@ -186,41 +185,29 @@ def _lmdb_values(folder: pathlib.Path) -> Iterator[Example]:
     with lmdb.open(str(folder), readonly=True, lock=False, readahead=False) as database:
         with database.begin() as transaction:
             for key, value in transaction.cursor():
-                image = _as_stored(value)
-                if image is None:
-                    raise ValueError(f"{folder}: the value of key {key!r} is no image")
-                yield {"image": image}
+                try:
+                    yield {"image": _as_stored(value)}
+                except images.NO_IMAGE as error:
+                    raise ValueError(f"{folder}: key {key!r} is no image: {error}") from error
 
 
-def _as_stored(data: bytes) -> bytes | None:
-    """An image file as it will be stored: PNG and JPEG untouched, all else as PNG; None: no image.
+def _as_stored(data: bytes) -> bytes:
+    """An image file as it will be stored: PNG and JPEG untouched, all else as PNG.
 
-    The whole of it is decoded, so that a truncated file is found now and not in training.
+    The whole of it is decoded, so that what cannot be read is found now and not in training: one of
+    `images.NO_IMAGE`.
     """
-    try:
-        with sources.open_image(io.BytesIO(data)) as image:
-            if image.format in ("PNG", "JPEG"):
-                return data
-            return png(np.asarray(image.convert("RGB")))
-    except sources.NO_IMAGE:
-        return None
-
-
-# A folder of images, captioned as Hugging Face's ImageFolder has it (metadata.jsonl), or by a text
-# file of the same stem beside each image, or labelled by sub-folder, or bare.
-
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
-METADATA = "metadata.jsonl"
+    image = images.open_image(io.BytesIO(data))
+    return data if data.startswith((b"\x89PNG", b"\xff\xd8")) else png(np.asarray(image))
 
 
 def read_folder(source_dir: pathlib.Path, max_bad_images: int = 0) -> Files:
-    """Images under `source_dir`, or under its `train`, `validation` and `test`.
+    """Images as `folders.list_folder` finds them.
 
     Args:
       max_bad_images: files that are no image to skip, each named in the log, before it is an error.
     """
-    listed = list_folder(source_dir)
+    listed = folders.list_folder(source_dir)
     classes = sorted({row["label"] for rows in listed.values() for row in rows if "label" in row})
     bad: list[pathlib.Path] = []
     splits = {
@@ -231,106 +218,21 @@ def read_folder(source_dir: pathlib.Path, max_bad_images: int = 0) -> Files:
     return Files(splits, ("image", *keys), (None, None, 3), len(classes))
 
 
-def list_folder(source_dir: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
-    """By split, what there is to read: "path", and "caption" or "label" where there are any.
-
-    Raises:
-      ValueError: no images, a broken line of metadata, captions for some images only; names it.
-    """
-    folders = {SPLITS[p.name]: p for p in source_dir.iterdir() if p.is_dir() and p.name in SPLITS}
-    listed = {name: _list(path) for name, path in (folders or {"train": source_dir}).items()}
-    keys = {tuple(sorted(set(row) - {"path"})) for rows in listed.values() for row in rows}
-    if len(keys) > 1:
-        raise ValueError(
-            f"{source_dir}: some images have captions or labels and some have none: "
-            "give all or none"
-        )
-    return listed
-
-
-def _list(folder: pathlib.Path) -> list[dict[str, Any]]:
-    if (folder / METADATA).is_file():
-        return list(_metadata(folder))
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
-    if not paths:
-        raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGES))})")
-    captioned = [path.with_suffix(".txt").is_file() for path in paths]
-    if any(captioned):
-        if not all(captioned):
-            lacking = paths[captioned.index(False)]
-            raise ValueError(f"{lacking} has no caption file {lacking.with_suffix('.txt').name}")
-        return [{"path": path, "caption": _caption_file(path)} for path in paths]
-    if all(path.parent.parent == folder for path in paths):
-        return [{"path": path, "label": path.parent.name} for path in paths]
-    return [{"path": path} for path in paths]
-
-
-def _metadata(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    lines = (folder / METADATA).read_bytes().splitlines()
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"{folder / METADATA} is empty: give a line for each image, or remove it")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            path, text = _inside(folder, row["file_name"]), _caption(row["text"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{folder / METADATA}, line {number}, is no object with file_name and text: {error}"
-            ) from error
-        yield {"path": path, "caption": text}
-
-
-MAX_CAPTION = 2**14  # characters; text encoders read some hundred
-
-
-def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """An image of `folder` by the name that metadata gives it; what leads out of it is refused."""
-    path = files.inside(folder, name.replace("\\", "/"))
-    try:
-        there = path.is_file()
-    except OSError:  # a name longer than the file system has
-        there = False
-    if not there:
-        raise ValueError(f"{str(path)[:500]} does not exist")
-    return path
-
-
-def _caption(text: Any) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"text is {text!r:.80}, no string")
-    if len(text) > MAX_CAPTION:
-        raise ValueError(f"text has {len(text)} characters, more than {MAX_CAPTION}: cut it")
-    text.encode()  # a lone surrogate is no text: UnicodeEncodeError, a ValueError
-    return text
-
-
-def _caption_file(image: pathlib.Path) -> str:
-    path = image.with_suffix(".txt")
-    try:
-        if path.stat().st_size > 4 * MAX_CAPTION:
-            raise ValueError(f"{path.stat().st_size} bytes are more than {MAX_CAPTION} characters")
-        return _caption(path.read_text("utf-8").strip())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is no caption ({error}): mend or remove it") from error
-
-
 def _folder_examples(
     rows: list[dict[str, Any]], classes: list[str], bad: list[pathlib.Path], max_bad_images: int
 ) -> Iterator[Example]:
     for row in rows:
-        image = _as_stored(row["path"].read_bytes())
-        if image is None:
+        try:
+            example: Example = {"image": _as_stored(row["path"].read_bytes())}
+        except images.NO_IMAGE as error:
             bad.append(row["path"])
-            log.warning("%s is no image: skipped (%d so far)", row["path"], len(bad))
+            log.warning("%s is no image (%s): %d so far", row["path"], error, len(bad))
             if len(bad) > max_bad_images:
                 raise ValueError(
-                    f"{row['path']} is no image, the {len(bad)}. of more than "
+                    f"{row['path']} is no image ({error}), the {len(bad)}. of more than "
                     f"--max_bad_images={max_bad_images}: remove it, or raise the limit"
-                )
+                ) from error
             continue
-        example: Example = {"image": image}
         if "caption" in row:
             example["caption"] = row["caption"]
         if "label" in row:

@@ -1,0 +1,199 @@
+"""What a folder of images holds: pictures, their captions or classes, and what is left out and why.
+
+It is read as Hugging Face's ImageFolder reads it: images under the folder, or under its `train`,
+`validation` and `test`; captions of metadata.jsonl, .csv or .parquet (`file_name`, below the folder
+of the metadata, and `text`), which may stand at the root or in a split; else of a .txt or .caption
+file of the same stem beside each image; else classes, where every image lies in a sub-folder of
+the first level; else images alone. Hidden files and folders are none of it.
+"""
+
+import codecs
+import collections
+import csv
+import io
+import json
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from diffusion import files
+from diffusion.data import images
+
+SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+CAPTIONS = (".txt", ".caption")  # of the same stem as an image
+COLUMNS = ("text", "caption", "prompt")  # of metadata, the first that is there
+RUBBISH = ("__MACOSX", "Thumbs.db", "desktop.ini")
+MAX_CAPTION = 2**14  # characters; text encoders read some hundred
+
+Row = dict[str, Any]  # "path", and "caption" or "label"
+
+
+def list_folder(root: pathlib.Path) -> dict[str, list[Row]]:
+    """By split, what there is to read. Prints what was found, and what is left out and why.
+
+    Raises ValueError, naming the file, for no images, a broken line of metadata, or captions for
+    some images only.
+    """
+    found = [p for p in sorted(root.rglob("*")) if not _hidden(p.relative_to(root))]
+    held = [path for path in found if path.is_file()]
+    folders = {p.name: p for p in found if p.parent == root and p.is_dir() and p.name in SPLITS}
+    metadata = [path for path in held if path.name in METADATA]
+    captions = {row["path"]: row["caption"] for path in metadata for row in _metadata(path)}
+    pictures = [path for path in held if path.suffix.lower() in images.SUFFIXES]
+    if not pictures:
+        raise ValueError(f"{root} holds no images ({', '.join(images.SUFFIXES)})")
+    listed: dict[str, list[Row]] = {}
+    beside = [p for p in pictures if folders and p.relative_to(root).parts[0] not in folders]
+    for name, folder in folders.items() or {"train": root}.items():
+        own = [path for path in pictures if path.is_relative_to(folder)]
+        if own:
+            listed.setdefault(SPLITS[name], []).extend(_rows(folder, own, captions, metadata))
+    if not listed:
+        raise ValueError(f"{root}: its folders {', '.join(folders)} hold no images")
+    keys = {tuple(sorted(set(row) - {"path"})) for rows in listed.values() for row in rows}
+    if len(keys) > 1:
+        raise ValueError(
+            f"{root}: some images have captions or labels and some have none: give all or none"
+        )
+    used = {row["path"] for rows in listed.values() for row in rows} | {*beside, *metadata}
+    stems = {path.with_suffix("") for path in pictures}
+    used |= {p for p in held if p.suffix in CAPTIONS and p.with_suffix("") in stems}
+    print(_said(root, listed, beside, [path for path in held if path not in used]), flush=True)
+    return listed
+
+
+def _hidden(path: pathlib.Path) -> bool:
+    return any(part.startswith(".") or part in RUBBISH for part in path.parts)
+
+
+def _rows(
+    folder: pathlib.Path,
+    pictures: list[pathlib.Path],
+    captions: dict[pathlib.Path, str],
+    metadata: list[pathlib.Path],
+) -> list[Row]:
+    """Of one split."""
+    if any(path in captions for path in pictures):  # those without are left out, as there
+        return [{"path": p, "caption": captions[p]} for p in pictures if p in captions]
+    if metadata and any(m.is_relative_to(folder) for m in metadata):
+        raise ValueError(f"{metadata[0]} names none of the images of {folder}: mend or remove it")
+    beside = [next(filter(pathlib.Path.is_file, _candidates(path)), None) for path in pictures]
+    if any(beside):
+        for path, caption in zip(pictures, beside):
+            if caption is None:
+                raise ValueError(f"{path} has no caption file {path.with_suffix('.txt').name}")
+        return [{"path": p, "caption": _caption_file(c)} for p, c in zip(pictures, beside) if c]
+    if all(len(path.relative_to(folder).parts) == 2 for path in pictures):
+        return [{"path": path, "label": path.parent.name} for path in pictures]
+    return [{"path": path} for path in pictures]
+
+
+def _candidates(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    return (path.with_suffix(suffix) for suffix in CAPTIONS)
+
+
+def _said(
+    root: pathlib.Path,
+    listed: dict[str, list[Row]],
+    beside: list[pathlib.Path],
+    rest: list[pathlib.Path],
+) -> str:
+    """One line: how many of what, and what is left out."""
+    rows = [row for rows in listed.values() for row in rows]
+    counts = ", ".join(f"{len(rows)} {split}" for split, rows in listed.items())
+    parts = [f"{root}: {len(rows)} images ({counts})"]
+    if "caption" in rows[0]:
+        parts.append(f"{len(rows)} captions")
+    classes = sorted({row["label"] for row in rows if "label" in row})
+    if classes:
+        more = ", ..." if len(classes) > 10 else ""
+        parts.append(f"{len(classes)} classes: {', '.join(classes[:10])}{more}")
+    out = []
+    if beside:
+        out.append(f"{len(beside)} images beside the splits, such as {beside[0].name}")
+    bare = [path for path in rest if path.suffix.lower() in images.SUFFIXES]
+    if bare:
+        out.append(f"{len(bare)} images that the metadata does not name, such as {bare[0].name}")
+    kinds = collections.Counter(p.suffix.lower() or p.name for p in rest if p not in set(bare))
+    out += [f"{count} {kind}" for kind, count in kinds.most_common(5)]
+    parts.append(f"left out: {', '.join(out)}" if out else "nothing left out")
+    return "; ".join(parts)
+
+
+# -- captions ------------------------------------------------------------------------------------
+
+
+def _metadata(path: pathlib.Path) -> Iterator[Row]:
+    rows = list(_table(path))
+    if not rows:
+        raise ValueError(f"{path} is empty: give a line for each image, or remove it")
+    for number, row in rows:
+        try:
+            if not isinstance(row, dict):
+                raise TypeError(f"{row!r:.80}")
+            column = next((name for name in COLUMNS if name in row), "text")
+            yield {"path": _inside(path.parent, row["file_name"]), "caption": _caption(row[column])}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            has = f", which has {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+            raise ValueError(
+                f"{path}, line {number}, is no object with file_name and text{has}: {error}"
+            ) from error
+
+
+def _table(path: pathlib.Path) -> Iterable[tuple[int, Any]]:
+    """(line, row) of a metadata file; a broken one is refused by name."""
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ValueError(f"{path} needs pyarrow, or save it as metadata.jsonl") from error
+        try:
+            return list(enumerate(parquet.read_table(path).to_pylist(), 1))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is no parquet file that can be read: {error}") from error
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if path.suffix == ".csv":
+        try:
+            return list(enumerate(csv.DictReader(io.StringIO(data.decode(), newline="")), 2))
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} is no table in UTF-8: {error}") from error
+    lines = [(n, line) for n, line in enumerate(data.splitlines(), 1) if line.strip()]
+    return [(n, _object(path, n, line)) for n, line in lines]
+
+
+def _object(path: pathlib.Path, number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}, is no JSON object: {error}") from error
+
+
+def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """An image of `folder` by the name that metadata gives it; what leads out of it is refused."""
+    path = files.inside(folder, name.replace("\\", "/"))
+    try:
+        there = path.is_file()
+    except OSError:  # a name longer than the file system has
+        there = False
+    if not there:
+        raise ValueError(f"{str(path)[:500]} does not exist")
+    return path
+
+
+def _caption(text: Any) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"text is {text!r:.80}, no string")
+    if len(text) > MAX_CAPTION:
+        raise ValueError(f"text has {len(text)} characters, more than {MAX_CAPTION}: cut it")
+    text.encode()  # a lone surrogate is no text: UnicodeEncodeError, a ValueError
+    return text
+
+
+def _caption_file(path: pathlib.Path) -> str:
+    try:
+        if path.stat().st_size > 4 * MAX_CAPTION:
+            raise ValueError(f"{path.stat().st_size} bytes are more than {MAX_CAPTION} characters")
+        return _caption(path.read_text("utf-8-sig").strip())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no caption ({error}): mend or remove it") from error

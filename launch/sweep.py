@@ -104,22 +104,12 @@ def _word(value: Any) -> str:
 
 def expand(config: str, directory: pathlib.Path, overrides: Sequence[str]) -> Sweep:
     """The trials of a config, named, with the arguments that each is trained with."""
-    changes = load(config, overrides)
-    return Sweep(
-        directory,
-        [
-            Trial(
-                name,
-                [
-                    f"--config={config}",
-                    f"--workdir={directory / name}",
-                    *overrides,
-                    *(f"--config.{key}={_word(value)}" for key, value in change.items()),
-                ],
-            )
-            for name, change in zip(space.names(changes), changes)
-        ],
-    )
+    changes, expanded = load(config, overrides), []
+    for name, change in zip(space.names(changes), changes):
+        own = [f"--config.{key}={_word(value)}" for key, value in change.items()]
+        arguments = [f"--config={config}", f"--workdir={directory / name}", *overrides, *own]
+        expanded.append(Trial(name, arguments))
+    return Sweep(directory, expanded)
 
 
 # -- the launchers -------------------------------------------------------------------------------

@@ -12,17 +12,15 @@ training can draw z = m + exp(l / 2) eps afresh. Per channel c, over all example
     shift_c = E[z_c] = E[m_c],     std_c^2 = Var[z_c] = Var[m_c] + E[exp(l_c)],              (1)
 
 and what a denoiser sees is (z - shift) * scale. Rules of `Scaling`: a fixed factor (Stable
-Diffusion's 0.18215; LDM https://arxiv.org/abs/2112.10752, appendix G), one factor from the
-standard deviation of the first examples (LDM's `scale_by_std`), or
-standardisation per channel (EDM2, https://arxiv.org/abs/2312.02696: channels of one
-set differ several-fold in spread).
+Diffusion's 0.18215; LDM https://arxiv.org/abs/2112.10752, appendix G), one factor from the standard
+deviation of the first examples (LDM's `scale_by_std`), or standardisation per channel (EDM2,
+https://arxiv.org/abs/2312.02696: channels of one set differ several-fold in spread).
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python import (
@@ -35,17 +33,14 @@ from diffusion.data import provenance
 from diffusion.data.sources import Batch
 
 PLAN = "plan.json"
-REMEDY = (
-    "run `python -m experiments.encode_latents` with the same --config; it goes on where it stopped"
-)
+REMEDY = "run `python -m experiments.encode_latents` with the same --config again, to go on"
 ANOTHER = "encode again, name another folder, or ask for what it holds"
 # Whole groups are read and decompressed at once: groups of one make random access exact, and noise
 # does not compress.
 OPTIONS = "group_size:1,uncompressed"
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """Examples start .. stop - 1, in the file `path`."""
 
     path: pathlib.Path
@@ -58,13 +53,13 @@ class Plan:
     """What is to be written.
 
     Attributes:
-      directory: where. count: examples in all: those of the data set times the variants
-      (compositions, flips) of each. shard_size: examples a shard (the last may have fewer). fields:
-      name -> (NumPy dtype, shape of one example); "mean" and, unless the code is deterministic,
-        "logvar" have shape (*space, channels).
+      directory: where.
+      count: examples in all: of the data set, times the variants (compositions, flips) of each.
+      shard_size: examples a shard (the last may have fewer).
+      fields: name -> (NumPy dtype, shape of one example); "mean" and, unless the code is
+        deterministic, "logvar" have shape (*space, channels).
       made_from: what identifies the latents: hash of the first stage, preprocessing, tokenizer,
-      data
-        set, variants; anything JSON, compared on resuming and on reading.
+        data set, variants; anything JSON, compared on resuming and on reading.
     """
 
     directory: pathlib.Path
@@ -86,17 +81,14 @@ class Plan:
     def body(self) -> dict[str, Any]:
         fields = {name: [dtype, list(shape)] for name, (dtype, shape) in self.fields.items()}
         body = {"count": self.count, "shard_size": self.shard_size, "fields": fields}
-        return json.loads(json.dumps({**body, "made_from": dict(self.made_from)}))
+        return {**body, "made_from": dict(self.made_from)}
 
     def shards(self) -> list[Shard]:
-        total = -(-self.count // self.shard_size)
+        starts = range(0, self.count, self.shard_size)
+        names = (f"latents-{i:05d}-of-{len(starts):05d}.array_record" for i in range(len(starts)))
         return [
-            Shard(
-                self.directory / f"latents-{i:05d}-of-{total:05d}.array_record",
-                i * self.shard_size,
-                min((i + 1) * self.shard_size, self.count),
-            )
-            for i in range(total)
+            Shard(self.directory / name, start, min(start + self.shard_size, self.count))
+            for name, start in zip(names, starts)
         ]
 
     def begin(self) -> None:
@@ -105,22 +97,21 @@ class Plan:
         Raises:
           ValueError: it holds other data, or latents of another plan; nothing is changed.
         """
-        body, plan, where = self.body(), self.directory / PLAN, str(self.directory)
+        body, plan = self.body(), self.directory / PLAN
+        remedy = f"delete {self.directory} and encode again"
         if (self.directory / provenance.FILE).exists():
-            found = provenance.read(self.directory, f"delete {where} and encode again")
-            found = {key: value for key, value in found.items() if key in body}
-            files.check_same(found, body, where, ANOTHER)
-            return
-        if plan.exists():
-            found = files.read_json(plan, f"delete {where} and encode again")
-            files.check_same(found, body, where, ANOTHER)
-            return
-        if self.directory.exists() and any(self.directory.iterdir()):
+            found = provenance.read(self.directory, remedy)
+        elif plan.exists():
+            found = files.read_json(plan, remedy)
+        elif self.directory.exists() and any(self.directory.iterdir()):
             raise ValueError(
                 f"data.dir={str(self.directory)!r} is not empty and holds no latents: name another "
                 "directory, or empty it"
             )
-        files.write_json(plan, body)
+        else:
+            return files.write_json(plan, body)
+        found = {key: value for key, value in found.items() if key in body}
+        files.check_same(found, body, str(self.directory), ANOTHER)
 
     def missing(self, process_index: int = 0, process_count: int = 1) -> list[Shard]:
         """Shards not yet written; each process is dealt its own."""
@@ -130,10 +121,8 @@ class Plan:
 
 def record_dtype(fields: Mapping[str, Any]) -> np.dtype:
     """The structured dtype of a record, little-endian."""
-    layout = [
-        (name, np.dtype(d).newbyteorder("<"), tuple(shape)) for name, (d, shape) in fields.items()
-    ]
-    return np.dtype(layout)
+    little = {name: (np.dtype(d).newbyteorder("<"), tuple(n)) for name, (d, n) in fields.items()}
+    return np.dtype([(name, *layout) for name, layout in little.items()])
 
 
 def write_shard(plan: Plan, shard: Shard, columns: Mapping[str, np.ndarray]) -> None:
@@ -147,14 +136,11 @@ def write_shard(plan: Plan, shard: Shard, columns: Mapping[str, np.ndarray]) -> 
     """
     rows = np.zeros(shard.stop - shard.start, plan.dtype)
     for name in plan.fields:
-        column = np.asarray(columns[name]) if name in columns else None
-        if column is None or column.shape != rows[name].shape:
-            raise ValueError(
-                f"latents: field {name!r} has shape {None if column is None else column.shape}, "
-                f"but the plan says {rows[name].shape}"
-            )
+        shape, planned = np.shape(columns[name]) if name in columns else None, rows[name].shape
+        if shape != planned:
+            raise ValueError(f"latents: field {name!r} has shape {shape}, the plan says {planned}")
         with np.errstate(over="ignore"):  # an overflow becomes infinite, which is reported below
-            rows[name] = column
+            rows[name] = columns[name]
         if not np.isfinite(rows[name]).all():
             bad = int(np.argwhere(~np.isfinite(rows[name]))[0, 0]) + shard.start
             raise ValueError(
@@ -201,23 +187,19 @@ def finish(plan: Plan, scaling: Scaling) -> dict[str, Any]:
         wanted = {"scaling": dataclasses.asdict(scaling)}
         files.check_same(known, wanted, str(plan.directory), ANOTHER, free=True)
         return known
-    missing = plan.missing()
-    if missing:
+    if missing := plan.missing():
         raise ValueError(f"{len(missing)} shards such as {missing[0].path} are missing: {REMEDY}")
     shift, std = statistics(plan)
     used_shift, scale = _scale(plan, scaling, shift, std)
     files.clear(plan.directory)
-    whole = provenance.write(
-        plan.directory,
-        {
-            **plan.body(),
-            "statistics": {"mean": shift.tolist(), "std": std.tolist()},
-            "scaling": dataclasses.asdict(scaling),
-            "shift": used_shift.tolist(),
-            "scale": scale.tolist(),
-        },
-        exclude=(PLAN,),
-    )
+    body = {
+        **plan.body(),
+        "statistics": {"mean": shift.tolist(), "std": std.tolist()},
+        "scaling": dataclasses.asdict(scaling),
+        "shift": used_shift.tolist(),
+        "scale": scale.tolist(),
+    }
+    whole = provenance.write(plan.directory, body, exclude=(PLAN,))
     (plan.directory / PLAN).unlink(missing_ok=True)
     return whole
 
@@ -225,22 +207,19 @@ def finish(plan: Plan, scaling: Scaling) -> dict[str, Any]:
 def _scale(
     plan: Plan, scaling: Scaling, shift: np.ndarray, std: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    none = np.zeros_like(shift)
     if scaling.rule == "fixed":
-        return none, np.full_like(std, scaling.value)
+        return np.zeros_like(shift), np.full_like(std, scaling.value)
     if scaling.rule == "std":
         # Of all elements about their common mean, as torch's `z.flatten().std()` in LDM.
-        means, stds = (shift, std) if not scaling.examples else statistics(plan, scaling.examples)
+        means, stds = statistics(plan, scaling.examples) if scaling.examples else (shift, std)
         spread = np.sqrt(np.mean(stds**2 + means**2) - np.mean(means) ** 2)
-        used_shift, spread = none, np.full_like(std, spread)
-    else:
-        used_shift, spread = shift, std
-    if not (spread > 0).all():
+        shift, std = np.zeros_like(shift), np.full_like(std, spread)
+    if not (std > 0).all():
         raise ValueError(
-            f"latent scaling {scaling.rule!r}: channel {int(np.argmin(spread))} never varies, so "
+            f"latent scaling {scaling.rule!r}: channel {int(np.argmin(std))} never varies, so "
             "it has no scale; use scaling 'fixed', or train the first stage longer"
         )
-    return used_shift, 1 / spread
+    return shift, 1 / std
 
 
 def statistics(plan: Plan, examples: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -297,10 +276,9 @@ class LatentSource:
         self.scale = np.array(self.provenance["scale"], np.float32)
         self._dtype = record_dtype(self.provenance["fields"])
         self._count = int(self.provenance["count"])
-        paths = sorted(name for name in self.provenance["files"] if name.startswith("latents-"))
-        self._records: Any = array_record_data_source.ArrayRecordDataSource(
-            [str(self.directory / path) for path in paths]
-        )
+        shards = sorted(name for name in self.provenance["files"] if name.startswith("latents-"))
+        paths = [str(self.directory / name) for name in shards]
+        self._records: Any = array_record_data_source.ArrayRecordDataSource(paths)
         self._rows: np.ndarray | None = None
         if self._count * self._dtype.itemsize <= memory_limit_bytes:
             self._rows = self._read(np.arange(self._count))
@@ -318,7 +296,5 @@ class LatentSource:
 
     def batch(self, indices: np.ndarray) -> Batch:
         rows = self._read(indices) if self._rows is None else self._rows[indices]
-        names = self._dtype.names or ()
-        columns = {name: np.ascontiguousarray(rows[name]) for name in names}
-        halves = {k: v.astype(np.float32) for k, v in columns.items() if v.dtype.kind == "f"}
-        return {**columns, **halves}
+        columns = {name: np.ascontiguousarray(rows[name]) for name in self._dtype.names or ()}
+        return {k: v.astype(np.float32) if v.dtype.kind == "f" else v for k, v in columns.items()}

@@ -11,7 +11,7 @@ from PIL import Image
 from diffusion.data import prepare
 from experiments import prepare_data, train
 from experiments.host import cli
-from experiments.run import build, data, training
+from experiments.run import build, data, tasks, training
 
 NAMES = sorted(
     path.stem
@@ -110,7 +110,7 @@ def test_labels_that_are_missing_or_too_many_are_refused(classes, tmp_path):
 def test_an_error_that_nobody_foresaw_is_called_a_bug_and_keeps_its_traceback(
     classes, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(build, "task", lambda config: config.no_such_key)
+    monkeypatch.setattr(tasks, "task", lambda config: config.no_such_key)
     argv = (*of_folder(classes), "--config.data.max_bad_images=1")
     assert run(PIXEL, tmp_path / "run", *argv) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

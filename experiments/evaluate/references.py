@@ -192,16 +192,19 @@ def read(
 
 
 def _ours(path, arrays, network, expected, shape, sha256) -> Reference:
-    identity = json.loads(str(arrays["identity"]))
+    try:
+        identity, count = json.loads(str(arrays["identity"])), int(arrays["count"])
+        size = identity["preprocessing"]["image_size"]
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"--reference={path} does not say what it is of ({error!r})"
+        raise ValueError(f"{what}: make it again") from error
     wanted = {**expected, "features": network.identity()}
     found = {key: value for key, value in identity.items() if key in wanted}
     remedy = "name another file, and it will be made"
     files.check_same(found, wanted, f"--reference={path}", remedy)
-    size = identity["preprocessing"]["image_size"]
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if shape is not None and shape[:2] != sides[-2:]:
         _resolution(path, sides, shape)
-    count = int(arrays["count"])
     statistics = _statistics(path, arrays, count)
     made_from = {**identity, "file": path.name, "sha256": sha256}
     return Reference(statistics, arrays.get("vectors"), count, made_from)

@@ -82,6 +82,8 @@ def test_what_is_written_comes_back(tmp_path):
     [
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, "of 5 features, the network inception has 6"),
         ({"mu": np.zeros(6), "sigma": np.eye(5)}, r"sigma is \[5, 5\] for 6 means"),
+        ({"identity": "{"}, "does not say what it is of .*make it again"),
+        ({"identity": "[]", "count": 1}, "does not say what it is of .*make it again"),
         ({"mean": np.zeros(6)}, "has the arrays mean: a reference has mu and sigma"),
         ({"arr_0": np.zeros((3, 8, 8, 3))}, "arr_0 is float64"),
     ],

@@ -55,8 +55,10 @@ def _naming(path: Path, *failures: type[Exception]) -> Iterator[None]:
         raise WriteError(message) from error
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+def _place(path: str | os.PathLike) -> tuple[Path, Path]:
+    """Where `path`, maybe a link, leads to, and a new hidden name beside that."""
+    path = Path(path).resolve() if os.path.islink(path) else Path(path)
+    return path, path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def _remove(path: Path) -> None:
@@ -76,10 +78,11 @@ def whole(path: str | os.PathLike, *failures: type[Exception]) -> Iterator[Path]
     """The name to write a file under, which is `path`'s if the block ends well, and gone if not.
 
     Folders above it are made. `failures`: what the block's writer raises, beside OSError, where it
-    cannot write. Raises WriteError for those.
+    cannot write. Raises WriteError for those, ValueError where `path` is no regular file.
     """
-    path = Path(path)
-    partial = _beside(path)
+    path, partial = _place(path)
+    if path.exists() and not path.is_file():  # a folder, or /dev/null
+        raise ValueError(f"{path} is there and no regular file: name another")
     try:
         with _naming(path, *failures):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,9 +146,8 @@ def whole_folder(path: str | os.PathLike, mine: Collection[str] = ()) -> Iterato
     A folder that is there already is replaced if it holds nothing but `mine`, else ValueError.
     Raises WriteError where the folder cannot be made or moved.
     """
-    path = Path(path)
+    path, partial = _place(path)
     check_folder(path, mine)
-    partial = _beside(path)
     try:
         with _naming(path):
             partial.mkdir(parents=True)

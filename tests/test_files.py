@@ -254,6 +254,29 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkey
     assert names(tmp_path) == ["out", "out/a"] and (out / "a").read_text() == "old"
 
 
+def test_a_link_is_followed_and_stays(tmp_path):
+    for name in ("disk", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "disk" / "folder").mkdir()
+    for name in ("file", "folder", "new"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "disk" / name)
+    files.write(tmp_path / "run" / "file", "new")
+    for name in ("folder", "folder", "new"):
+        with files.whole_folder(tmp_path / "run" / name, ("a",)) as folder:
+            (folder / "a").write_text("new")
+    assert all(p.is_symlink() for p in (tmp_path / "run").iterdir())
+    assert names(tmp_path / "disk") == ["file", "folder", "folder/a", "new", "new/a"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(ValueError, match=f"{name} is there and no regular file: name another"):
+            files.write(tmp_path / name, "new")
+    assert names(tmp_path) == ["folder", "pipe"] and (tmp_path / "pipe").is_fifo()
+
+
 # -- hashes --------------------------------------------------------------------------------------
 
 

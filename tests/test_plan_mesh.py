@@ -11,7 +11,7 @@ from configs import digits_pixel
 from diffusion.training.parallel import Parallel, make_mesh
 from experiments.host import cli
 from experiments.plan import __main__ as plan
-from experiments.plan import cost, mesh
+from experiments.plan import cost, hlo, mesh
 
 MODULE = """HloModule step
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -33,7 +33,7 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
 
 
 def test_collectives_are_read_with_the_trip_counts_of_their_loops():
-    assert mesh.collectives(MODULE) == {
+    assert hlo.collectives(MODULE) == {
         "all-reduce": {"count": 2, "bytes": 4 * (32 + 2) + 4},
         "all-gather": {"count": 5, "bytes": 5 * 2 * 64},
     }

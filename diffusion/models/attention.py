@@ -25,8 +25,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from diffusion.models import target
 from diffusion.models.layers import Conv, Dense, GroupNorm, default_init, zero_init
 from diffusion.models.positions import rotate
+from diffusion.models.tpu import tpu_applies, tpu_attention
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -49,14 +51,31 @@ def dot_product_attention(
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Eq. 1; softmax in promote_types(dtype, float32). `mask` True: the query may look at the key.
 
-    `implementation` "xla" or "cudnn" forces the kernel; None takes cuDNN's flash attention where
-    it applies.
+    `implementation` "xla", "cudnn" or "pallas" forces the kernel; None takes that of `target.py`
+    where it applies.
     """
-    if implementation is None:
-        implementation = "cudnn" if cudnn_applies(q, k, v, mask) else "xla"
-    if implementation == "xla":
+    kernel = implementation or chosen_kernel(q, k, v, mask)
+    if kernel == "xla":
         return _xla_attention(q, k, v, mask)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)  # pyright: ignore
+    if kernel == "pallas":
+        return tpu_attention(q, k, v)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=kernel)  # pyright: ignore
+
+
+def chosen_kernel(q: Array, k: Array, v: Array, mask: Array | None) -> str:
+    """One of "xla", "cudnn" and "pallas", for the target.
+
+    Flash attention is for scores that are not small, without a mask: cuDNN wants one as a bias,
+    which restricts the lengths when training. Half precision alone; cuDNN's widths as in
+    `jax/_src/cudnn/fused_attention_stablehlo.py::check_is_flash_attention`.
+    """
+    aim, half = target.current(), q.dtype in (jnp.bfloat16, jnp.float16)
+    if mask is not None or not (half and q.dtype == k.dtype == v.dtype):
+        return "xla"
+    if aim.platform == "tpu" and tpu_applies(q, k):
+        return "pallas"
+    fits = k.shape[1] >= CUDNN_MIN_KEYS and q.shape[-1] % 8 == 0
+    return "cudnn" if fits and q.shape[-1] <= aim.cudnn_head_dim else "xla"
 
 
 def _xla_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -68,27 +87,6 @@ def _xla_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         scores = jnp.where(mask, scores, jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-
-
-def cudnn_applies(q: Array, k: Array, v: Array, mask: Array | None) -> bool:
-    """Whether cuDNN's flash attention takes these arrays: half precision, width, no mask, a GPU.
-
-    Source: `jax/_src/cudnn/fused_attention_stablehlo.py::check_is_flash_attention`. A mask goes to
-    XLA, since cuDNN wants it as a bias, which restricts the lengths when training.
-    """
-    half = q.dtype in (jnp.bfloat16, jnp.float16) and q.dtype == k.dtype == v.dtype
-    if not half or mask is not None or k.shape[1] < CUDNN_MIN_KEYS or q.shape[-1] % 8:
-        return False
-    return jax.default_backend() == "gpu" and q.shape[-1] <= _max_head_dim()
-
-
-def _max_head_dim() -> int:
-    """256 from compute capability 9.0 on (Hopper), 128 before; 0 where the GPU is not cuDNN's."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
-    try:
-        return 256 if float(capability) >= 9.0 else 128  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # ROCm says "gfx90a"
-        return 0
 
 
 class Attention(nn.Module):

@@ -19,6 +19,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from diffusion.models import target
+
 # Multiply-adds from which the products are faster, their loops included.
 LARGE = 2**28
 
@@ -31,13 +33,14 @@ def conv(
 ) -> Float[Array, "batch *out_space features"]:
     """Convolution (cross-correlation), the same stride and padding on every axis.
 
-    A large one on a single CPU device cannot be differentiated in forward mode (`jax.jvp`). Several
-    devices keep XLA's gradient: only of that does a partitioned program exchange the sum once.
+    A large one for a single CPU device cannot be differentiated in forward mode (`jax.jvp`).
+    Several keep XLA's gradient: only of that does a partitioned program exchange the sum once.
     """
     sizes = zip(x.shape[1:-1], kernel.shape[:-2], strict=True)
     places = [(n + sum(padding) - k) // strides + 1 for n, k in sizes]
     large = x.shape[0] * math.prod(places) * kernel.size >= LARGE
-    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    aim = target.current()
+    alone = aim.platform == "cpu" and aim.devices == 1
     return (_by_products if alone and large else _conv)(x, kernel, strides, padding)
 
 

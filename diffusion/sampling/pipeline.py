@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffusion import interop
 from diffusion.data.tokenizers import Tokenizer
-from diffusion.models import lora
+from diffusion.models import lora, target
 from diffusion.models.unet import UNet
 from diffusion.process import keys as ks
 from diffusion.process import samplers
@@ -174,7 +174,6 @@ class Pipeline:
         bare = dataclasses.replace(self, params={})
         task, how, method = bare.task, bare.how, bare.how.method(strength)
 
-        @jax.jit
         def run(params: Any, seeds: Any, indices: Any, batch: dict[str, Any]) -> Any:
             keys = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(
                 seeds, indices
@@ -195,7 +194,8 @@ class Pipeline:
             x0, xs = found
             return bare.decode(params, x0, tile), jax.vmap(lambda x: bare.decode(params, x))(xs)
 
-        return run
+        mesh = make_mesh()
+        return jax.jit(target.aimed(run, mesh.devices.flatten().tolist(), mesh))
 
     def at_a_time(self, count: int) -> int:
         """How many of `count` pictures are made at a time: what all devices divide."""

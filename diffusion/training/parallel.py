@@ -11,6 +11,7 @@ Either way the step is the same pure function of a task, and gives the same numb
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from diffusion.models import target
 
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)
@@ -218,7 +221,12 @@ class Parallel:
     def jitted(self, train_step: Callable, shardings: Any) -> Any:
         """A step under `jit`, its state donated and laid out as it came."""
         scalar = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, scalar))
+        step = self.aimed(train_step)
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, scalar))
+
+    def aimed(self, function: Callable) -> Callable:
+        """`function`, traced for the mesh (`models/target.py`)."""
+        return target.aimed(function, self.mesh.devices.flatten().tolist(), self.mesh)
 
     def step(self, train_step: Callable) -> Callable:
         """`train_step(state, batch, frozen, axis_name=...) -> (state, metrics)`, compiled.
@@ -235,12 +243,9 @@ class Parallel:
                 return jitted(state, batch, frozen)
 
             return run
-        return jax.pmap(
-            lambda state, batch, frozen: train_step(state, batch, frozen, axis_name="data"),
-            axis_name="data",
-            donate_argnums=0,
-            devices=self.mesh.devices.flatten().tolist(),
-        )
+        devices = self.mesh.devices.flatten().tolist()
+        step = target.aimed(functools.partial(train_step, axis_name="data"), devices)
+        return jax.pmap(step, axis_name="data", donate_argnums=0, devices=devices)
 
     def scalars(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Metrics on the host; waits for the step that made them."""

@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 
 from diffusion import manifest
 from diffusion.checkpoint import Checkpoints
-from diffusion.models.attention import cudnn_applies, dot_product_attention
+from diffusion.models import target
+from diffusion.models.attention import chosen_kernel, dot_product_attention
 from experiments.benchmark.workload import summary
 from experiments.run import training
 from experiments.train import RUN_AHEAD_STEPS
@@ -140,9 +141,10 @@ def attention(config: ConfigDict, batch: int | None, repeats: int) -> dict[str, 
     rows = []
     for tokens, head_dim in itertools.product((64, 256, 1024, 4096), (40, 64, 80, 160)):
         q, k, v = jax.random.normal(jax.random.key(0), (3, batch or 4, tokens, 8, head_dim), dtype)
-        kernels = ["xla", "cudnn"] if cudnn_applies(q, k, v, None) else ["xla"]
+        with target.handed(target.of(jax.devices())):
+            kernels = {"xla", chosen_kernel(q, k, v, None)}
         row: dict[str, Any] = {"tokens": tokens, "head_dim": head_dim, "dtype": str(q.dtype)}
-        for kernel in ("xla", "cudnn"):
+        for kernel in ("xla", "cudnn", "pallas"):
             row[f"{kernel}_ms"] = "-"
             if kernel in kernels:
                 row[f"{kernel}_ms"] = _attention_ms(q, k, v, kernel, repeats)

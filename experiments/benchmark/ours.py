@@ -35,7 +35,7 @@ from experiments.benchmark.workload import (
     resident_bytes,
     timed,
 )
-from experiments.plan import cost, mesh
+from experiments.plan import cost, hlo
 from experiments.run import build, tasks
 
 
@@ -242,7 +242,7 @@ def memory(before: int, call: Any, arguments: Any) -> dict[str, Any]:
     buffers = of.argument_size_in_bytes + of.output_size_in_bytes + of.temp_size_in_bytes
     return found | {
         "buffer_bytes": buffers - of.alias_size_in_bytes,  # without the compiler's own memory
-        "collectives": mesh.collectives(compiled.as_text()),
+        "collectives": hlo.collectives(compiled.as_text()),
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
     }

@@ -153,7 +153,7 @@ class HeldOut(Evaluator):
 
     @functools.cached_property
     def _step(self) -> Callable[..., dict[str, jax.Array]]:
-        return jax.jit(self.run.task.eval_step)
+        return jax.jit(self.run.parallel.aimed(self.run.task.eval_step))
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         parallel, totals = self.run.parallel, {}

@@ -26,7 +26,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -46,7 +45,7 @@ from diffusion.training.parallel import (
     make_mesh,
     unsharded,
 )
-from experiments.plan import cost
+from experiments.plan import cost, hlo
 from experiments.run import tasks
 
 
@@ -66,76 +65,16 @@ class Hardware:
 
 
 # NVIDIA's data sheets of H100 SXM and H200 SXM: NVLink 900 GB/s both ways; one 400 Gb/s adapter a
-# GPU as DGX H100 has. docs.cloud.google.com/tpu/docs/v5p and /v6e: 4,800 Gb/s a chip; 800 GB/s both
-# ways. Among slices: 4 adapters of 200 Gb/s for 8 chips (v6e), taken for v5p as well.
+# GPU as DGX H100 has. docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e: 1,600 and 4,800 Gb/s a
+# chip; 800 GB/s both ways. Among slices: 4 adapters of 200 Gb/s for 8 chips (v6e), taken for the
+# others as well.
 HARDWARE = {
     "h100": Hardware(989e12, 80e9, 3.35e12, 450e9, 8, 50e9),
     "h200": Hardware(989e12, 141e9, 4.8e12, 450e9, 8, 50e9),
+    "v5e": Hardware(197e12, 16 * 2**30, 819e9, 200e9, 256, 12.5e9),
     "v5p": Hardware(459e12, 95e9, 2.765e12, 600e9, 8960, 12.5e9),
     "v6e": Hardware(918e12, 32e9, 1.638e12, 400e9, 256, 12.5e9),
 }
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # others say their bits
-
-
-# -- reading a compiled module -------------------------------------------------------------------
-
-
-def _result_bytes(text: str) -> int:
-    """Of an HLO type: `f32[3,3]{1,0}`, or a tuple of such."""
-    total = 0
-    for kind, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", text):
-        bits = re.search(r"\d+$", kind)
-        size = BYTES.get(kind) or max(int(bits[0]) // 8, 1) if bits or kind in BYTES else 0
-        total += size * math.prod(int(n) for n in shape.split(",") if n)
-    return total
-
-
-def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
-    """The entry's name, and the instructions of every computation of a module."""
-    entry, name, found = "", "", {}
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if head and not line.startswith(" "):
-            name = head[2]
-            found[name] = []
-            entry = name if head[1] else entry
-        elif name and " = " in line:
-            found[name].append(line)
-    return entry, found
-
-
-def _called(line: str) -> list[str]:
-    """Names of the computations that an instruction runs; of a conditional, every branch."""
-    one = r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
-    several = re.findall(r"branch_computations=\{([^}]*)\}", line)
-    return re.findall(one, line) + re.findall(r"[\w.\-]+", " ".join(several))
-
-
-def collectives(text: str) -> dict[str, dict[str, int]]:
-    """{kind: {"count", "bytes"}} of one step on one device, from `compiled.as_text()`."""
-    entry, computations = _computations(text)
-    totals: dict[str, dict[str, int]] = {}
-
-    def visit(name: str, times: int) -> None:
-        for line in computations.get(name, ()):
-            head = re.search(r" = (.*?) ([a-z][\w\-]*)\(", line)
-            if not head:
-                continue
-            kind = head[2].removesuffix("-start")
-            if kind in KINDS:
-                found = totals.setdefault(kind, {"count": 0, "bytes": 0})
-                found["count"] += times
-                found["bytes"] += times * _result_bytes(head[1])
-            count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            inner = times * int(count[1]) if count and kind == "while" else times
-            for called in _called(line):
-                if kind not in KINDS:
-                    visit(called, inner)
-
-    visit(entry, 1)
-    return totals
-
 
 # -- the plan ------------------------------------------------------------------------------------
 
@@ -186,7 +125,7 @@ def compile_plan(config: ConfigDict, data: int, fsdp: int) -> dict[str, Any]:
             "activations_estimate": int(memory.temp_size_in_bytes) if memory else None,
         },
         "unsharded": unsharded(placed.mesh, state),
-        "collectives_per_step": collectives(compiled.as_text()),
+        "collectives_per_step": hlo.collectives(compiled.as_text()),
         "flops_per_step": cost.flops(task.train_step, state, batch, frozen),
         "compile_secs": round(time.perf_counter() - started, 1),
     }

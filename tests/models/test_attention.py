@@ -1,11 +1,13 @@
 """Attention against its formula; masks; the choice of kernel."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.models import attention
+from diffusion.models import attention, target
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -52,39 +54,61 @@ def test_float64_stays_float64(x64):
     np.testing.assert_allclose(output, formula(q, q, q), rtol=1e-12)
 
 
+GPU, TPU = target.Target("gpu", cudnn_head_dim=256), target.Target("tpu")
+
+
 @pytest.mark.parametrize(
-    "dtype,keys,head_dim,masked,backend,applies",
+    "dtype,keys,head_dim,masked,aim,kernel",
     [
-        (jnp.bfloat16, 1024, 64, False, "gpu", True),
-        (jnp.float16, 1024, 160, False, "gpu", True),
-        (jnp.bfloat16, 1024, 64, False, "cpu", False),
-        (jnp.float32, 1024, 64, False, "gpu", False),
-        (jnp.bfloat16, 77, 64, False, "gpu", False),
-        (jnp.bfloat16, 1024, 512, False, "gpu", False),
-        (jnp.bfloat16, 1024, 20, False, "gpu", False),
-        (jnp.bfloat16, 1024, 64, True, "gpu", False),
+        (jnp.bfloat16, 1024, 64, False, GPU, "cudnn"),
+        (jnp.float16, 1024, 160, False, GPU, "cudnn"),
+        (jnp.bfloat16, 1024, 64, False, target.Target("cpu"), "xla"),
+        (jnp.bfloat16, 1024, 64, False, target.Target(), "xla"),
+        (jnp.float32, 1024, 64, False, GPU, "xla"),
+        (jnp.bfloat16, 77, 64, False, GPU, "xla"),
+        (jnp.bfloat16, 1024, 512, False, GPU, "xla"),
+        (jnp.bfloat16, 1024, 20, False, GPU, "xla"),
+        (jnp.bfloat16, 1024, 64, True, GPU, "xla"),
+        (jnp.bfloat16, 4096, 40, False, TPU, "pallas"),
+        (jnp.bfloat16, 256, 64, False, TPU, "xla"),
+        (jnp.bfloat16, 1100, 64, False, TPU, "xla"),
+        (jnp.float32, 4096, 64, False, TPU, "xla"),
+        (jnp.bfloat16, 4096, 64, True, TPU, "xla"),
     ],
 )
-def test_cudnn_is_chosen_only_where_it_works(
-    dtype, keys, head_dim, masked, backend, applies, monkeypatch
-):
-    class Hopper:
-        compute_capability = "9.0"
-
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax, "local_devices", lambda: [Hopper()])
+def test_the_target_chooses_the_kernel(dtype, keys, head_dim, masked, aim, kernel):
     q = jnp.zeros((1, keys, 1, head_dim), dtype)
     mask = jnp.ones((1, 1, 1, keys), bool) if masked else None
-    assert attention.cudnn_applies(q, q, q, mask) == applies
+    with target.handed(aim):
+        assert attention.chosen_kernel(q, q, q, mask) == kernel
+    assert attention.chosen_kernel(q, q, q, mask) == "xla"  # nothing handed in
 
 
 @pytest.mark.parametrize("capability,limit", [("9.0", 256), ("8.0", 128), ("gfx90a", 0), (None, 0)])
-def test_cudnns_widest_head_depends_on_the_gpu(capability, limit, monkeypatch):
-    class Device:
-        compute_capability = capability
+@pytest.mark.parametrize("platform", ["gpu", "cuda"])
+def test_cudnns_widest_head_depends_on_the_gpu(platform, capability, limit):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    assert target.of([device]) == target.Target("gpu", 1, limit)
 
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    assert attention._max_head_dim() == limit
+
+@pytest.mark.parametrize("head_dim", [40, 128])
+def test_the_tpus_kernel_is_attention(head_dim):
+    """In Pallas' interpreter, values and gradients against equation 1."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    q, k, v = (normal(i, 1, 1024, 2, head_dim) for i in range(3))
+    weigh = np.cos(np.arange(q.size)).reshape(q.shape)
+
+    def total(q, k, v, implementation):
+        out = attention.dot_product_attention(q, k, v, implementation=implementation)
+        return (out * weigh).sum(), out
+
+    run = jax.grad(total, (0, 1, 2), has_aux=True)
+    wanted = run(q, k, v, "xla")
+    with pltpu.force_tpu_interpret_mode():
+        found = run(q, k, v, "pallas")
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+        assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b)
 
 
 def test_masked_context_is_as_if_it_were_cut_off():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.models import convolution
+from diffusion.models import convolution, target
 
 SHAPES = [  # batch and space, kernel, strides, padding
     ((3, 9), 3, 1, (1, 1)),
@@ -36,9 +36,10 @@ def gradients(x, kernel, strides, padding):
 
 @pytest.fixture
 def alone(monkeypatch):
-    """As on one CPU device, every convolution being large."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    """As for one CPU device, every convolution being large."""
     monkeypatch.setattr(convolution, "LARGE", 1)
+    with target.handed(target.Target("cpu")):
+        yield
 
 
 @pytest.mark.parametrize("sizes, kernel, strides, padding", SHAPES)
@@ -68,13 +69,12 @@ def loops(x, kernel):
     return str(jax.make_jaxpr(lambda x, w: gradients(x, w, 1, (1, 1)))(x, kernel)).count("scan[")
 
 
-def test_large_ones_use_them_on_one_cpu_and_nowhere_else(monkeypatch):
+def test_large_ones_use_them_for_one_cpu_and_nowhere_else():
     kernel = jax.ShapeDtypeStruct((3, 3, 128, 128), jnp.float32)
     large, small = (jax.ShapeDtypeStruct((n, 16, 16, 128), jnp.float32) for n in (8, 7))
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert (loops(large, kernel), loops(small, kernel)) == (2, 0)
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert loops(large, kernel) == 0
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with target.handed(target.Target("cpu")):
+        assert (loops(large, kernel), loops(small, kernel)) == (2, 0)
+    for aim in (target.Target("cpu", 2), target.Target("gpu"), target.Target("tpu")):
+        with target.handed(aim):
+            assert loops(large, kernel) == 0
     assert loops(large, kernel) == 0

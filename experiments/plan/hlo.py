@@ -1,0 +1,197 @@
+"""What a compiled module does, read from its text: kernels, bytes, FLOPs, collectives.
+
+The rule: every instruction of the entry and of what it calls is a kernel, but those that only name
+or join values (FREE) and the inside of a fusion, which is one. Loops count their trip count, of a
+conditional the dearer branch counts. A kernel's bytes are those of its result and its operands by
+their types, without what lies on the chip (a TPU's memory space S(1)); its FLOPs those of the
+products and convolutions in it, two for a multiply-add, padding and zeros between strides included
+where the compiler made them.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+COLLECTIVES = (
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("partition-id", "replica-id", "add-dependency", "opt-barrier", "copy-done", "slice-done"),
+    *(f"{kind}-done" for kind in COLLECTIVES),
+    *("async-done", "async-update", "call", "while", "conditional"),
+}
+BYTES = {"pred": 1, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # others say their bits
+TYPE = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{[^}]*\})?")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One instruction that runs `times` a step. `place`: the module path that it comes from."""
+
+    kind: str  # its opcode, of a custom call the target
+    name: str
+    place: str
+    bytes: int
+    flops: int
+    times: int
+    shapes: tuple[tuple[int, ...], ...]  # of its results
+    result_bytes: int
+
+
+def type_bytes(text: str, on_chip: bool = True) -> int:
+    """Of an HLO type: `f32[3,3]{1,0}`, or a tuple of such. Not `on_chip`: in main memory alone."""
+    total = 0
+    for found in TYPE.finditer(text):
+        kind, shape = found[1], found[2]
+        if not on_chip and re.search(r"S\([1-9]\)", found[0]):
+            continue
+        bits = re.match(r"[a-z]+(\d+)", kind)
+        size = BYTES.get(kind) or (max(int(bits[1]) / 8, 0.5) if bits else 0)
+        total += math.ceil(size * math.prod(_sizes(shape)))
+    return total
+
+
+def _sizes(shape: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in shape.split(",") if n)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    name: str
+    type: str
+    kind: str
+    rest: str  # operands and attributes
+
+    @property
+    def operands(self) -> list[str]:
+        depth = 0
+        for i, letter in enumerate(self.rest):
+            depth += (letter == "(") - (letter == ")")
+            if depth < 0:
+                return re.findall(r"%([\w.\-]+)", self.rest[:i])
+        return []
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that the instruction runs; of a conditional, every branch."""
+        one = r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+        several = re.findall(r"branch_computations=\{([^}]*)\}", self.rest)
+        return re.findall(one, self.rest) + re.findall(r"[\w.\-]+", " ".join(several))
+
+
+class Module:
+    """`compiled.as_text()`, read."""
+
+    def __init__(self, text: str):
+        self._lines: dict[str, list[_Line]] = {}
+        self.entry, name = "", ""
+        for line in text.splitlines():
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+            if head and not line.startswith(" "):
+                name = head[2]
+                self._lines[name] = []
+                self.entry = name if head[1] else self.entry
+            elif name and (found := INSTRUCTION.match(line)):
+                self._lines[name].append(_Line(*found.groups()))
+        self._types = {line.name: line.type for lines in self._lines.values() for line in lines}
+
+    def kernels(self, name: str = "", times: int = 1) -> list[Kernel]:
+        """Of a computation, by default the entry."""
+        found = []
+        for line in self._lines.get(name or self.entry, ()):
+            kind = line.kind.removesuffix("-start")
+            if kind == "conditional":
+                branches = [self.kernels(branch, times) for branch in line.called]
+                found += max(branches, key=lambda ks: sum(k.bytes * k.times for k in ks))
+            elif kind in ("while", "call"):
+                count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.rest)
+                inner = times * int(count[1]) if count and kind == "while" else times
+                for called in line.called:
+                    found += self.kernels(called, inner)
+            elif kind not in FREE:
+                found.append(self._kernel(line, kind, times))
+        return found
+
+    def _kernel(self, line: _Line, kind: str, times: int) -> Kernel:
+        place = re.search(r'op_name="([^"]*)"', line.rest)
+        if target := re.search(r'custom_call_target="([^"]*)"', line.rest):
+            kind = target[1]
+        types = [line.type, *(self._types.get(name, "") for name in line.operands)]
+        if line.kind.endswith("-start"):  # its result names the operand again
+            types = types[:1]
+        moved = sum(type_bytes(text, on_chip=False) for text in types)
+        shapes = tuple(_sizes(found[2]) for found in TYPE.finditer(line.type))
+        place = place[1] if place else ""
+        own = type_bytes(line.type)
+        return Kernel(kind, line.name, place, moved, self._flops(line), times, shapes, own)
+
+    def _flops(self, line: _Line) -> int:
+        if line.kind == "convolution":
+            return self._convolution(line)
+        if line.kind == "dot":
+            return self._dot(line)
+        if line.kind != "fusion":
+            return 0
+        inside = [inner for name in line.called for inner in self._lines.get(name, ())]
+        return sum(self._flops(inner) for inner in inside)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        found = TYPE.search(self._types.get(name, ""))
+        return _sizes(found[2]) if found else ()
+
+    def _dot(self, line: _Line) -> int:
+        left = self._shape(line.operands[0])
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)
+        inner = math.prod(left[i] for i in _sizes(axes[1])) if axes else 1
+        return 2 * math.prod(_sizes(TYPE.search(line.type)[2])) * inner
+
+    def _convolution(self, line: _Line) -> int:
+        """Two for each result, input channel and place of the kernel."""
+        out = math.prod(_sizes(TYPE.search(line.type)[2]))
+        kernel = self._shape(line.operands[1])
+        labels = re.search(r"dim_labels=\w+_(\w+)->", line.rest)
+        features = kernel[labels[1].index("o")] if labels else 1
+        holes = re.search(r"lhs_dilate=([\dx]+)", line.rest)
+        zeros = math.prod(int(n) for n in holes[1].split("x")) if holes else 1
+        return 2 * out * math.prod(kernel) // (features * zeros)
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """{kind: {"count", "bytes"}} of one step on one device, from `compiled.as_text()`."""
+    totals: dict[str, dict[str, int]] = {}
+    for kernel in Module(text).kernels():
+        if kernel.kind in COLLECTIVES:
+            found = totals.setdefault(kernel.kind, {"count": 0, "bytes": 0})
+            found["count"] += kernel.times
+            found["bytes"] += kernel.times * kernel.result_bytes
+    return totals
+
+
+def summary(text: str, peak: float, bandwidth: float, dearest: int = 20) -> dict[str, Any]:
+    """Kernels, copies, bytes moved and FLOPs of a step on one device, and the bound by kernel:
+
+        sum over kernels of max(FLOPs / peak, bytes / bandwidth)                            (1)
+
+    in seconds, with the share of the peak that it leaves, and the dearest kernels by name.
+    """
+    kernels = Module(text).kernels()
+    secs = [k.times * max(k.flops / peak, k.bytes / bandwidth) for k in kernels]
+    bound = sum(secs)
+    flops = sum(k.flops * k.times for k in kernels)
+    ranked = sorted(zip(secs, kernels), key=lambda pair: -pair[0])[:dearest]
+    return {
+        "kernels": sum(k.times for k in kernels),
+        "copies": sum(k.times for k in kernels if k.kind == "copy"),
+        "bytes_moved": sum(k.bytes * k.times for k in kernels),
+        "flops": flops,
+        "bound_secs": bound,
+        "peak_share": flops / peak / bound if bound else 0.0,
+        "dearest": [
+            {"secs": s, "kind": k.kind, "place": k.place, "bytes": k.bytes, "flops": k.flops}
+            for s, k in ranked
+        ],
+    }

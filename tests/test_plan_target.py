@@ -1,0 +1,170 @@
+"""A step by the compiler of TPUs that are not there, and how its module is read."""
+
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits_pixel
+from experiments.host import cli
+from experiments.plan import __main__ as plan
+from experiments.plan import hlo, target
+
+MODULE = """HloModule step
+%light (p: f32[8]) -> f32[8] {
+  ROOT %n = f32[8]{0} negate(%p)
+}
+%heavy (p: f32[8]) -> f32[8] {
+  %e = f32[8]{0} exponential(%p)
+  ROOT %t = f32[8]{0} tanh(%e)
+}
+%product (a: bf16[16,32], b: bf16[32,64]) -> f32[16,64] {
+  %a = bf16[16,32]{1,0} parameter(0)
+  %b = bf16[32,64]{1,0} parameter(1)
+  ROOT %d = f32[16,64]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %m = f32[4]{0} multiply(%x, %x)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(1)
+  %b = bf16[32,64]{1,0:T(8,128)(2,1)S(1)} parameter(2)
+  %x = f32[4]{0} constant({1, 2, 3, 4})
+  %f = f32[16,64]{1,0} fusion(%a, %b), kind=kOutput, calls=%product, metadata={op_name="net/dense"}
+  %c = f32[8]{0} copy(%p)
+  %s = (f32[8]{0}, f32[8]{0}, u32[]) copy-start(%p)
+  %e = f32[8]{0} copy-done(%s)
+  %w = (s32[]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %q = f32[8]{0} conditional(%k, %p, %p), branch_computations={%light, %heavy}
+  %v = f32[2,6,6,8]{3,2,1,0} convolution(%i, %k3), window={size=3x3}, dim_labels=b01f_01io->b01f
+  %i = f32[2,6,6,4]{3,2,1,0} parameter(3)
+  %k3 = f32[3,3,4,8]{3,2,1,0} parameter(4)
+  %z = f8e4m3fn[8]{0} convert(%p)
+}
+"""
+
+
+def test_a_module_is_read_by_the_rule():
+    kernels = hlo.Module(MODULE).kernels()
+    assert [(k.kind, k.times) for k in kernels] == [
+        *(("fusion", 1), ("copy", 1), ("copy", 1), ("multiply", 5)),
+        *(("exponential", 1), ("tanh", 1), ("convolution", 1), ("convert", 1)),
+    ]
+    fusion, copy, _, product, *_, convolution, convert = kernels
+    assert fusion.place == "net/dense" and fusion.flops == 2 * 16 * 64 * 32
+    assert fusion.bytes == 4 * 16 * 64 + 2 * 16 * 32  # the operand on the chip is not read again
+    assert copy.bytes == 2 * 4 * 8 and product.bytes == 3 * 4 * 4
+    assert convolution.flops == 2 * (2 * 6 * 6 * 8) * (3 * 3 * 4)
+    assert convert.bytes == 4 * 8 + 8
+    found = hlo.summary(MODULE, peak=1e3, bandwidth=1e12)
+    flops = fusion.flops + convolution.flops
+    assert found["flops"] == flops and found["copies"] == 2 and found["kernels"] == 12
+    np.testing.assert_allclose(found["bound_secs"], flops / 1e3, rtol=1e-6)
+    assert found["peak_share"] == pytest.approx(1) and found["dearest"][0]["kind"] == "fusion"
+
+
+def test_flops_of_a_module_are_those_of_its_products():
+    """Of the CPU's compiler, which this machine has: a product and a strided convolution."""
+
+    def f(x, w, k):
+        y = jax.lax.conv_general_dilated(
+            x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return (x.reshape(2, -1) @ w).sum() + y.sum()
+
+    shapes = ((2, 8, 8, 4), (256, 32), (3, 3, 4, 16))
+    arrays = [jnp.ones(s) for s in shapes]
+    text = jax.jit(f).lower(*arrays).compile().as_text()
+    module = hlo.Module(text)
+    found = sum(k.flops for k in module.kernels() if k.kind in ("convolution", "dot", "fusion"))
+    assert found in (2 * 2 * 256 * 32 + 2 * (2 * 4 * 4 * 16) * 36, 2 * (2 * 4 * 4 * 16) * 36)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """One pixel and one latent config, the latter with its weights split over all chips."""
+    found = {}
+    for name, fsdp in (("digits_pixel", 1), ("digits_ldm", 4)):
+        config = importlib.import_module(f"configs.{name}").get_config("smoke")
+        config.model.dtype = "bfloat16"
+        config.parallel.fsdp = fsdp
+        found[name] = target.planned(config.lock(), "v5e:2x2")
+    return found
+
+
+def test_a_tpu_step_fits_and_exchanges_gradients_alone(planned):
+    found = planned["digits_pixel"]
+    assert found["fits"] and found["state_bytes"] < found["peak_bytes"] < 2**28
+    assert found["memory_bytes"] == 16 * 2**30
+    moved = found["collectives"]
+    assert 1 <= moved["gradients"]["count"] <= 8
+    assert moved["activations"]["count"] == moved["weights"]["count"] == 0
+    assert found["kernels"] > found["copies"] > 0
+    assert 0 < found["peak_share"] < 1
+    assert found["bound_secs"] >= max(found["flops"] / 197e12, found["bytes_moved"] / 819e9 * 0.99)
+    # A chip has a fourth of the examples, and so about of the products that were traced.
+    assert 0.5 < found["flops"] / (found["step_flops"] / 4) < 2
+    assert "bound by kernel" in target.show(found)
+
+
+def test_split_weights_are_gathered_and_no_activation_is(planned):
+    moved = planned["digits_ldm"]["collectives"]
+    assert moved["weights"]["count"] > 0 and moved["gradients"]["count"] > 0
+    assert planned["digits_ldm"]["state_bytes"] > 0
+
+
+def test_what_does_not_fit_is_said(monkeypatch):
+    answers = iter([True, True, False])
+    monkeypatch.setattr(target, "in_a_process", lambda *_: {"fits": next(answers)})
+    config = digits_pixel.get_config("smoke").lock()
+    assert target.planned(config, "v5e:1x1", largest_batch=True)["largest_batch"] == 16
+    answers = iter([False, False, True])
+    assert target.planned(config, "v5e:1x1", largest_batch=True)["largest_batch"] == 2
+    answers = iter([False] * 9)
+    assert target.planned(config, "v5e:1x1", largest_batch=True)["largest_batch"] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--target=v7:2x2",), "--target=v7:2x2 is unknown"),
+        (("--target=",), "unknown"),
+        (("--target=v5e:",), "a topology of v5e is AxB"),
+        (("--target=v5p:2x2",), "AxBxC"),
+        (("--target=v5e:3x3",), "does not exist"),
+        (("--target=v5p:2x2x3",), "does not exist"),
+        (("--target=v5e:2x4", "--config.parallel.fsdp=3"), "8 chips, which parallel.data=-1 and"),
+        (("--target=v5e:2x4", "--config.train.batch_size=12"), "train.batch_size=12"),
+        (("--largest_batch",), "--largest_batch needs --target"),
+    ],
+)
+def test_a_target_that_is_none_is_refused(argv, words, capsys):
+    argv = ("--config=configs/digits_pixel.py:smoke", *argv)
+    assert cli.run(plan.define, plan.main, argv) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_without_the_compiler_its_requirements_are_named(monkeypatch):
+    monkeypatch.setitem(target.ENVIRONMENT, "PYTHONPATH", "")
+    import subprocess
+
+    def failed(*_, **__):
+        said = "ModuleNotFoundError: No module named 'libtpu'"
+        return subprocess.CompletedProcess([], 1, "", said)
+
+    monkeypatch.setattr(subprocess, "run", failed)
+    with pytest.raises(ValueError, match=r"needs libtpu.*requirements-tpu-target\.txt"):
+        target.planned(digits_pixel.get_config("smoke").lock(), "v5e:1x1")
+
+
+def test_json_has_what_a_script_reads(planned, monkeypatch, capsys):
+    monkeypatch.setattr(target, "in_a_process", lambda *_: planned["digits_pixel"])
+    argv = ("--config=configs/digits_pixel.py:smoke", "--target=v5e:2x2", "--json")
+    assert cli.run(plan.define, plan.main, argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    keys = {"target", "fits", "peak_bytes", "memory_bytes", "kernels", "copies", "bytes_moved"}
+    assert keys | {"flops", "bound_secs", "peak_share", "collectives"} <= found.keys()

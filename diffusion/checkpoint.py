@@ -208,7 +208,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         context.asynchronous.create_directories_asynchronously = False
         try:
             if self._first:
-                manifest.check_same(self.directory, self._inode)
+                manifest.check_there(self.directory, self._inode)
             with context:
                 tree = unflatten_dict(_flatten(state))
                 response = ocp.save_async(str(folder), tree, overwrite=True)
@@ -224,7 +224,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         try:
             response.result()
             if self._first:
-                manifest.check_same(self.directory, self._inode)
+                manifest.check_there(self.directory, self._inode)
                 manifest.write_manifest(folder, body)
                 manifest.prune(self.directory, *self._retention, written=body["step"])
         except Exception as error:

@@ -90,7 +90,7 @@ def _set_aside(path: pathlib.Path, suffix: str) -> None:
     log.error("%s was set aside as %s", path, target.name)
 
 
-def check_same(directory: pathlib.Path, inode: int) -> None:
+def check_there(directory: pathlib.Path, inode: int) -> None:
     """OSError where `directory` is gone or another than `clean` saw: moved or unmounted.
 
     Orbax would make it again, and what is then written there is not all of a checkpoint.

@@ -1,16 +1,19 @@
 """Low-rank updates in Diffusers' file format, `pytorch_lora_weights.safetensors`, both ways.
 
 A layer NAME of network NET has two tensors, A^T (rank, in) and B^T (out, rank) of
-`models/lora.py`'s eq. 1, and maybe alpha (none: alpha = rank):
+`models/lora.py`'s eq. 1, and maybe alpha (none: alpha = rank). A convolution's A^T is
+(rank, in, *window), as in LoCon and LCM-LoRA, or has its window in a third tensor, lora_mid:
 
     NET.NAME.lora_A.weight, NET.NAME.lora_B.weight           Diffusers from 0.22 on; written
     NET.NAME.lora.down.weight, NET.NAME.lora.up.weight       before
     NET....processor.to_q_lora.down.weight, ...              the first ones
     lora_unet_NA_ME.lora_down.weight, ...lora_up.weight      kohya-ss/sd-scripts, with alpha
 
-NET is "unet" or "text_encoder"; a file of `unet.save_lora_adapter` leaves it out. Diffusers from
-0.35 on puts PEFT's config, and with it alpha, into the file's header and no longer beside the
-tensors. What is read has alpha / rank multiplied into B, so that it is merged with scale 1.
+DoRA adds a magnitude, lora_magnitude_vector or, in kohya's and LyCORIS' files, dora_scale.
+
+NET is "unet", "text_encoder" or "text_encoder_2"; `unet.save_lora_adapter` leaves it out.
+Diffusers from 0.35 on puts PEFT's config, and with it alpha, into the file's header and no longer
+beside the tensors. What is read has alpha / rank multiplied into B: it is merged with scale 1.
 """
 
 import json
@@ -30,19 +33,46 @@ from diffusion.interop import files, text_encoder, unet
 
 FILE = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
-RULES: Mapping[str, files.Rules] = {"unet": unet.RULES, "text_encoder": text_encoder.RULES}
+RULES: Mapping[str, files.Rules] = {
+    "unet": unet.RULES,
+    "text_encoder": text_encoder.RULES,
+    "text_encoder_2": text_encoder.RULES,
+}
 # Prefixes of each network's layers, with "." and, in kohya's files, with "_".
-DOTTED = {"unet": ("unet.", ""), "text_encoder": ("text_encoder.text_model.", "text_encoder.")}
-JOINED = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_text_model_",)}
+DOTTED = {
+    "unet": ("unet.", ""),
+    "text_encoder": ("text_encoder.text_model.", "text_encoder."),
+    "text_encoder_2": ("text_encoder_2.text_model.", "text_encoder_2."),
+}
+JOINED: Mapping[str, tuple[str, ...]] = {
+    "unet": ("lora_unet_",),
+    "text_encoder": ("lora_te_text_model_", "lora_te1_text_model_"),
+    "text_encoder_2": ("lora_te2_text_model_",),
+}
 
 OLD_NAMES: files.Rules = (
+    (r"\.self_attn\.to_(q|k|v)_lora\.", r".self_attn.\1_proj.lora."),
+    (r"\.self_attn\.to_out_lora\.", ".self_attn.out_proj.lora."),
     (r"\.processor\.(to_\w+?)_lora\.(down|up)\.weight$", r".\1.lora.\2.weight"),
     (r"\.lora(_linear_layer)?\.down\.weight$", ".lora_A.weight"),
     (r"\.lora(_linear_layer)?\.up\.weight$", ".lora_B.weight"),
     (r"\.lora_down\.weight$", ".lora_A.weight"),
     (r"\.lora_up\.weight$", ".lora_B.weight"),
-    (r"\.to_out\.lora_", ".to_out.0.lora_"),
+    (r"\.lora_magnitude_vector(\.weight)?$", ".magnitude"),
+    (r"\.to_out\.(lora_|magnitude)", r".to_out.0.\1"),
 )
+
+# What is left over where a file holds more than B A, or is for more networks than there are.
+REFUSED = {
+    r"\.hada_": "an update of the kind LoHa, which is not read: give one of the kind LoRA",
+    r"\.lokr_": "an update of the kind LoKr, which is not read: give one of the kind LoRA",
+    r"\.(oft_|boft_)": "an update of the kind OFT, which is not read: give one of the kind LoRA",
+    r"\.(diff|diff_b|w_norm|b_norm|bias)$": "an update of whole weights or biases, "
+    "which is not read: give a file of low-rank updates alone",
+    r"^(lora_te2_|text_encoder_2\.)": "for a second text encoder (Stable Diffusion XL's), which "
+    "these networks have not: give a file made for them",
+    "": "for which the networks have no place: it was made for others",
+}
 
 
 def load_lora(path: str | os.PathLike, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,15 +92,16 @@ def load_lora(path: str | os.PathLike, params: Mapping[str, Any]) -> dict[str, A
             name = next((n for n in names if f"{n}.lora_A.weight" in tensors), None)
             if name is not None:
                 alpha = _alpha(header, network, names[0].removeprefix(DOTTED[network][0]))
-                down, up = _take(tensors, name, shape, path, alpha)
-                flat[*module_path, "down"], flat[*module_path, "up"] = down, up
+                update = _take(tensors, name, shape, path, alpha)
+                flat |= {(*module_path, key): value for key, value in update.items()}
         if flat:
             found[network] = unflatten_dict(flat)
-    if tensors or not found:
-        odd = f"updates {min(tensors)}" if tensors else "holds no update of a dense layer"
-        raise ValueError(
-            f"{path} {odd}, for which the networks have no place: it was made for others"
-        )
+    if tensors:
+        odd = min(tensors)
+        why = next(text for pattern, text in REFUSED.items() if re.search(pattern, odd))
+        raise ValueError(f"{path} updates {odd}, {why}")
+    if not found:
+        raise ValueError(f"{path} holds no update of a layer: it was made for others")
     return found
 
 
@@ -79,8 +110,12 @@ def save_lora(path: str | os.PathLike, tree: Mapping[str, Any], scale: float = 1
     tensors: dict[str, np.ndarray] = {}
     for module_path, pair in _pairs(tree).items():
         name = "unet." + _module_name((*module_path, "kernel"), RULES["unet"])
-        tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(pair["down"].T)
-        tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(pair["up"].T * np.float32(scale))
+        down, up = np.moveaxis(pair["down"], (-1, -2), (0, 1)), pair["up"].T * np.float32(scale)
+        tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(down)
+        up = up.reshape(*up.shape, *(1 for _ in down.shape[2:]))
+        tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(up)
+        if "magnitude" in pair:
+            tensors[f"{name}.lora_magnitude_vector"] = pair["magnitude"]
     write_tensors(path, tensors, format="pt")
 
 
@@ -103,11 +138,11 @@ def _module_name(path: tuple[str, ...], rules: files.Rules) -> str:
 
 
 def _layers(network: str, params: Any) -> list[tuple[tuple[str, ...], tuple[int, ...], list[str]]]:
-    """(path, kernel's shape, names it may have) of every dense layer."""
+    """(path, kernel's shape, names it may have) of every dense layer and convolution."""
     flat: dict[Any, Any] = flatten_dict(params)  # pyright: ignore[reportAssignmentType]
     found = []
     for path, leaf in flat.items():
-        if path[-1] == "kernel" and len(leaf.shape) == 2:
+        if path[-1] == "kernel":
             name = _module_name(path, RULES[network])
             names = [prefix + name for prefix in DOTTED[network]]
             names += [prefix + name.replace(".", "_") for prefix in JOINED[network]]
@@ -148,21 +183,58 @@ def _take(
     shape: tuple[int, ...],
     path: Path,
     said: Callable[[int], float] | None,
-) -> tuple[Any, Any]:
-    """A and B of one layer, taken out of `tensors`, alpha in B: the one beside them, or as said."""
-    down = tensors.pop(f"{name}.lora_A.weight")
+) -> dict[str, Any]:
+    """A, B and maybe the magnitude of one layer whose kernel has `shape` (*window, in, out).
+
+    Taken out of `tensors`, alpha in B: the one beside them, or as said.
+    """
+    down = np.asarray(tensors.pop(f"{name}.lora_A.weight"), np.float32)
     up = tensors.pop(f"{name}.lora_B.weight", None)
     if up is None:
         raise ValueError(f"{path} has {name}.lora_A but no lora_B: fetch it again")
     alpha = tensors.pop(f"{name}.alpha", None)
-    down, up = (np.asarray(t, np.float32).reshape(t.shape[:2]) for t in (down, up))
+    up = np.asarray(up, np.float32)
+    mid = tensors.pop(f"{name}.lora_mid.weight", None)
+    if mid is not None:  # (rank, rank, *window), after a convolution of 1x1
+        if mid.shape[:2] != down.shape[:1] * 2 or down.size != math.prod(down.shape[:2]):
+            raise ValueError(
+                f"{path}: {name}.lora_mid has shape {mid.shape}, which does not fit lora_down's "
+                f"{down.shape}: fetch it again"
+            )
+        down = np.einsum("rs...,si->ri...", np.float32(mid), down.reshape(down.shape[:2]))
+    *window, width, out = shape
     rank = len(down)
-    if down.shape != (rank, shape[0]) or up.shape != (shape[1], rank):
+    wide = (rank, width, *window)
+    fits = up.size == out * rank and up.shape[:2] == (out, rank)
+    if down.shape[:2] != wide[:2] or down.size != math.prod(wide) or not fits:
         raise ValueError(
             f"{path}: {name} has updates of shapes {down.shape} and {up.shape}, but the layer has "
-            f"{shape[0]} inputs and {shape[1]} outputs: it was made for another network"
+            f"{width} inputs, {out} outputs and a window of {tuple(window)}: it was made for "
+            "another network"
         )
     if alpha is None and said is not None:
         alpha = said(rank)
-    factor = 1.0 if alpha is None else float(alpha) / rank
-    return jnp.asarray(down.T), jnp.asarray(up.T * np.float32(factor))
+    factor = 1.0 if alpha is None else np.asarray(alpha, np.float32).item() / rank
+    found = {
+        "down": jnp.asarray(np.moveaxis(down.reshape(wide), (0, 1), (-1, -2))),
+        "up": jnp.asarray(up.reshape(out, rank).T * np.float32(factor)),
+    }
+    return found | _magnitude(tensors, name, out, path)
+
+
+def _magnitude(
+    tensors: dict[str, np.ndarray], name: str, out: int, path: Path
+) -> dict[str, jnp.ndarray]:
+    """DoRA's, (out,); {} where there is none. LyCORIS' per input has another shape."""
+    for key in (f"{name}.magnitude", f"{name}.dora_scale"):
+        held = tensors.pop(key, None)
+        if held is None:
+            continue
+        theirs = (1, out) if key.endswith("magnitude") and held.ndim > 2 else (out, 1)
+        if held.size != out or held.shape[:2] not in ((out,), theirs):
+            raise ValueError(
+                f"{path}: {key} has shape {held.shape}, but only one magnitude an output, here "
+                f"{out}, is supported: LyCORIS writes it with wd_on_output=True"
+            )
+        return {"magnitude": jnp.asarray(held.reshape(out), jnp.float32)}
+    return {}

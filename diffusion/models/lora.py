@@ -6,7 +6,9 @@ r, of which alone is trained:
     (1)  W' = W + (alpha / r) A B,     A (in, r),  B (r, out),     B = 0 at first
 
 A tree of updates has the structure of the parameters it adapts, cut down to the adapted layers:
-where those have `{"kernel": W, ...}` it has `{"down": A, "up": B}`. The network runs on merged
+where those have `{"kernel": W, ...}` it has `{"down": A, "up": B}`; a convolution's W is
+(*window, in, out) and its A (*window, in, r). DoRA (https://arxiv.org/abs/2402.09353, eq. 5) has a
+"magnitude" m (out,) too, the norm of W' an output: W'' = m W' / |W'|. The network runs on merged
 parameters and never knows; the gradient of A and B goes through eq. 1.
 """
 
@@ -92,5 +94,9 @@ def merge(params: Mapping[str, Any], tree: Tree, scale: float | int = 1.0) -> Tr
                 f"the low-rank update of {'/'.join(path)} has shape {tuple(delta.shape)}, but the "
                 f"network has {found} there: it was made for another network"
             )
-        flat[*path, "kernel"] = kernel + (scale * delta).astype(kernel.dtype)
+        kernel = kernel + (scale * delta).astype(kernel.dtype)
+        if (magnitude := updates.get((*path, "magnitude"))) is not None:
+            norm = jnp.sqrt(jnp.sum(kernel**2, axis=range(kernel.ndim - 1), keepdims=True))
+            kernel = kernel * (magnitude.reshape(norm.shape) / norm).astype(kernel.dtype)
+        flat[*path, "kernel"] = kernel
     return unflatten_dict(flat)

@@ -4,7 +4,8 @@
 
 PACKAGES holds peft and accelerate, apart from the environment: Diffusers takes other paths wherever
 it finds them. DIR holds unet/, inputs.npz and ours/; written are theirs/ and alone/, files of
-updates with an alpha of their own, and outputs.npz.
+updates with an alpha of their own, and outputs.npz. With "files" after DIR, what Diffusers makes of
+every file of updates in DIR/files is written, and a file of DoRA with what it is worth.
 """
 
 import pathlib
@@ -26,7 +27,28 @@ def load(directory):
     return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
-def main(packages, directory):
+def files(directory, run):
+    import torch
+    from peft import LoraConfig
+
+    found = {}
+    for path in sorted((directory / "files").glob("*.safetensors")):
+        pipe = load(directory)
+        pipe.load_lora_weights(path.parent, weight_name=path.name)
+        found[path.stem] = run(pipe.unet)
+    unet = load(directory).unet
+    targets = ["to_q", "proj_in", "conv1", "linear_1", "downsamplers.0.conv"]
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, use_dora=True))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    unet.save_lora_adapter(directory / "dora")
+    return found | {"dora": run(unet)}
+
+
+def main(packages, directory, only=""):
     sys.modules["torchvision"] = None  # it stands beside, for others; here it is not to be found
     sys.path.append(packages)
     warnings.simplefilter("ignore")
@@ -43,6 +65,9 @@ def main(packages, directory):
         with torch.no_grad():
             return unet(**given).sample.numpy()
 
+    if only:
+        np.savez(directory / "outputs.npz", **files(directory, run))
+        return
     found, pipe = {}, load(directory)
     pipe.load_lora_weights(directory / "ours")
     found["pipeline"] = run(pipe.unet)
@@ -73,4 +98,4 @@ def main(packages, directory):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], pathlib.Path(sys.argv[2]))
+    main(sys.argv[1], pathlib.Path(sys.argv[2]), *sys.argv[3:])

@@ -22,7 +22,7 @@ def base(task: str) -> ConfigDict:
     config.train.save_every_steps = 1000
     config.train.keep_checkpoints = 3  # the newest N; older ones are deleted
     config.train.keep_every_steps = 0  # and every step that this divides; 0: none
-    config.train.keep_best = ""  # and the one with the lowest of this, "eval_loss" say; "": none
+    config.train.keep_best = ""  # and the one with the best of this, "eval_loss" say; "": none
     config.train.max_skipped_in_a_row = 20  # non-finite steps before the run ends
     config.train.max_loss_deviations = 0.0  # skip a loss so many deviations above the mean; 0: off
     # Trace steps (first, last), as the log counts them, into WORKDIR/profile; (): none

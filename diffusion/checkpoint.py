@@ -143,9 +143,9 @@ class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run, in `directory`; a context manager.
 
     Keeps the newest `keep_last`, every step that `keep_every_steps` divides, with
-    `keep_best="name"` the one whose `metadata["name"]` is lowest, and the newest whose
-    `metadata["sound"]` is not False. Opening it removes what killed saves left, so only the run
-    that writes a directory opens it: to read, use `restore_params`.
+    `keep_best="name"` the one whose `metadata["name"]` is lowest (with `highest`, highest), and the
+    newest whose `metadata["sound"]` is not False. Opening it removes what killed saves left, so
+    only the run that writes a directory opens it: to read, use `restore_params`.
 
     Raises ValueError for impossible retention, OSError when the directory cannot be made.
     """
@@ -157,12 +157,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         keep_every_steps: int | None = None,
         async_save: bool = True,
         keep_best: str | None = None,
+        highest: bool = False,
     ):
-        for name, value in {"keep_last": keep_last, "keep_every_steps": keep_every_steps}.items():
+        retention = {"keep_last": keep_last, "keep_every_steps": keep_every_steps}
+        for name, value in retention.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; give 1 or more")
         self.directory = pathlib.Path(directory).absolute()
-        self._retention = (keep_last, keep_every_steps, keep_best)
+        self._retention = {**retention, "keep_best": keep_best, "highest": highest}
         self._async = async_save
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -226,7 +228,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             if self._first:
                 manifest.check_there(self.directory, self._inode)
                 manifest.write_manifest(folder, body)
-                manifest.prune(self.directory, *self._retention, written=body["step"])
+                manifest.prune(self.directory, **self._retention, written=body["step"])
         except Exception as error:
             self._error = self._failed(folder, error)
             self._error.__cause__ = error

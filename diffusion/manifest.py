@@ -146,9 +146,10 @@ def prune(
     keep_every_steps: int | None,
     keep_best: str | None,
     written: int,
+    highest: bool = False,
 ) -> None:
     """Deletes finished steps but the newest `keep_last`, the multiples of `keep_every_steps`, the
-    one whose `metadata[keep_best]` is lowest, the newest sound one and `written`.
+    one whose `metadata[keep_best]` is lowest (or `highest`), the newest sound one and `written`.
 
     A step whose manifest cannot be read counts for nothing and is left to whoever restores.
     """
@@ -157,7 +158,7 @@ def prune(
     if keep_every_steps:
         keep |= {step for step in metadata if step % keep_every_steps == 0}
     if keep_best and (scores := _scores(metadata, keep_best)):
-        keep.add(min(scores, key=scores.__getitem__))
+        keep.add((max if highest else min)(scores, key=scores.__getitem__))
     keep |= set([step for step, known in metadata.items() if known.get(SOUND, True)][:1])
     for step in metadata.keys() - keep:
         folder = directory / str(step)

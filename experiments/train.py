@@ -25,6 +25,7 @@ from diffusion import files
 from diffusion.checkpoint import Checkpoints
 from diffusion.data.loader import Loader
 from diffusion.manifest import SOUND
+from diffusion.metrics.directions import higher_is_better
 from diffusion.training.parallel import Parallel
 from diffusion.writers import Writer, make_writer
 from experiments.evaluate import in_loop
@@ -76,6 +77,7 @@ def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, flo
                 keep_last=keep.keep_checkpoints,
                 keep_every_steps=keep.keep_every_steps or None,
                 keep_best=keep.keep_best or None,
+                highest=higher_is_better(keep.keep_best),
             )
         )
         watchdog = held.enter_context(Watchdog(limits.start_secs, limits.step_secs))

@@ -331,6 +331,10 @@ def test_retention(tmp_path):
         for step, fid in enumerate([5.0, 2.0, float("nan"), 3.0, 4.0]):
             checkpoints.save(step, build(), {}, {"fid": fid})
     assert kept(tmp_path / "best") == [1, 4]
+    with Checkpoints(tmp_path / "up", keep_last=1, keep_best="psnr", highest=True) as checkpoints:
+        for step, psnr in enumerate([5.0, 2.0, float("nan"), 3.0, 4.0]):
+            checkpoints.save(step, build(), {}, {"psnr": psnr})
+    assert kept(tmp_path / "up") == [0, 4]
     for options in ({"keep_last": 0}, {"keep_every_steps": 0}):
         with pytest.raises(ValueError, match="keep_"):
             Checkpoints(tmp_path, **options)

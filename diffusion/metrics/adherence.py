@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from diffusion.metrics.intervals import wilson
+from diffusion.metrics.intervals import beside, wilson
 
 MISSING = -1
 PEAK_PIXELS = 12
@@ -89,7 +89,7 @@ def adherence(
     """Fraction of samples in which each wanted attribute, and `all` at once, is the predicted one.
 
     Returns:
-      A fraction for each name in `wanted` and for "all"; "interval" with [low, high] for each of
+      A fraction for each name in `wanted` and for "all"; "intervals" with [low, high] for each of
       those (Wilson); "count". Plain numbers, as JSON takes them.
 
     Raises:
@@ -114,11 +114,7 @@ def adherence(
     estimates = {
         name: wilson(int(hit.sum()), hit.size, confidence) for name, hit in correct.items()
     }
-    return {
-        **{name: e.value for name, e in estimates.items()},
-        "interval": {name: [e.low, e.high] for name, e in estimates.items()},
-        "count": int(correct["all"].size),
-    }
+    return {**beside(estimates), "count": int(correct["all"].size)}
 
 
 def _rows(table: Mapping[str, Any]) -> np.ndarray:

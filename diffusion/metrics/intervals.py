@@ -18,11 +18,15 @@ would move the number; it does not correct the bias itself.
 A mean of independent values x has the normal interval
 
     mean ± z s / sqrt(n),    s² = sum (x - mean)² / (n - 1).                                    (3)
+
+In JSON an interval stands beside its number, {"fid": 3.2, "intervals": {"fid": [3.0, 3.5]}}:
+`beside` writes that, and `stated` reads it, and what files of earlier versions have.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -35,6 +39,35 @@ class Estimate(NamedTuple):
     low: float
     high: float
     confidence: float = 0.95
+
+
+def beside(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+    """{name: value, "intervals": {name: [low, high]}}; no interval of what is not finite."""
+    known = {name: [e.low, e.high] for name, e in estimates.items() if np.isfinite(e[1:3]).all()}
+    return {**{name: float(e.value) for name, e in estimates.items()}, "intervals": known}
+
+
+def stated(found: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """The interval of `found[name]`, wherever it stands in `found`; None where there is none.
+
+    As `beside` writes it; of earlier versions {"interval": {name: [low, high]}}, {"value" or
+    "mean", "interval": [low, high]}, {"value", "low", "high"}, {name, name_interval: [low, high]}
+    and {"mean", "standard_error"} (95%, normal).
+    """
+    every = found.get("intervals", found.get("interval"))
+    ends = found.get(f"{name}_interval")
+    if isinstance(every, Mapping):
+        ends = every.get(name, ends)
+    elif name in ("value", "mean"):
+        ends = every or ends or (found.get("low"), found.get("high"))
+    if is_number(error := found.get("standard_error")) and name == "mean" and not every:
+        ends = found["mean"] - 1.96 * error, found["mean"] + 1.96 * error
+    whole = isinstance(ends, list | tuple) and len(ends) == 2 and all(map(is_number, ends))
+    return (float(ends[0]), float(ends[1])) if whole else None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Estimate:

@@ -10,17 +10,17 @@
     ... --sweep_guidance=1,2,4 --sweep_steps=10,25,50      a curve for each, and sweep.png
     ... --every_checkpoint                      a curve against the training step, and curve.png
 
-What each metric is stands in `metrics.py`. `--num` is how many samples are made, or, for
-bits_per_dim, how many examples of the evaluation split are read. Averaged and raw weights are
-both measured unless --weights names one. With --keep, samples are kept in parts as they are made,
-and the same command goes on where it was interrupted. --reference is made of the run's training
-data where the file is missing (references.py).
+What each metric is stands in `metrics.py`, whose table --help and the README repeat. `--num` is how
+many samples are made, or, for bits_per_dim, how many examples of the evaluation split are read.
+Averaged and raw weights are both measured unless --weights names one. With --keep, samples are kept
+in parts as they are made, and the same command goes on where it was interrupted. --reference is
+made of the run's training data where the file is missing (references.py).
 
 evaluation.json:
 
     {
       <metric>: ...,              of the averaged weights, or of the one set that was measured
-      "intervals": {<metric>: [low, high]},   95 %; some metrics carry an "interval" of their own
+      "intervals": {<metric>: [low, high]},   95 %; beside the numbers that they are of
       "weights": {"ema": {<metric>: ..., "intervals": ...}, "raw": {...}},    or {"samples": ...}
       "sweep": [{"curve": "guidance_scale"|"steps", "guidance_scale": ..., "steps": ...,
                  "weights": "ema"|"raw", <metric>: ..., "intervals": ...}, ...],
@@ -47,7 +47,7 @@ from diffusion.metrics.frechet import sample_count_warning
 from diffusion.models.inception import PREPROCESSINGS
 from experiments.evaluate import metrics as measures
 from experiments.evaluate import plots, presets, sample_sets
-from experiments.evaluate.metrics import FRECHET, METRICS, OF_FIRST_STAGE, OF_IMAGES, Subject
+from experiments.evaluate.metrics import METRICS, Subject
 from experiments.evaluate.references import code_version
 from experiments.evaluate.tools import Tools
 from experiments.host import cli, cluster
@@ -77,7 +77,7 @@ def evaluate(
     for name in which or (subject.which,):
         part = subject.changed(which=name)
         # A first stage has its own weights: it is measured once.
-        wanted = [m for m in metrics if not found or m not in OF_FIRST_STAGE]
+        wanted = [m for m in metrics if not found or METRICS[m].of != "first stage"]
         if wanted:
             found[name] = measures.measure(part, wanted)
             identity = identity or part.identity()
@@ -126,7 +126,7 @@ def checkpoints(
 
 
 def _point(part: Subject, metrics: list[str], curve: str) -> dict[str, Any]:
-    found = measures.measure(part, [m for m in metrics if m not in OF_FIRST_STAGE])
+    found = measures.measure(part, [m for m in metrics if METRICS[m].of != "first stage"])
     made_from = part.made_from()
     sample = made_from["sample"]
     where = {"guidance_scale": sample["guidance_scale"], "steps": sample["steps"]}
@@ -141,7 +141,7 @@ def define(add: cli.Flags) -> None:
     cluster.define(add)
     add.add("string", "workdir", None, "A run.")
     add.add("string", "samples", None, "Images in place of the run's: a folder or an .npz.")
-    add.add("list", "metrics", None, f"{', '.join(METRICS)}: comma-separated.")
+    add.add("list", "metrics", None, f"Comma-separated. {measures.listed()}")
     add.add("string", "preset", None, f"One of {', '.join(presets.PRESETS)}.")
     add.add("enum", "weights", "both", "Averaged or raw parameters.", ["both", *BOTH])
     add.add("integer", "num", 1000, "Samples; of captions, those of pairs seen in training.")
@@ -217,7 +217,7 @@ def weights_of(values: flags.FlagValues, subject: Subject, metrics: list[str]) -
         return ("samples",)
     config = workdir.read_config(subject.run)
     if values.weights != "both":
-        stage = [name for name in metrics if name in OF_FIRST_STAGE]
+        stage = [name for name in metrics if METRICS[name].of == "first stage"]
         if stage and values.weights == "raw":
             raise ValueError(
                 f"--weights=raw with --metrics={stage[0]}: a first stage is measured with its "
@@ -229,6 +229,7 @@ def weights_of(values: flags.FlagValues, subject: Subject, metrics: list[str]) -
 
 def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> pathlib.Path:
     """Refuses flags that contradict; returns where the results go."""
+    measures.check(metrics)
     if subject.directory is None and not values.samples:
         raise ValueError("--workdir is missing: give --workdir=..., or --samples=...")
     swept = ("sweep_guidance", "sweep_steps", "every_checkpoint", "checkpoint_step", "keep")
@@ -236,11 +237,11 @@ def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> pat
     if values.samples and given:
         raise ValueError(f"--{given[0]} makes samples, but --samples={values.samples} names some")
     curves = [name for name in given if name not in ("checkpoint_step", "keep")]
-    if curves and set(metrics) <= set(OF_FIRST_STAGE):
+    if curves and set(metrics) <= {*measures.of("first stage")}:
         raise ValueError(
             f"--{curves[0]} is of samples, but --metrics={','.join(metrics)} of a first stage"
         )
-    if values.samples and (other := sorted(set(metrics) - {*OF_IMAGES})):
+    if values.samples and (other := sorted(set(metrics) - {*measures.of("images")})):
         raise ValueError(
             f"--metrics={other[0]} needs the run that makes the samples: leave --samples out"
         )
@@ -252,7 +253,7 @@ def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> pat
 
 def warnings(subject: Subject, metrics: list[str]) -> list[str]:
     """What a reader of the numbers has to know; said, and written beside them."""
-    if not set(metrics) & set(FRECHET):
+    if not measures.comparing(metrics, "pool", "spatial"):
         return []
     found = sample_count_warning(subject.count, subject.network.dim)
     if found and cluster.is_first():
@@ -266,8 +267,9 @@ def main(values: flags.FlagValues) -> None:
     metrics = list(values.metrics or (preset.metrics if preset else ()))
     subject = subject_of(values, preset)
     out = check(values, subject, metrics)
-    measures.prepare(subject, metrics)
     which = weights_of(values, subject, metrics)
+    subject = subject.changed(which=which[0])
+    measures.prepare(subject, metrics)
     results = evaluate(subject, metrics, which)
     curves = {}
     if values.sweep_guidance or values.sweep_steps:

@@ -16,9 +16,11 @@ import numpy as np
 
 from diffusion.metrics import frechet as frechet_metric
 from diffusion.metrics import inception_score, kernel, precision_recall
+from diffusion.metrics.intervals import Estimate, beside
 from experiments.evaluate import stream
 from experiments.evaluate.samples import Subject
 
+UNKNOWN = (float("nan"), float("nan"))  # the interval where there is none
 FEW_REPLICATES, MANY_DIMENSIONS = 20, 512  # a bootstrap replicate costs dim³
 
 
@@ -33,27 +35,25 @@ def spatial_frechet(subject: Subject) -> dict[str, Any]:
 def _frechet(subject: Subject, key: str, name: str) -> dict[str, Any]:
     vectors, target = subject.rows["features"][key], subject.reference.of(key)
     found = stream.statistics(vectors)
-    results: dict[str, Any] = {name: frechet_metric.frechet_distance(found, target)}
-    results[f"{name}_samples"] = len(vectors)
-    intervals = _bootstrap(subject, vectors, target, name)
+    distance = frechet_metric.frechet_distance(found, target)
+    ends = _bootstrap(subject, vectors, target)
+    known = {name: Estimate(distance, *(ends[1:3] if ends else UNKNOWN))}
     at = _at_infinity(vectors, target, subject.seed)
     if at is not None:
-        results[f"{name}_at_infinity"] = at.value
         half = 1.96 * at.standard_error
-        intervals[f"{name}_at_infinity"] = [at.value - half, at.value + half]
-    return {**results, "intervals": intervals}
+        known[f"{name}_at_infinity"] = Estimate(at.value, at.value - half, at.value + half)
+    return {**beside(known), f"{name}_samples": len(vectors)}
 
 
-def _bootstrap(subject: Subject, vectors: np.ndarray, target, name: str) -> dict[str, list[float]]:
+def _bootstrap(subject: Subject, vectors: np.ndarray, target) -> Estimate | None:
     replicates = subject.replicates
     if vectors.shape[1] > MANY_DIMENSIONS:
         replicates = min(replicates, FEW_REPLICATES)
     if replicates < 2 or len(vectors) <= vectors.shape[1]:
-        return {}
-    found = frechet_metric.frechet_interval(
+        return None
+    return frechet_metric.frechet_interval(
         vectors, target, replicates=replicates, seed=subject.seed
     )
-    return {name: [found.low, found.high]}
 
 
 def _at_infinity(vectors: np.ndarray, target, seed: int):
@@ -71,29 +71,21 @@ def kernel_distance(subject: Subject) -> dict[str, Any]:
         subject.rows["features"]["pool"], subject.reference.points(), seed=subject.seed
     )
     size = {f"{name}_std": found.std, f"{name}_subset_size": found.subset_size}
-    known = np.isfinite([found.low, found.high]).all()
-    intervals = {name: [found.low, found.high]} if known else {}
-    return {name: found.value, **size, "intervals": intervals}
+    return {**beside({name: Estimate(found.value, found.low, found.high)}), **size}
 
 
 def classifier_score(subject: Subject) -> dict[str, Any]:
-    network = subject.network
-    if "logits" not in network.keys:
-        raise ValueError(
-            f"--metrics=inception_score needs classes, and --features={network.name} has none: use "
-            "inception or classifier"
-        )
-    logits, name = subject.rows["features"]["logits"], network.key("classifier_score")
+    name = subject.network.key("classifier_score")
+    logits = subject.rows["features"]["logits"]
     found = inception_score.inception_score(
         logits, splits=min(10, len(logits)), replicates=subject.replicates, seed=subject.seed
     )
-    results = {name: found.value, f"{name}_std": found.std, f"{name}_splits": found.splits}
-    return {**results, "intervals": {name: [found.low, found.high]}}
+    more = {f"{name}_std": found.std, f"{name}_splits": found.splits}
+    return {**beside({name: Estimate(found.value, found.low, found.high)}), **more}
 
 
 def neighbours(subject: Subject) -> dict[str, Any]:
     terms = precision_recall.per_point(subject.rows["features"]["pool"], subject.reference.points())
     found = precision_recall.with_intervals(terms)
-    results: dict[str, Any] = {name: estimate.value for name, estimate in found.items()}
-    results["precision_recall_counts"] = [terms.precision.size, terms.recall.size]
-    return {**results, "intervals": {k: [e.low, e.high] for k, e in found.items()}}
+    counts = [terms.precision.size, terms.recall.size]
+    return {**beside(found), "precision_recall_counts": counts}

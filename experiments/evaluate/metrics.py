@@ -1,237 +1,171 @@
-"""What `experiments.evaluate` measures: one function a metric, from a run to numbers.
+"""What `experiments.evaluate` measures: one record a metric, and what is refused before any is.
 
-adherence          the fraction of samples in which each attribute, and all at once, is what the
-                   prompt says: the digit by the classifier, the rest measured on pixels
-                   (diffusion/metrics/adherence.py)
-fid, sfid, kid,    distances to the reference on a feature network, "fid" and so on by name on the
-inception_score,   published Inception alone, and frechet_distance, spatial_frechet_distance,
-precision_recall   kernel_distance, classifier_score on any other (`features.py`); with density and
-                   coverage (`distributions.py`)
-frechet_distance,  as fid and kid, on any feature network
-kernel_distance
-clip_score         of samples and their captions, by the CLIP of --clip
-bits_per_dim       the variational bound on the evaluation split, as DDPM computes it, and its terms
-                   (diffusion/process/likelihood.py)
-motion             median straightness and speed of what moves in sampled videos, beside those of
-                   the data and of the data with its frames shuffled (diffusion/metrics/motion.py)
-spectrum           relative error of the mean power spectrum of sampled series
-reconstruction     all that `reconstructions.py` says of a first stage; with --classifier
-                   or --features the Frechet distance of reconstructions and images as well, "rfid"
-                   on the published Inception
-psnr               of the first stage's reconstructions of test images, from the posterior's mean
+The command's help, its checks and the README's list are made of `METRICS`. "fid" and so on are
+names of the published Inception alone; on any other network they are a frechet_distance, a
+spatial_frechet_distance, a kernel_distance and a classifier_score (`features.py`).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
-
-from diffusion.data import loader
-from diffusion.metrics import adherence as adherence_metric
-from diffusion.metrics import frechet, reconstruction
-from diffusion.metrics import motion as motion_metric
-from diffusion.metrics.intervals import mean_interval
-from diffusion.process import gaussian, guidance, likelihood
-from diffusion.process.keys import numbered
-from diffusion.training import codec
-from experiments.evaluate import distances, reconstructions
+from diffusion.metrics import frechet
+from diffusion.metrics.directions import higher_is_better
+from diffusion.process import gaussian
+from experiments.evaluate import distances, scores
 from experiments.evaluate.features import Judge, attributes
 from experiments.evaluate.samples import Subject
-from experiments.run import build, data, networks
+from experiments.run import build, data
 
 __all__ = ["METRICS", "Judge", "Subject", "attributes", "measure"]
 
 
-# -- the metrics ---------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One name of --metrics: from a subject to numbers by name, with "intervals" beside them.
+
+    says: what it is. of: "images" of a run or a set; "samples" that a run makes; its "data"; its
+    "first stage", which has its own weights. needs: what `Subject.rows` must hold. compares: with
+    the reference's "pool" or "spatial" statistics, or its "vectors". inception: of that network
+    alone. axes: of an example of the data; None: any.
+    """
+
+    says: str
+    function: Callable[[Subject], dict[str, Any]]
+    of: str = "images"
+    needs: str = ""
+    compares: str = ""
+    inception: bool = False
+    axes: int | None = None
 
 
-def adherence(subject: Subject) -> dict[str, Any]:
-    results = {"adherence": _adherence(subject.rows["attributes"], subject.prompts(subject.num)[1])}
-    images, wanted = subject.images(subject.num_held_out, held_out=True)
-    found = attributes(images, subject.judge)
-    return {**results, "adherence_held_out": _adherence(found, wanted)}
+def _distance(says: str, function: Callable, compares: str = "pool", inception: bool = False):
+    return Metric(says, function, "images", "features", compares, inception, 2)
 
 
-def _adherence(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, Any]:
-    return adherence_metric.adherence(found, wanted)
-
-
-def clip_score(subject: Subject) -> dict[str, Any]:
-    found = mean_interval(subject.rows["clip"]["score"])
-    return {"clip_score": found.value, "intervals": {"clip_score": [found.low, found.high]}}
-
-
-def bits_per_dim(subject: Subject) -> dict[str, Any]:
-    model = subject.model
-    if "autoencoder" in model.config.model:
-        raise ValueError(
-            f"--metrics=bits_per_dim is of pixels, but --workdir={subject.directory} diffuses "
-            "latents: name a pixel-space run"
-        )
-    schedule, variance = build.schedule(model.config), model.config.process.variance
-
-    @jax.jit
-    def bound(params, image, index):
-        x0 = codec.signed(image)
-        keys = numbered(jax.random.key(subject.seed), index)
-
-        def network(x_t, t):
-            return model.pipeline.task.predict(params, x_t, t, {})
-
-        denoise = gaussian.make_denoise(
-            network,
-            schedule,
-            model.config.process.prediction,
-            learned_variance=variance == "learned",
-        )
-        return likelihood.bits_per_dim(guidance.clip_x0(denoise), schedule, x0, keys, variance)
-
-    source, steps = data.open_images(model.config, model.config.data.eval_split)
-    if data.known(model.config.data.name).axes == 1:
-        raise ValueError(
-            f"--metrics=bits_per_dim is of pixels, but --workdir={subject.directory} diffuses "
-            "series: name a run of images or videos"
-        )
-    count, size = min(subject.num, len(source)), min(64, subject.num)
-    parts = []
-    for batch in loader.one_pass(source, size, steps, stop=count):
-        found = bound(model.pipeline.params, batch["image"], batch["index"].astype(np.int32))
-        parts.append({k: np.asarray(v)[batch["valid"]] for k, v in found.items()})
-    every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return {
-        "bits_per_dim": {
-            "mean": float(every["bits_per_dim"].mean()),
-            "standard_error": float(every["bits_per_dim"].std() / np.sqrt(count)),
-            "count": count,
-            "split": model.config.data.eval_split,
-            "prior": float(every["prior"].mean()),
-            "terms": [float(f"{term:.4g}") for term in every["terms"].mean(0)],
-        }
-    }
-
-
-def motion(subject: Subject) -> dict[str, Any]:
-    videos = {"samples": subject.samples, "data": subject.data("test", subject.num)}
-    if videos["data"].ndim != 5:
-        raise ValueError(
-            f"--metrics=motion is of videos, but --workdir={subject.directory} makes none: name a "
-            "run of configs/video_digits.py"
-        )
-    rng = np.random.default_rng(subject.seed)
-    videos["data_shuffled"] = rng.permuted(videos["data"], axis=1)
-    results = {}
-    for name, video in videos.items():
-        # Less the faint ground, which has a centre of its own.
-        path = motion_metric.centres(np.maximum(video.astype(np.int16) - 32, 0))
-        straight = motion_metric.straightness(path)
-        results[name] = {
-            "straightness": float(np.nanmedian(straight)),
-            "speed": float(np.nanmedian(motion_metric.speed(path))),
-            "measured": int(np.isfinite(straight).sum()),
-        }
-    return {"motion": results}
-
-
-def spectrum(subject: Subject) -> dict[str, Any]:
-    made, real = subject.samples, subject.data("test", subject.num)
-    if real.ndim != 3:
-        raise ValueError(
-            f"--metrics=spectrum is of series, but --workdir={subject.directory} makes none: name "
-            "a run of configs/signal_ddpm.py"
-        )
-
-    def mean_power(x):
-        return (np.abs(np.fft.rfft(x.astype(np.float64), axis=1)) ** 2).mean((0, 2))
-
-    half = len(real) // 2
-    target = mean_power(real)
-
-    def error(a, b):
-        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-    return {
-        "spectrum": {
-            "relative_error": error(mean_power(made), target),
-            # What two halves of the data differ by: the error of a perfect model is about half.
-            "between_halves": error(mean_power(real[:half]), mean_power(real[half:])),
-        }
-    }
-
-
-def psnr(subject: Subject) -> dict[str, Any]:
-    directory, config = subject.run, subject.image_config
-    if "autoencoder" not in config.model:
-        raise ValueError(f"--metrics=psnr needs a first stage, and --workdir={directory} has none")
-    reconstruct = reconstructions.reconstructor(networks.load_stage(directory, subject.step))
-    source, steps = data.open_images(config, "test")
-    values = []
-    for batch in loader.one_pass(source, 250, steps):
-        pixels, _ = reconstruct(batch["image"])
-        value = reconstruction.psnr(batch["image"], pixels, reconstruction.UINT8)
-        values.append(np.asarray(value)[batch["valid"]])
-    found = mean_interval(np.concatenate(values))
-    interval = {"psnr": [found.low, found.high]}
-    return {"autoencoder": {"psnr": found.value, "interval": interval, "count": len(source)}}
-
-
-def reconstruction_quality(subject: Subject) -> dict[str, Any]:
-    stage = networks.load_stage(subject.run, subject.step)
-    tools = subject.tools
-    network = subject.network if tools.classifier or tools.features else None
-    features = None if network is None else lambda images: network.run(images)["pool"]
-    batches = reconstructions.test_images(stage, subject.num)
-    found = reconstructions.measure(stage, batches, features)
-    if network is not None and network.public:
-        found["rfid"] = found.pop("frechet_distance")
-    return {"reconstruction": found, "first_stage": stage.hash, "first_stage_step": stage.step}
-
-
-METRICS: dict[str, Callable[[Subject], dict[str, Any]]] = {
-    "adherence": adherence,
-    "fid": distances.frechet,
-    "sfid": distances.spatial_frechet,
-    "kid": distances.kernel_distance,
-    "inception_score": distances.classifier_score,
-    "precision_recall": distances.neighbours,
-    "frechet_distance": distances.frechet,
-    "kernel_distance": distances.kernel_distance,
-    "clip_score": clip_score,
-    "bits_per_dim": bits_per_dim,
-    "motion": motion,
-    "spectrum": spectrum,
-    "reconstruction": reconstruction_quality,
-    "psnr": psnr,
+_FRECHET, _KERNEL = "Frechet distance to the reference", "squared kernel distance (MMD) to it"
+METRICS: dict[str, Metric] = {
+    "adherence": Metric(
+        "how often a sample shows what its prompt says: the digit by the classifier, the rest "
+        "measured on pixels",
+        scores.adherence,
+        "samples",
+        "attributes",
+    ),
+    "fid": _distance(f"{_FRECHET}, on Inception", distances.frechet, inception=True),
+    "sfid": _distance(
+        "the same on Inception's spatial features", distances.spatial_frechet, "spatial", True
+    ),
+    "kid": _distance(f"{_KERNEL}, on Inception", distances.kernel_distance, "vectors", True),
+    "inception_score": _distance(
+        "of the network's own classes; on any but Inception, classifier_score",
+        distances.classifier_score,
+        "",
+    ),
+    "precision_recall": _distance(
+        "precision, recall, density and coverage", distances.neighbours, "vectors"
+    ),
+    "frechet_distance": _distance(f"{_FRECHET}, on any feature network", distances.frechet),
+    "kernel_distance": _distance(
+        f"{_KERNEL}, on any feature network", distances.kernel_distance, "vectors"
+    ),
+    "clip_score": Metric(
+        "of samples and their captions, by the CLIP of --clip", scores.clip_score, "samples", "clip"
+    ),
+    "bits_per_dim": Metric(
+        "the variational bound on the evaluation split, as DDPM computes it, and its terms",
+        scores.bits_per_dim,
+        "data",
+    ),
+    "motion": Metric(
+        "straightness and speed of what moves in videos, beside those of the data",
+        scores.motion,
+        "samples",
+        axes=3,
+    ),
+    "spectrum": Metric(
+        "relative error of the mean power spectrum of series", scores.spectrum, "samples", axes=1
+    ),
+    "reconstruction": Metric(
+        "of a first stage: PSNR, SSIM, sharpness, LPIPS, latents' moments; with --classifier or "
+        "--features a Frechet distance as well, rfid on Inception",
+        scores.reconstruction,
+        "first stage",
+        axes=2,
+    ),
+    "psnr": Metric(
+        "of the first stage's reconstructions of test images", scores.psnr, "first stage", axes=2
+    ),
 }
-NEEDS = {  # what `Subject.rows` must hold
-    "adherence": "attributes",
-    "clip_score": "clip",
-    **dict.fromkeys(("fid", "sfid", "frechet_distance"), "features"),
-    **dict.fromkeys(("kid", "kernel_distance"), "features"),
-    **dict.fromkeys(("inception_score", "precision_recall"), "features"),
-}
-FRECHET = ("fid", "sfid", "frechet_distance")
-OF_POINTS = ("kid", "kernel_distance", "precision_recall")  # compare single vectors
-OF_IMAGES = (*FRECHET, *OF_POINTS, "inception_score")  # need no run
-OF_FIRST_STAGE = ("reconstruction", "psnr")  # which has its own weights
+AXES = {1: "series", 2: "images", 3: "videos"}
+
+
+def listed() -> str:
+    """Every metric and what it is, for --help; the README has it as well."""
+    return " ".join(f"{name}: {described(name)}." for name in METRICS)
+
+
+def described(name: str) -> str:
+    return f"{METRICS[name].says}{' (higher is better)' * higher_is_better(name)}"
+
+
+def of(*kinds: str) -> tuple[str, ...]:
+    """The names of the metrics of these kinds: "images", "first stage", ..."""
+    return tuple(name for name, metric in METRICS.items() if metric.of in kinds)
+
+
+def comparing(metrics: list[str], *what: str) -> list[str]:
+    return [name for name in metrics if METRICS[name].compares in what]
+
+
+# -- what is refused, before any network is run ----------------------------------------------------
+
+
+def check(metrics: list[str]) -> None:
+    """ValueError for none, and for one that there is not."""
+    if not metrics or set(metrics) - set(METRICS):
+        raise ValueError(f"--metrics={','.join(metrics)} must name some of {', '.join(METRICS)}")
 
 
 def prepare(subject: Subject, metrics: list[str]) -> None:
     """Refuses what can be refused before any sample is made; opens networks and the reference."""
-    unknown = sorted(set(metrics) - set(METRICS))
-    if unknown or not metrics:
-        raise ValueError(f"--metrics={','.join(metrics)} must name some of {', '.join(METRICS)}")
-    if "adherence" in metrics:
-        _check_digits(subject)
-    subject.needs = tuple(sorted({NEEDS[name] for name in metrics if name in NEEDS}))
-    subject.tools.spatial |= "sfid" in metrics
-    subject.tools.vectors |= bool(set(OF_POINTS) & set(metrics))
+    check(metrics)
+    for name in metrics:
+        if subject.directory is not None:
+            _check_run(subject, name)
+        if name in CHECKS:
+            CHECKS[name](subject)
+    subject.needs = tuple(sorted({METRICS[name].needs for name in metrics} - {""}))
+    subject.tools.spatial |= bool(comparing(metrics, "spatial"))
+    subject.tools.vectors |= bool(comparing(metrics, "vectors"))
     if "features" in subject.needs:
         _check_network(subject, metrics)
-    if "clip" in subject.needs:
-        _ = subject.tools.clip
-    if set(metrics) & {*FRECHET, *OF_POINTS}:
-        _ = subject.reference
+    for name in comparing(metrics, "pool", "spatial"):
+        subject.reference.of(METRICS[name].compares)
+    if comparing(metrics, "vectors"):
+        subject.reference.points()
+
+
+def _check_run(subject: Subject, name: str) -> None:
+    """Whether the run has what the metric is of."""
+    metric, config = METRICS[name], subject.image_config
+    axes = data.known(config.data.name).axes
+    if metric.axes not in (None, axes):
+        raise ValueError(
+            f"--metrics={name} is of {AXES[metric.axes]}, but --workdir={subject.directory} is of "
+            f"{AXES[axes]} (data.name={config.data.name!r}): name another metric or run"
+        )
+    if metric.of == "first stage" and "autoencoder" not in config.model:
+        raise ValueError(
+            f"--metrics={name} needs a first stage, and --workdir={subject.directory} has none: "
+            "name a run of one, or of latent diffusion"
+        )
+    samples = metric.of in ("samples", "data") or (metric.of == "images" and not subject.sample_set)
+    if samples and config.task != "denoiser":
+        raise ValueError(
+            f"--metrics={name} is of denoisers, but --workdir={subject.directory} holds a run of "
+            f"task={config.task!r}: name one of 'denoiser'"
+        )
 
 
 def _check_digits(subject: Subject) -> None:
@@ -240,25 +174,65 @@ def _check_digits(subject: Subject) -> None:
             "--metrics=adherence is for denoisers of captioned digits that read captions, not "
             f"--workdir={subject.directory}"
         )
+    if subject.num_held_out < 1:
+        raise ValueError(f"--num_held_out={subject.num_held_out} must be at least 1")
     _ = subject.judge
 
 
-def _check_network(subject: Subject, metrics: list[str]) -> None:
-    network = subject.network
-    if subject.directory is not None and subject.image_shape is None:
+def _check_captions(subject: Subject) -> None:
+    if not subject.captioned:
         raise ValueError(
-            f"--workdir={subject.directory} makes no images, which --metrics={metrics[0]} is of"
+            f"--metrics=clip_score needs captions, and --workdir={subject.directory} reads none"
         )
-    if network.name != "inception":
-        for name in ("fid", "sfid", "kid"):
-            if name in metrics:
-                raise ValueError(
-                    f"--metrics={name} is of Inception, not of {network.name}: give "
-                    "--features=inception, or ask for frechet_distance"
-                )
-    for name in set(metrics) & set(FRECHET):
-        dim = 2023 if name == "sfid" else network.dim
+    _ = subject.tools.clip
+
+
+def _check_bound(subject: Subject) -> None:
+    """That the model has a bound on the bits of its pixels."""
+    config, start = subject.image_config, "--metrics=bits_per_dim is of "
+    end = f"--workdir={subject.directory}"
+    if "autoencoder" in config.model:
+        raise ValueError(f"{start}pixels, but {end} diffuses latents: name a pixel-space run")
+    if data.known(config.data.name).axes == 1:
+        raise ValueError(
+            f"{start}pixels, but {end} diffuses series: name a run of images or videos"
+        )
+    if told := sorted(build.told(config).keys() - {"hint"}):
+        raise ValueError(
+            f"{start}unconditional models, but {end} is told {told[0]}: name one that is told "
+            "nothing"
+        )
+    if config.conditioning.concat:
+        raise ValueError(
+            f"{start}models of pixels alone, but {end} has conditioning.concat="
+            f"{config.conditioning.concat!r}: name a run without"
+        )
+    try:
+        gaussian.posterior_tables(build.schedule(config))
+    except ValueError as error:
+        raise ValueError(f"--metrics=bits_per_dim, {end}: {error}") from error
+
+
+CHECKS = {"adherence": _check_digits, "clip_score": _check_captions, "bits_per_dim": _check_bound}
+
+
+def _check_network(subject: Subject, metrics: list[str]) -> None:
+    named = subject.tools.feature_name
+    for name in metrics:
+        if METRICS[name].inception and named != "inception":
+            raise ValueError(
+                f"--metrics={name} is of Inception, not of {named}: give --features=inception, or "
+                f"ask for {'kernel' if name == 'kid' else 'frechet'}_distance"
+            )
+        if name == "inception_score" and named == "clip":
+            raise ValueError(
+                "--metrics=inception_score needs classes, and --features=clip has none: use "
+                "inception or classifier"
+            )
+    for name in comparing(metrics, "pool", "spatial"):
+        dim = 2023 if METRICS[name].compares == "spatial" else subject.network.dim
         frechet.sample_count_warning(subject.count, dim, strict=subject.strict)
+    _ = subject.network
 
 
 def measure(subject: Subject, metrics: list[str]) -> dict[str, Any]:
@@ -266,7 +240,7 @@ def measure(subject: Subject, metrics: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
     for name in metrics:
-        found = METRICS[name](subject)
+        found = METRICS[name].function(subject)
         intervals |= found.pop("intervals", {})
         results |= found
     return {**results, "intervals": intervals}

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion import pictures
+from diffusion.metrics.intervals import stated
 from diffusion.pictures import Line, Panel
 
 LABELS = {
@@ -21,16 +22,14 @@ def numbers(point: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
 
     Of adherence it is the share in which all attributes are right.
     """
-    found, intervals = {}, point.get("intervals", {})
+    found = {}
     for name, value in point.items():
-        if isinstance(value, Mapping) and isinstance(value.get("all"), float):
-            low, high = value["interval"]["all"]
-            found[name] = value["all"], low, high
-        elif isinstance(value, Mapping) and isinstance(value.get("mean"), float):
-            half = 1.96 * value.get("standard_error", 0.0)
-            found[name] = value["mean"], value["mean"] - half, value["mean"] + half
-        elif isinstance(value, float) and not name.endswith(("_std", "_at_infinity", *SKIPPED)):
-            found[name] = value, *intervals.get(name, (value, value))
+        within, key = point, name
+        if isinstance(value, Mapping):
+            within, key = value, next((k for k in ("all", "mean") if k in value), "")
+            value = value.get(key)
+        if isinstance(value, float) and not name.endswith(("_std", "_at_infinity", *SKIPPED)):
+            found[name] = value, *(stated(within, key) or (value, value))
     return found
 
 

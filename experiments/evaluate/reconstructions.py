@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from diffusion.data import loader
 from diffusion.interop.perceptual import load_lpips
 from diffusion.metrics import frechet, reconstruction
-from diffusion.metrics.intervals import mean_interval
+from diffusion.metrics.intervals import beside, mean_interval
 from diffusion.models.perceptual import LPIPS
 from diffusion.training import codec
 from experiments.run import data, networks
@@ -82,11 +82,8 @@ def measure(
 
 def _summary(columns: dict, latents: list, seen: tuple[list, list]) -> dict[str, Any]:
     means = {name: mean_interval(np.concatenate(values)) for name, values in columns.items()}
-    results: dict[str, Any] = {name: mean.value for name, mean in means.items()}
-    shown = [name for name in ("psnr", "ssim", "lpips") if name in means]
-    results["interval"] = {name: [means[name].low, means[name].high] for name in shown}
-    of_images = results.pop("high_frequency_of_images", 0.0)
-    energy = results.pop("high_frequency", 0.0)
+    of_images, energy = (means.pop(f"high_frequency{of}").value for of in ("_of_images", ""))
+    results: dict[str, Any] = beside(means)
     results |= {"sharpness": energy / of_images} if of_images else {}
     z = np.concatenate(latents).astype(np.float64)
     results |= {"latent_mean": z.mean(0).tolist(), "latent_std": z.std(0).tolist()}

@@ -115,9 +115,9 @@ class Subject:
             _ = self.judge  # refuses one of other data
         return self.tools.network
 
-    @functools.cached_property
+    @property
     def captioned(self) -> bool:
-        return "text_encoder" in self.model.config.model
+        return "text_encoder" in self.image_config.model
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:
@@ -192,8 +192,6 @@ class Subject:
     def rows(self) -> dict[str, stream.Rows]:
         """What each of the networks in `needs` says of every sample: one pass over them."""
         prompts = self.prompts(self.num)[0] if "clip" in self.needs else None
-        if "clip" in self.needs and not prompts:
-            raise ValueError("--metrics=clip_score needs captions, and the run reads none")
         networks = {
             "features": lambda images, _: self.network.run(images),
             "attributes": lambda images, _: attributes(images, self.judge),

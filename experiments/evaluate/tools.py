@@ -50,11 +50,14 @@ class Tools:
             raise ValueError("--clip is missing: name a Transformers directory of a CLIPModel")
         return ClipScorer(self.clip_directory)
 
+    @property
+    def feature_name(self) -> str:
+        return self.features or ("classifier" if self.classifier else "inception")
+
     @functools.cached_property
     def network(self) -> FeatureNetwork:
-        name = self.features or ("classifier" if self.classifier else "inception")
-        if name == "classifier":
+        if self.feature_name == "classifier":
             return self.judge.network()
-        if name == "clip":
+        if self.feature_name == "clip":
             return self.clip.network()
         return inception(self.inception_weights, self.preprocessing, self.feature_batch)

@@ -4,9 +4,10 @@
 
 DIR is the workdir of a run, the folder of a sweep (`launch/sweep.py --dir`), or a folder of runs,
 as the default job's. Runs are drawn over each other; a sweep's trials are ranked by the best value
-of --metric (default: the lowest eval_loss). The file holds everything, Plotly's charts included
-(5 MB): it opens from a disk without a network. What files say is shown as text, whatever it
-contains, and the page's content policy lets only its own scripts and styles act, by their hashes.
+of --metric (default: eval_loss), the lowest unless higher is better (diffusion/metrics/directions)
+or --highest says so. The file holds everything, Plotly's charts included (5 MB): it opens from a
+disk without a network. What files say is shown as text, whatever it contains, and the page's
+content policy lets only its own scripts and styles act, by their hashes.
 """
 
 import base64
@@ -100,7 +101,9 @@ def _hash(text: str) -> str:
 def define(add: cli.Flags) -> None:
     add.add("string", "out", "report.html", "The file to write.")
     add.add("string", "metric", None, "What trials are ranked by; default: eval_loss.")
-    add.add("bool", "highest", False, "The highest --metric is the best, not the lowest.")
+    add.add(
+        "bool", "highest", False, "The highest --metric is the best; known of PSNR and its like."
+    )
 
 
 def main(values: flags.FlagValues, folders: Sequence[str]) -> None:

@@ -1,13 +1,14 @@
 """The tables of a report: runs ranked, configs that differ, numbers with intervals, cost."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from diffusion import wording
+from diffusion.metrics.directions import higher_is_better
+from diffusion.metrics.intervals import is_number, stated
 from experiments.report.runs import Run, spent_secs
 
 ABSENT = "–"
@@ -58,7 +59,7 @@ class Ranking(NamedTuple):
 
 
 def ranking(runs: Sequence[Run], metric: str | None, highest: bool) -> Ranking | None:
-    """By `metric`, else by the lowest held-out loss, else the lowest loss.
+    """By `metric`, else by the held-out loss, else the loss; lowest first, unless higher is better.
 
     Raises ValueError when no run logged `metric`.
     """
@@ -67,7 +68,7 @@ def ranking(runs: Sequence[Run], metric: str | None, highest: bool) -> Ranking |
         some = ", ".join(known[:12]) or "nothing"
         raise ValueError(f"--metric={metric} was logged by none of the runs: they logged {some}")
     chosen = metric or next((name for name in ("eval_loss", "loss") if name in known), None)
-    return Ranking(chosen, highest) if chosen else None
+    return Ranking(chosen, highest or higher_is_better(chosen)) if chosen else None
 
 
 def overview(runs: Sequence[Run], by: Ranking | None) -> Table:
@@ -137,7 +138,7 @@ def stages(run: Run) -> Iterator[Table]:
     """Seconds of each stage, where a results.json says them."""
     secs = run.documents.get("results.json", {}).get("seconds")
     if isinstance(secs, Mapping):
-        known = [(name, value) for name, value in secs.items() if _is_number(value)]
+        known = [(name, value) for name, value in secs.items() if is_number(value)]
         rows = [(name, wording.duration(value)) for name, value in known]
         yield Table(f"Time of {run.name} by stage", ["stage", "time"], rows)
 
@@ -146,11 +147,7 @@ def stages(run: Run) -> Iterator[Table]:
 
 
 def estimates(found: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Numbers by dotted name as "value [low, high]", however their intervals are written down.
-
-    As {"value", "low", "high"}, {"value", "interval": [low, high]}, {"a", "interval(s)": {"a":
-    [low, high]}}, {"a", "a_interval": [low, high]} or {"mean", "standard_error"} (95%, normal).
-    """
+    """Numbers by dotted name as "value [low, high]", where an interval is `stated`."""
     made: dict[str, str] = {}
     for name, value in found.items():
         path = f"{prefix}{name}"
@@ -159,25 +156,10 @@ def estimates(found: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             made |= estimates(value, f"{path}.")
         elif type(value) in (int, float) and name not in MADE_WITH:
-            ends = _interval(found, name, value)
-            stated = isinstance(ends, list | tuple) and [*map(_is_number, ends)] == [True, True]
-            text = f"{cell(value)} [{cell(ends[0])}, {cell(ends[1])}]" if stated else cell(value)
+            ends = stated(found, name)
+            text = f"{cell(value)} [{cell(ends[0])}, {cell(ends[1])}]" if ends else cell(value)
             made[path.removesuffix(".value").removesuffix(".mean")] = text
     return made
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-
-
-def _interval(found: Mapping[str, Any], name: str, value: float) -> Any:
-    if name == "mean" and _is_number(error := found.get("standard_error")):
-        return value - 1.96 * error, value + 1.96 * error
-    stated = found.get("intervals", found.get("interval"))
-    own = found.get(f"{name}_interval")
-    if isinstance(stated, Mapping):
-        return stated.get(name, own)
-    return (stated or (found.get("low"), found.get("high"))) if name in ("value", "mean") else own
 
 
 def evaluations(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:

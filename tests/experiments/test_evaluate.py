@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import pathlib
+import re
 import shutil
 import types
 
@@ -18,8 +20,9 @@ from diffusion.metrics import frechet
 from diffusion.sampling.pipeline import Pipeline
 from diffusion.training import codec
 from experiments.evaluate import __main__ as evaluate
-from experiments.evaluate import presets, sample_sets
+from experiments.evaluate import presets, references, sample_sets
 from experiments.evaluate.features import Judge
+from experiments.evaluate.metrics import METRICS, described
 from experiments.evaluate.samples import Subject
 from experiments.host import cli
 from experiments.run import kept as kept_samples
@@ -308,6 +311,52 @@ def test_evaluation_refuses(job, tmp_path, capsys, argv, words):
     assert out.read_text() == "an earlier result"
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--metrics=motion",), ("motion is of videos", "images")),
+        (("--metrics=spectrum",), ("spectrum is of series", "images")),
+        (("--metrics=bits_per_dim",), ("bits_per_dim is of pixels", "latents")),
+        (("--metrics=kid",), ("--metrics=kid", "classifier", "kernel_distance")),
+        (("--metrics=sfid",), ("--metrics=sfid", "frechet_distance")),
+        (("--metrics=inception_score", "--features=clip"), ("classes", "--features=clip")),
+        (("--metrics=adherence", "--num_held_out=0"), ("--num_held_out=0",)),
+        (("--metrics=adherence,psnr", "--weights=raw"), ("--weights=raw", "psnr")),
+        (("--metrics=psnr,beauty", "--weights=raw"), ("beauty", "bits_per_dim")),
+    ],
+)
+def test_what_a_metric_is_not_of_is_refused_before_any_network_runs(
+    job, tmp_path, capsys, monkeypatch, argv, words
+):
+    def never(*_, **__):
+        raise AssertionError("a network is run")
+
+    monkeypatch.setattr(Pipeline, "compiled", never)
+    monkeypatch.setattr(Judge, "__call__", never)
+    monkeypatch.setattr(references, "of_data", never)
+    base = [f"--workdir={job}/ldm", f"--classifier={job}/classifier", f"--out={tmp_path}/out.json"]
+    assert run(*base, *argv) == 2
+    refused(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_has_not_what_is_asked_is_refused(job, tmp_path, capsys):
+    out = f"--out={tmp_path}/out.json"
+    for name in ("bits_per_dim", "clip_score", "precision_recall"):
+        argv = (f"--classifier={job}/classifier", f"--metrics={name}", out)
+        assert run(f"--workdir={job}/autoencoder", *argv) == 2
+        refused(capsys, name, "of denoisers", "task='autoencoder'")
+    assert run(f"--workdir={job}/classifier", "--metrics=reconstruction", out) == 2
+    refused(capsys, "reconstruction needs a first stage")
+
+
+def test_the_readme_lists_every_metric():
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("`--metrics` names")[1].split("\n\n")[1]
+    found = re.findall(r"^- `(\w+)`: (.*)$", section, re.M)
+    assert found == [(name, described(name)) for name in METRICS]
+
+
 def changed_identity(path, out, **changes):
     with np.load(path) as file:
         arrays = dict(file)
@@ -439,7 +488,6 @@ def test_presets_fit_their_configs(name):
 
     from ml_collections import ConfigDict
 
-    from experiments.evaluate.metrics import METRICS
     from experiments.run import build
 
     preset = presets.PRESETS[name]
@@ -449,10 +497,11 @@ def test_presets_fit_their_configs(name):
     data = config.latents.data_name if "latents" in config else config.data.name
     assert (data, config.data.image_size) == (preset.data, preset.image_size)
     config.sample.update(preset.sample)
-    build.settings(config)
-    for key, value in preset.sample.items():
-        if key != "options":
-            assert config.sample[key] == value
+    how = build.settings(config)  # what will sample, not what was set
+    found = {key: getattr(how, key) for key in preset.sample if key != "options"}
+    assert found == {k: v for k, v in preset.sample.items() if k != "options"}
+    assert {**how.options, **preset.sample.get("options", {})} == {**how.options}
+    assert module.startswith(preset.row.split()[0].lower().replace("improved", "iddpm"))
     assert set(preset.metrics) <= METRICS.keys()
     given = {"fid", "inception_score", "precision", "recall"}
     assert preset.published.keys() <= given and all(v > 0 for v in preset.published.values())

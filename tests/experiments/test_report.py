@@ -276,6 +276,10 @@ def test_losses_of_different_tasks_are_drawn_apart(tmp_path):
         ({"kid": {"value": 0.5, "low": 0.25, "high": 1}}, {"kid": "0.5 [0.25, 1]"}),
         ({"kid": {"value": 0.5, "interval": [0.25, 1]}}, {"kid": "0.5 [0.25, 1]"}),
         (
+            {"bits": {"mean": 3.0, "standard_error": 0.5, "intervals": {"mean": [2, 4]}}},
+            {"bits": "3 [2, 4]"},
+        ),
+        (
             {"adherence": {"all": 0.5, "interval": {"all": [0.25, 0.75]}, "count": 8}},
             {"adherence.all": "0.5 [0.25, 0.75]", "adherence.count": "8"},
         ),

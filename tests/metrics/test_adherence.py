@@ -98,7 +98,7 @@ def test_adherence_counts_each_attribute_and_all_at_once():
     assert got["all"] == 0.5
     assert got["count"] == 4
     assert "size" not in got
-    np.testing.assert_allclose(got["interval"]["all"], [0.15, 0.85], atol=5e-3)
+    np.testing.assert_allclose(got["intervals"]["all"], [0.15, 0.85], atol=5e-3)
 
 
 def test_bad_tables_are_refused():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion.metrics.intervals import bootstrap, centred, mean_interval, wilson
+from diffusion.metrics.intervals import beside, bootstrap, centred, mean_interval, stated, wilson
 
 
 def test_wilson_matches_published_values():
@@ -60,3 +60,12 @@ def test_a_mean_of_normal_values_has_its_interval():
     ]
     assert 0.92 < np.mean(inside) < 0.97
     assert np.isnan(mean_interval(np.ones(1)).low)
+
+
+def test_what_is_written_is_read_and_a_number_alone_has_no_interval():
+    found = beside({"a": wilson(1, 2), "b": mean_interval(np.ones(1))})
+    assert found["a"] == 0.5 and found["b"] == 1.0 and list(found["intervals"]) == ["a"]
+    assert stated(found, "a") == wilson(1, 2)[1:3] and stated(found, "b") is None
+    assert stated({"mean": 3.0, "standard_error": 0.5}, "mean") == pytest.approx((2.02, 3.98))
+    both = {"mean": 3.0, "standard_error": 9.0, "intervals": {"mean": [2, 4]}}
+    assert stated(both, "mean") == (2, 4)

@@ -159,12 +159,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         keep_best: str | None = None,
         highest: bool = False,
     ):
-        retention = {"keep_last": keep_last, "keep_every_steps": keep_every_steps}
-        for name, value in retention.items():
+        for name, value in {"keep_last": keep_last, "keep_every_steps": keep_every_steps}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; give 1 or more")
         self.directory = pathlib.Path(directory).absolute()
-        self._retention = {**retention, "keep_best": keep_best, "highest": highest}
+        self._retention = (keep_last, keep_every_steps, keep_best, highest)
         self._async = async_save
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -228,7 +227,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             if self._first:
                 manifest.check_there(self.directory, self._inode)
                 manifest.write_manifest(folder, body)
-                manifest.prune(self.directory, **self._retention, written=body["step"])
+                manifest.prune(self.directory, *self._retention, written=body["step"])
         except Exception as error:
             self._error = self._failed(folder, error)
             self._error.__cause__ = error

@@ -145,8 +145,8 @@ def prune(
     keep_last: int,
     keep_every_steps: int | None,
     keep_best: str | None,
+    highest: bool,
     written: int,
-    highest: bool = False,
 ) -> None:
     """Deletes finished steps but the newest `keep_last`, the multiples of `keep_every_steps`, the
     one whose `metadata[keep_best]` is lowest (or `highest`), the newest sound one and `written`.

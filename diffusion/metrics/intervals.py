@@ -55,15 +55,17 @@ def stated(found: Mapping[str, Any], name: str) -> tuple[float, float] | None:
     and {"mean", "standard_error"} (95%, normal).
     """
     every = found.get("intervals", found.get("interval"))
-    ends = found.get(f"{name}_interval")
+    ends: Any = found.get(f"{name}_interval")
     if isinstance(every, Mapping):
         ends = every.get(name, ends)
     elif name in ("value", "mean"):
         ends = every or ends or (found.get("low"), found.get("high"))
-    if is_number(error := found.get("standard_error")) and name == "mean" and not every:
+    error: Any = found.get("standard_error")
+    if name == "mean" and not every and is_number(error):
         ends = found["mean"] - 1.96 * error, found["mean"] + 1.96 * error
-    whole = isinstance(ends, list | tuple) and len(ends) == 2 and all(map(is_number, ends))
-    return (float(ends[0]), float(ends[1])) if whole else None
+    if isinstance(ends, list | tuple) and len(ends) == 2 and all(map(is_number, ends)):
+        return float(ends[0]), float(ends[1])
+    return None
 
 
 def is_number(value: Any) -> bool:

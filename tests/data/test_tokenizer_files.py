@@ -116,6 +116,76 @@ def test_ids_equal_transformers_on_ten_thousand_strings(tmp_path, kind, settings
     assert 50 < cut.sum() < 2000
 
 
+def flags(content, special=True, normalized=False):
+    fields = {"lstrip": False, "rstrip": False, "single_word": False}
+    return {"content": content, "normalized": normalized, "special": special} | fields
+
+
+def added(directory, *, decoder, special=False, normalized=True):
+    """Gives a directory two learned words, as Transformers 4.34 and later write it or as before."""
+    first = tokenizer_files.load(directory).vocabulary_size
+    words = {"<cat-toy>": first, "<Sks Dog>": first + 1}
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    if decoder:
+        kept = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": "!"}
+        vocab = json.loads((directory / "vocab.json").read_text())
+        tokens = {str(vocab[t]): flags(t) for t in (START, END, "!")}
+        tokens |= {str(i): flags(t, special, normalized) for t, i in words.items()}
+        config |= kept | {"added_tokens_decoder": tokens}
+    else:
+        (directory / "added_tokens.json").write_text(json.dumps(words))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return list(words)
+
+
+SAID = {"bos_token": START, "eos_token": END, "unk_token": END}
+SD1 = {k: flags(v, normalized=True) | {"special": None} for k, v in SAID.items()}
+SD1 = {k: {f: x for f, x in v.items() if f != "special"} for k, v in SD1.items()}
+TYPED = {k: v | {"__type": "AddedToken"} for k, v in SD1.items()} | {"pad_token": END}
+# tokenizer_config.json, special_tokens_map.json, and the padding that Transformers 4 and 5 take.
+LAYOUTS = {
+    "SD 1.x": (TYPED, SD1 | {"pad_token": END}, END),
+    "SD 2.x": (TYPED, SD1 | {"pad_token": "!"}, "!"),
+    "map alone": ({}, SAID | {"pad_token": "!"}, "!"),
+    "map of objects": ({"pad_token": END}, {"pad_token": flags("!")}, "!"),
+    "config alone": ({"pad_token": "!"}, None, "!"),
+    "neither": ({}, None, END),
+    "a further special word": ({}, {"additional_special_tokens": ["<|endoftext|>"]}, END),
+}
+
+
+@pytest.mark.parametrize("words", ["none", "added_tokens.json", "decoder", "special", "exact"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts_of_clip(tmp_path, layout, words):
+    """Padding and ids as Transformers', with the words of a pipeline that has learned some."""
+    config, special, pad = LAYOUTS[layout]
+    directory, learned = clip_directory(tmp_path, **config), []
+    if special is not None:
+        (directory / "special_tokens_map.json").write_text(json.dumps(special))
+    if words != "none":
+        how = {"special": words == "special", "normalized": words == "decoder"}
+        decoder = words != "added_tokens.json"
+        learned = added(directory, decoder=decoder, **how)
+        pad = "!" if decoder else pad
+    ours, theirs = tokenizer_files.load(directory), reference("clip", directory)
+    assert ours.backend.id_to_token(ours.pad_id) == theirs.pad_token == pad
+    plain = strings(10_000 if "SD" in layout and words not in ("special", "exact") else 500)
+    texts = [f"{t} {w}{t[:3]}, {w.upper()}" for t in plain[:150] for w in learned] + plain
+    wanted = theirs(texts, padding="max_length", truncation=True, max_length=LENGTH)["input_ids"]
+    differ = [t for t, a, b in zip(texts, ours.encode(texts, LENGTH), wanted) if list(a) != b]
+    assert differ == []
+    if learned:
+        assert ours.vocabulary_size - 1 in ours.encode(["a " + learned[1]], LENGTH)
+    tokenizer_files.save(ours, tmp_path / "again", LENGTH)
+    for again in (tokenizer_files.load(tmp_path / "again"), reference("clip", tmp_path / "again")):
+        found = (
+            again.encode(texts, LENGTH)
+            if isinstance(again, Tokenizer)
+            else np.array(again(texts, padding="max_length", truncation=True)["input_ids"])
+        )
+        np.testing.assert_array_equal(found, ours.encode(texts, LENGTH))
+
+
 @pytest.mark.parametrize("kind", DIRECTORIES)
 def test_a_tokenizer_survives_our_file_and_theirs(tmp_path, kind):
     first = tokenizer_files.load(DIRECTORIES[kind](tmp_path / "a", pad_token="!"))
@@ -145,6 +215,10 @@ def test_what_is_decoded_reads_like_the_caption(tmp_path):
         ("vocab.json", '{"a": 0}', ("vocab.json",)),
         ("tokenizer_config.json", "[]", ("tokenizer_config.json", "list")),
         ("tokenizer_config.json", '{"pad_token": "[NONE]"}', ("[NONE]",)),
+        ("tokenizer_config.json", '{"pad_token": null}', ("special token None",)),
+        ("tokenizer_config.json", '{"pad_token": {"text": "!"}}', ("'text'", "config.json")),
+        ("tokenizer_config.json", '{"padding_side": "left"}', ("padding_side", "'right'")),
+        ("added_tokens.json", '{"<new>": 7}', ("<new>", "id 7")),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, words):

@@ -26,6 +26,7 @@ from diffusion.interop.files import (
     Rules,
     read_config,
     read_weights,
+    refuse_unknown,
     require,
     to_params,
     to_tensors,
@@ -57,6 +58,16 @@ BLOCK_TYPES = {
 SUPPORTED = {
     "act_fn": ("silu", "swish"),
     "norm_type": ("group",),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "lookup_from_codebook": (False,),
+}
+# Read below, or (force_upcast) of no effect on float32.
+OTHERS = {
+    *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels"),
+    *("down_block_types", "up_block_types", "mid_block_add_attention", "norm_num_groups"),
+    *("use_quant_conv", "use_post_quant_conv", "num_vq_embeddings", "vq_embed_dim"),
+    *("scaling_factor", "shift_factor", "sample_size", "force_upcast"),
 }
 
 
@@ -109,6 +120,7 @@ def _module(config: dict[str, Any], source: object, dtype: Any) -> AutoencoderKL
     quant_conv = config.get("use_quant_conv", True)
     pairs = {"out_channels": (image_channels,), "use_post_quant_conv": (quant_conv,)}
     require({"out_channels": 3} | config, SUPPORTED | pairs, source)
+    refuse_unknown(config, SUPPORTED.keys() | OTHERS, source)
     if any(width % widths[0] for width in widths):
         raise ValueError(
             f"{source}: block_out_channels={list(widths)} must be multiples of the first"

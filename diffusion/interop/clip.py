@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from diffusion.files import read_json
 from diffusion.interop.files import Rules, read_config, read_weights, require, to_params
-from diffusion.interop.text_encoder import STEM, load_text_encoder
+from diffusion.interop.text_encoder import STEM, load_text_encoder, multiple
 from diffusion.models.clip import MEAN, STD, ImageTransformer
 from diffusion.models.text_encoder import TextTransformer
 
@@ -86,18 +86,13 @@ def _module(config: dict[str, Any], source: object, dtype: Any) -> ImageTransfor
     """Defaults are those of `CLIPVisionConfig`, which older files leave out."""
     width, inner = config.get("hidden_size", 768), config.get("intermediate_size", 3072)
     require(config, {"hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,)}, source)
-    if inner % width:
-        raise ValueError(
-            f"{source}: intermediate_size={inner} is not supported: only multiples of hidden_size="
-            f"{width} are"
-        )
     return ImageTransformer(
         image_size=config.get("image_size", 224),
         patch=config.get("patch_size", 32),
         width=width,
         layers=config.get("num_hidden_layers", 12),
         heads=config.get("num_attention_heads", 12),
-        mult=inner // width,
+        mult=multiple(inner, width),
         projection=config["projection_dim"],
         activation=config.get("hidden_act", "quick_gelu"),
         epsilon=config.get("layer_norm_eps", 1e-5),

@@ -103,6 +103,16 @@ def require(
             )
 
 
+def refuse_unknown(config: Mapping[str, Any], known: Iterable[str], source: object) -> None:
+    """ValueError naming a key that is not read here, nor is known to change nothing."""
+    odd = sorted(key for key in config.keys() - set(known) if not key.startswith("_"))
+    if odd:
+        raise ValueError(
+            f"{source}: {odd[0]}={config[odd[0]]!r} is not a key that is known here: remove it if "
+            "it changes nothing"
+        )
+
+
 def read_weights(directory: str | os.PathLike, stem: str) -> Weights:
     """All tensors of `STEM.safetensors`, of the shards in its index, or of its one variant (fp16).
 

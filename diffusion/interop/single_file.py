@@ -23,6 +23,16 @@ def read_file(path: str | os.PathLike) -> Weights:
     return Weights(tensors, dict.fromkeys(tensors, path), path.parent)
 
 
+def read_header(path: str | os.PathLike) -> dict[str, str]:
+    """What a `.safetensors` says of itself, such as modelspec.resolution; {} for other files."""
+    from safetensors import safe_open
+
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="np") as file:
+        return file.metadata() or {}
+
+
 def check_hash(path: str | os.PathLike, expected: str = "") -> str:
     """The file's SHA-256. `expected`: all of it or its first digits; "": those of the name, if any.
 

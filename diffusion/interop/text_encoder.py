@@ -85,22 +85,22 @@ def _module(config: dict[str, Any], source: object, dtype: Any) -> TextTransform
     """Defaults are those of `CLIPTextConfig`, which older files leave out."""
     width, inner = config.get("hidden_size", 512), config.get("intermediate_size", 2048)
     require(config, {"hidden_act": ("quick_gelu", "gelu")}, source)
-    if inner % width:
-        raise ValueError(
-            f"{source}: intermediate_size={inner} is not supported: only multiples of hidden_size="
-            f"{width} are"
-        )
     return TextTransformer(
         vocab_size=config.get("vocab_size", 49408),
         max_length=config.get("max_position_embeddings", 77),
         width=width,
         layers=config.get("num_hidden_layers", 12),
         heads=config.get("num_attention_heads", 8),
-        mult=inner // width,
+        mult=multiple(inner, width),
         activation=config.get("hidden_act", "quick_gelu"),
         epsilon=config.get("layer_norm_eps", 1e-5),
         dtype=dtype,
     )
+
+
+def multiple(inner: int, width: int) -> int | float:
+    """m with int(m * width) = inner, an integer where it can be."""
+    return inner // width if inner % width == 0 else (inner + 0.5) / width
 
 
 def _config(module: TextTransformer) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _config(module: TextTransformer) -> dict[str, Any]:
         "vocab_size": module.vocab_size,
         "max_position_embeddings": module.max_length,
         "hidden_size": module.width,
-        "intermediate_size": module.width * module.mult,
+        "intermediate_size": int(module.width * module.mult),
         "num_hidden_layers": _layers(module),
         "num_attention_heads": module.heads,
         "hidden_act": module.activation,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion.interop.files import require
+from diffusion.interop.files import refuse_unknown, require
 from diffusion.models.unet import UNet
 
 PLAIN, CONDITIONAL = "UNet2DModel", "UNet2DConditionModel"
@@ -56,6 +56,13 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "reverse_transformer_layers_per_block": (None,),
 }
 
+# Read below, or of no effect: on other keys' options, or (upcast_attention) on float32.
+OTHERS = {
+    *("cross_attention_dim", "use_linear_projection", "num_class_embeds", "time_embedding_dim"),
+    *("attn_norm_num_groups", "sample_size", "upcast_attention", "num_train_timesteps"),
+    *("addition_time_embed_dim", "addition_embed_type_num_heads"),
+    "projection_class_embeddings_input_dim",
+}
 PLAIN_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -91,6 +98,7 @@ def read_unet_config(config: Mapping[str, Any], source: Path) -> tuple[UNet, int
     named = config.get("_class_name")
     conditional = named == CONDITIONAL if named else "cross_attention_dim" in config
     require(config, SUPPORTED, source)
+    refuse_unknown(config, SUPPORTED.keys() | CONDITIONAL_DEFAULTS.keys() | OTHERS, source)
     config = {**(CONDITIONAL_DEFAULTS if conditional else PLAIN_DEFAULTS), **config}
     width = _per_level(config.get("cross_attention_dim", 1280), len(config["block_out_channels"]))
     if conditional and not isinstance(width, int):

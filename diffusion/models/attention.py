@@ -180,7 +180,7 @@ class TransformerBlock(nn.Module):
     head_dim: int
     cross: bool = True
     activation: str = "geglu"
-    mult: int = 4
+    mult: int | float = 4
     qkv_bias: bool = False
     epsilon: float = 1e-5
     dtype: Any = None

@@ -39,7 +39,7 @@ class ImageTransformer(nn.Module):
     width: int = 768
     layers: int = 12
     heads: int = 12
-    mult: int = 4
+    mult: int | float = 4
     projection: int = 512
     activation: str = "quick_gelu"
     epsilon: float = 1e-5

@@ -36,7 +36,7 @@ class TextLayer(nn.Module):
     heads: int
     head_dim: int
     activation: str
-    mult: int
+    mult: int | float
     qkv_bias: bool
     dropout: float
     epsilon: float
@@ -79,7 +79,7 @@ class TextTransformer(nn.Module):
     layers: int = 12
     heads: int = 12
     head_dim: int | None = None
-    mult: int = 4
+    mult: int | float = 4
     activation: str = "quick_gelu"
     causal: bool = True
     qkv_bias: bool = True

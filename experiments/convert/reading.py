@@ -7,6 +7,7 @@ file of CompVis's.
 import dataclasses
 import importlib
 import pathlib
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -70,7 +71,7 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
     name = "transformer" if "transformer" in index else "unet"
     network, params = DENOISERS[name](source / name)
     described = scheduler.read_scheduler(source / "scheduler")
-    side = files.read_config(source / name, ()).get("sample_size") or 64
+    side = _side(files.read_config(source / name, ()).get("sample_size") or 64, source / name)
     parts = Parts(ConfigDict(), {"denoiser": params})
     first = next((name for name in ("vae", "vqvae") if index.get(name)), None)
     module = None
@@ -82,7 +83,8 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
     config.model.denoiser.kind = name
     if module is not None:
         config.online.scale = parts.scale
-    config.data.image_size = side * (module.downsampling if module else 1)
+    f = module.downsampling if module else 1
+    config.data.image_size = side * f if isinstance(side, int) else tuple(n * f for n in side)
     if index.get("text_encoder"):
         encoder, parts.params["text_encoder"] = interop.load_text_encoder(source / "text_encoder")
         config.model.text_encoder = _fields(encoder)
@@ -90,6 +92,16 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
         parts.tokenizer = tokenizer_files.load(source / "tokenizer")
     parts.config = _finish(config, params, source / name)
     return parts
+
+
+def _side(size: Any, source: pathlib.Path) -> int | tuple[int, int]:
+    """A config's sample_size: one number, also where both are equal, or (height, width)."""
+    pair = tuple(size) if isinstance(size, list) else (size, size)
+    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+        raise ValueError(
+            f"{source / 'config.json'}: sample_size={size!r} must be a number or two: mend it"
+        )
+    return pair[0] if pair[0] == pair[1] else pair
 
 
 def _scaling(source: pathlib.Path, module: Any) -> tuple[float, float]:
@@ -109,7 +121,9 @@ def _alone(source: pathlib.Path, tokenizer: pathlib.Path | None) -> Parts:
     named = described.get("_class_name") or next(iter(described.get("architectures") or ()), None)
     if named in autoencoder.CLASSES:
         module, params = interop.load_autoencoder(source)
-        side = described.get("sample_size") or 256
+        side = _side(described.get("sample_size") or 256, source)
+        # Crops are squares; the network takes pictures of any size.
+        side = side if isinstance(side, int) else min(side)
         return _first_stage(module, params, *_scaling(source, module), side)
     if named in text_encoders.CLASSES:
         module, params = interop.load_text_encoder(source)
@@ -251,7 +265,34 @@ def _guess(tensors: dict[str, Any], source: pathlib.Path) -> ConfigDict:
             "published model has: give its config, --config=configs/X.py"
         )
     name, _, argument = KNOWN[widths].partition(":")
-    return importlib.import_module(f"configs.{name}").get_config(argument)
+    config = importlib.import_module(f"configs.{name}").get_config(argument)
+    _header(config, tensors, source, f"{name}.py:{argument}".rstrip(":"))
+    return config
+
+
+PREDICTIONS = {"epsilon": "eps", "v": "v"}
+
+
+def _header(config: ConfigDict, tensors: dict[str, Any], source: pathlib.Path, named: str) -> None:
+    """What a file's header and marks say of prediction and size, which no width tells."""
+    header = single_file.read_header(source)
+    said = header.get("modelspec.prediction_type", "v" if "v_pred" in tensors else None)
+    size = re.fullmatch(r"(\d+)(x\1)?", header.get("modelspec.resolution", ""))
+    if "ztsnr" in tensors or said not in (None, *PREDICTIONS):
+        mark = "ztsnr" if "ztsnr" in tensors else f"modelspec.prediction_type={said}"
+        raise ValueError(f"{source} is marked {mark}: give its config, --config=configs/{named}")
+    if said is None and named.endswith(":v2"):
+        raise ValueError(
+            f"{source} does not say whether it predicts noise (2-base) or velocity (768-v): give "
+            f"--config=configs/{named} with --config.process.prediction=eps and "
+            "--config.data.image_size=512, or =v and =768"
+        )
+    if said is not None:
+        config.process.prediction = PREDICTIONS[said]
+    if size is not None:
+        config.data.image_size = int(size[1])
+    elif named.endswith(":v2") and said == "epsilon":
+        config.data.image_size = 512
 
 
 def _scale(config: ConfigDict) -> float:

@@ -49,9 +49,10 @@ def load_controlnet(directory: str | os.PathLike) -> tuple[ControlNet, dict[str,
     down = config.get("down_block_types") or ()
     ups = {name: NAMES[BLOCKS[name][0], BLOCKS[name][1] or "conv"][1] for name in BLOCKS}
     mirrored = {"up_block_types": [ups.get(name, name) for name in reversed(down)]}
-    same = {**config, "_class_name": CONDITIONAL, **(mirrored if down else {})}
+    widths = tuple(config.pop("conditioning_embedding_out_channels", None) or (16, 32, 96, 256))
+    rest = {key: value for key, value in config.items() if key not in SUPPORTED}
+    same = {**rest, "_class_name": CONDITIONAL, **(mirrored if down else {})}
     unet, in_channels, width = read_unet_config(same, source)
-    widths = tuple(config.get("conditioning_embedding_out_channels") or (16, 32, 96, 256))
     module = beside(unet, widths)
     shapes = controlnet_shapes(module, in_channels, width)
     weights = files.read_weights(directory, STEM).renamed(files.OLD_ATTENTION_NAMES)

@@ -61,7 +61,7 @@ OTHERS = {
     *("cross_attention_dim", "use_linear_projection", "num_class_embeds", "time_embedding_dim"),
     *("attn_norm_num_groups", "sample_size", "upcast_attention", "num_train_timesteps"),
     *("addition_time_embed_dim", "addition_embed_type_num_heads"),
-    "projection_class_embeddings_input_dim",
+    *("projection_class_embeddings_input_dim",),
 }
 PLAIN_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,

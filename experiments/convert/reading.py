@@ -122,8 +122,7 @@ def _alone(source: pathlib.Path, tokenizer: pathlib.Path | None) -> Parts:
     if named in autoencoder.CLASSES:
         module, params = interop.load_autoencoder(source)
         side = _side(described.get("sample_size") or 256, source)
-        # Crops are squares; the network takes pictures of any size.
-        side = side if isinstance(side, int) else min(side)
+        side = side if isinstance(side, int) else min(side)  # of the square crops
         return _first_stage(module, params, *_scaling(source, module), side)
     if named in text_encoders.CLASSES:
         module, params = interop.load_text_encoder(source)

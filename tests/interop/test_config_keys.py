@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from diffusion.interop import (
     autoencoder,
+    controlnet,
     load_autoencoder,
     load_text_encoder,
     load_unet,
@@ -22,11 +23,12 @@ from experiments.convert import reading
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel, VQModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
 UNET_KEYS = unet_config.SUPPORTED.keys() | unet_config.CONDITIONAL_DEFAULTS.keys()
 UNET_KEYS |= unet_config.OTHERS
+CONTROL_KEYS = UNET_KEYS | controlnet.SUPPORTED.keys() | {"conditioning_embedding_out_channels"}
 FIRST_KEYS = autoencoder.SUPPORTED.keys() | autoencoder.OTHERS
 SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 UNET = SMALL | {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
@@ -43,6 +45,7 @@ FIRST = SMALL | KINDS
     [
         (UNet2DModel, UNET_KEYS),
         (UNet2DConditionModel, UNET_KEYS),
+        (ControlNetModel, CONTROL_KEYS),
         (AutoencoderKL, FIRST_KEYS),
         (VQModel, FIRST_KEYS),
     ],

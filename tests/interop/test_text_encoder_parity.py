@@ -136,7 +136,6 @@ def test_skipped_layers_match_the_penultimate_hidden_state(tmp_path):
     [
         ({"architectures": ["BertModel"]}, "BertModel"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
-        ({"intermediate_size": 40}, "intermediate_size=40"),
         ({"num_hidden_layers": 4}, "layers.3"),
         ({"num_hidden_layers": 2}, "layers.2"),
         ({"vocab_size": 51}, "token_embedding"),

@@ -4,7 +4,10 @@ beta_schedule  linear, scaled_linear, squaredcos_cap_v2    ddpm_linear, scaled_l
 prediction_type  epsilon, sample, v_prediction             eps, x0, v
 _class_name  DDIM, PNDM (skip_prk_steps or not), DDPM,     ddim, plms or pndm, ddpm,
     EulerDiscrete, EulerAncestralDiscrete, HeunDiscrete,   euler, euler_ancestral, heun,
-    DPMSolverMultistep, UniPCMultistep                     dpmpp_2m, unipc
+    DPMSolverMultistep, UniPCMultistep                     dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc
+
+Every key is honoured, harmless, or refused by name. Harmless is one that its class does not take,
+which Diffusers leaves out as well, and one that has no effect with the others' values.
 """
 
 from collections.abc import Mapping
@@ -13,13 +16,118 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.files import read_json
-from diffusion.interop.files import require
 
 BETAS = {"linear": "ddpm_linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+SPACED = ("leading", "linspace", "trailing")
+OFF = (None, False)
+
+# What every class takes: (its default, the values there is an equal of here; None: any).
+COMMON: dict[str, tuple[Any, tuple | None]] = {
+    "num_train_timesteps": (1000, None),
+    "beta_start": (0.0001, None),
+    "beta_end": (0.02, None),
+    "beta_schedule": ("linear", tuple(BETAS)),
+    "trained_betas": (None, OFF),
+    "prediction_type": ("epsilon", tuple(PREDICTIONS)),
+    "steps_offset": (0, None),
+}
+ZERO_SNR: dict[str, tuple[Any, tuple | None]] = {"rescale_betas_zero_snr": (False, None)}
+# Without thresholding its ratio and greatest value have no effect.
+THRESHOLD = {
+    "thresholding": (False, OFF),
+    "dynamic_thresholding_ratio": (0.995, None),
+    "sample_max_value": (1.0, None),
+}
+SIGMAS: dict[str, tuple[Any, tuple | None]] = {
+    f"use_{kind}_sigmas": (False, OFF) for kind in ("karras", "exponential", "beta")
+}
+FLOW = {  # without its sigmas the shift has no effect
+    "use_flow_sigmas": (False, OFF),
+    "flow_shift": (1.0, None),
+    "use_dynamic_shifting": (False, OFF),
+    "time_shift_type": ("exponential", None),
+}
+ENDS = {"sigma_min": (None, OFF), "sigma_max": (None, OFF)}
+VARIANCES = {
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",  # the same by way of its logarithm
+    "fixed_large": "fixed_large",
+    "learned_range": "learned",
+}
+FINAL = {"zero": "clean", "sigma_min": "first"}
+CLASSES: dict[str, dict[str, tuple[Any, tuple | None]]] = {
+    "DDIMScheduler": {
+        **(COMMON | ZERO_SNR | THRESHOLD),
+        # With "linspace" it steps to the level of t - T // n, which is no next time.
+        "timestep_spacing": ("leading", ("leading", "trailing")),
+        "clip_sample": (True, None),
+        "clip_sample_range": (1.0, None),
+        "set_alpha_to_one": (True, None),
+    },
+    "DDPMScheduler": {
+        **(COMMON | ZERO_SNR | THRESHOLD),
+        "timestep_spacing": ("leading", SPACED),
+        "clip_sample": (True, None),
+        "clip_sample_range": (1.0, None),
+        "variance_type": ("fixed_small", tuple(VARIANCES)),
+    },
+    "PNDMScheduler": {
+        **COMMON,
+        "timestep_spacing": ("leading", ("leading", "trailing")),  # as DDIM's
+        "prediction_type": ("epsilon", ("epsilon",)),  # it combines v, where eps is combined here
+        "set_alpha_to_one": (False, None),
+        "skip_prk_steps": (False, None),
+    },
+    "EulerDiscreteScheduler": {
+        **(COMMON | ZERO_SNR | SIGMAS | ENDS),
+        "timestep_spacing": ("linspace", SPACED),
+        "interpolation_type": ("linear", ("linear",)),
+        "timestep_type": ("discrete", ("discrete",)),
+        "final_sigmas_type": ("zero", ("zero",)),  # it gives x / alpha there
+    },
+    "EulerAncestralDiscreteScheduler": {
+        **(COMMON | ZERO_SNR),
+        "prediction_type": ("epsilon", ("epsilon", "v_prediction")),  # it refuses samples itself
+        "timestep_spacing": ("linspace", SPACED),
+    },
+    "HeunDiscreteScheduler": {
+        **(COMMON | SIGMAS),
+        "beta_start": (0.00085, None),
+        "beta_end": (0.012, None),
+        "timestep_spacing": ("linspace", SPACED),
+        "clip_sample": (False, None),
+        "clip_sample_range": (1.0, None),
+    },
+    "DPMSolverMultistepScheduler": {
+        **(COMMON | ZERO_SNR | SIGMAS | THRESHOLD | FLOW),
+        "timestep_spacing": ("linspace", SPACED),
+        "algorithm_type": ("dpmsolver++", ("dpmsolver++", "sde-dpmsolver++")),
+        "solver_order": (2, (1, 2, 3)),
+        "solver_type": ("midpoint", ("midpoint", "logrho", "bh1", "bh2")),  # all of them the first
+        "lower_order_final": (True, None),
+        "euler_at_final": (False, OFF),
+        "use_lu_lambdas": (False, OFF),
+        "lambda_min_clipped": (float("-inf"), (float("-inf"),)),
+        "variance_type": (None, OFF),
+        "final_sigmas_type": ("zero", tuple(FINAL)),
+    },
+    "UniPCMultistepScheduler": {
+        **(COMMON | ZERO_SNR | SIGMAS | THRESHOLD | FLOW | ENDS),
+        "timestep_spacing": ("linspace", SPACED),
+        "predict_x0": (True, (True,)),
+        "solver_order": (2, (1, 2, 3)),
+        "solver_type": ("bh2", ("bh1", "bh2", "midpoint", "heun", "logrho")),  # the last three: bh2
+        "lower_order_final": (True, None),
+        "disable_corrector": ([], ([], None)),
+        "solver_p": (None, OFF),
+        "shift_terminal": (None, OFF),
+        "final_sigmas_type": ("zero", tuple(FINAL)),
+    },
+}
 SAMPLERS = {
     "DDIMScheduler": "ddim",
-    "PNDMScheduler": "plms",
+    "PNDMScheduler": "pndm",
     "DDPMScheduler": "ddpm",
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
@@ -27,126 +135,182 @@ SAMPLERS = {
     "DPMSolverMultistepScheduler": "dpmpp_2m",
     "UniPCMultistepScheduler": "unipc",
 }
-# Where a missing key means something else than in DDIMScheduler.
-CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "PNDMScheduler": {"set_alpha_to_one": False, "clip_sample": False},
-    "EulerDiscreteScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
-    "EulerAncestralDiscreteScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
-    "HeunDiscreteScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
-    "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
-    "UniPCMultistepScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
-}
-DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-    "steps_offset": 0,
-    "set_alpha_to_one": True,
-    "clip_sample": True,
-    "rescale_betas_zero_snr": False,
-}
-# What there is no equal of here.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "trained_betas": (None,),
-    "thresholding": (False,),
-    "use_karras_sigmas": (None, False),
-    "use_exponential_sigmas": (None, False),
-    "use_beta_sigmas": (None, False),
-    "beta_schedule": ("linear", *BETAS),
-    "prediction_type": ("epsilon", *PREDICTIONS),
+# Diffusers' spacings where they are not those of the same name here.
+OPEN = {"leading": "open", "linspace": "uniform", "trailing": "trailing"}
+EVEN = {"linspace": "even"}
+SPACINGS: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc"), OPEN),
+    **dict.fromkeys(("euler", "euler_ancestral", "heun"), EVEN),
 }
 
 
 @dataclass(frozen=True)
 class Scheduler:
     """`schedule`: name and arguments of one of `process/schedules.py`; `sampler` and
-    `options` likewise of `process/samplers`; `clip`: predicted x0 to [-1, 1]."""
+    `options` likewise of `process/samplers`; `clip`: predicted x0 to [-1, 1]; `variance`: of DDPM's
+    steps, or what the network has learned.
+    """
 
     schedule: dict[str, Any]
     prediction: str
     sampler: str
     options: dict[str, Any]
     clip: bool
+    variance: str = "fixed_large"
 
 
-def read_scheduler(directory: str | Path) -> Scheduler:
-    """From `scheduler_config.json` in `directory`. ValueError naming the file and the key."""
+def read_scheduler(directory: str | Path, **replaced: Any) -> Scheduler:
+    """From `scheduler_config.json` in `directory`. ValueError naming the file and the key.
+
+    `replaced`: what a pipeline sets whatever the file says.
+    """
     path = Path(directory) / "scheduler_config.json"
-    config = read_json(path, "fetch it again")
+    config = read_json(path, "fetch it again") | replaced
     named = config.get("_class_name")
-    if named not in SAMPLERS:
+    if named not in CLASSES:
         raise ValueError(
-            f"{path}: _class_name={named!r} is unknown: only {', '.join(SAMPLERS)} are known"
+            f"{path}: _class_name={named!r} is unknown: only {', '.join(CLASSES)} are known"
         )
-    require(config, SUPPORTED, path)
-    config = {**DEFAULTS, **CLASS_DEFAULTS.get(named, {}), **config}
-    sampler = SAMPLERS[named]
-    if sampler == "plms" and not config.get("skip_prk_steps"):
-        sampler = "pndm"
+    known = CLASSES[named]
+    config = {**{key: default for key, (default, _) in known.items()}, **config}
+    everywhere = {key for keys in CLASSES.values() for key in keys}
+    for key, value in config.items():
+        if key not in everywhere and not key.startswith("_"):
+            raise ValueError(f"{path}: {key}={value!r} is no key of a scheduler that is known here")
+        allowed = known.get(key, (None, None))[1]
+        if allowed is not None and value not in allowed:
+            raise ValueError(
+                f"{path}: {key}={value!r} of {named} is not supported: only "
+                f"{', '.join(map(repr, allowed))}"
+            )
+    sampler = _sampler(config, path)
+    _check(config, path)
     return Scheduler(
         _schedule(config),
         PREDICTIONS[config["prediction_type"]],
         sampler,
-        _options(config, sampler),
-        bool(config["clip_sample"]),
+        _options(config, sampler, known),
+        _clips(config, sampler, path),
+        VARIANCES[config.get("variance_type") or "fixed_small"],
     )
+
+
+def _check(config: Mapping[str, Any], path: Path) -> None:
+    """What no single key tells."""
+    spacing, named, wrong = config["timestep_spacing"], config["_class_name"], ""
+    last = spacing == "trailing" or (spacing == "leading" and config["steps_offset"])
+    if config.get("variance_type") == "fixed_large" and named == "DDPMScheduler" and last:
+        wrong = f"variance_type='fixed_large' with timestep_spacing={spacing!r} ends with noise"
+    endless = named == "UniPCMultistepScheduler" and config["final_sigmas_type"] == "zero"
+    if endless and not config["lower_order_final"]:
+        wrong = "lower_order_final=False with final_sigmas_type='zero' has an infinite last step"
+    if wrong:
+        raise ValueError(f"{path}: {wrong}: it is not supported")
+
+
+def _sampler(config: Mapping[str, Any], path: Path) -> str:
+    sampler, order = SAMPLERS[config["_class_name"]], config.get("solver_order")
+    if sampler == "pndm" and config["skip_prk_steps"]:
+        return "plms"
+    if sampler != "dpmpp_2m":
+        return sampler
+    sde = config["algorithm_type"] == "sde-dpmsolver++"
+    if sde and order == 3:
+        raise ValueError(f"{path}: solver_order=3 is not supported with sde-dpmsolver++: only 1, 2")
+    return "dpmpp_2m_sde" if sde else "dpmpp_3m" if order == 3 else "dpmpp_2m"
 
 
 def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
     name = BETAS[config["beta_schedule"]]
     schedule = {"name": name, "num_steps": config["num_train_timesteps"]}
-    if name != "cosine":
+    if name != "cosine":  # which has no ends
         schedule |= {"beta_start": config["beta_start"], "beta_end": config["beta_end"]}
-    if config["rescale_betas_zero_snr"]:
+    if config.get("rescale_betas_zero_snr"):
         schedule["zero_terminal_snr"] = True
     return schedule
 
 
-def _options(config: Mapping[str, Any], sampler: str) -> dict[str, Any]:
+def _options(config: Mapping[str, Any], sampler: str, known: Mapping[str, Any]) -> dict[str, Any]:
     spacing = config["timestep_spacing"]
-    options: dict[str, Any] = {"spacing": spacing}
+    options: dict[str, Any] = {"spacing": SPACINGS.get(sampler, {}).get(spacing, spacing)}
     if spacing == "leading" and config["steps_offset"]:
         options["steps_offset"] = config["steps_offset"]
-    if sampler in ("ddim", "plms", "pndm") and not config["set_alpha_to_one"]:
+    if "set_alpha_to_one" in known and not config["set_alpha_to_one"]:
         options["final"] = "first"
+    if "final_sigmas_type" in known and config["final_sigmas_type"] != "zero":
+        options["final"] = FINAL[config["final_sigmas_type"]]
+    if sampler in ("euler", "euler_ancestral", "heun") and spacing != "leading":
+        options["prior"] = "level"
+    if sampler == "ddim" and config["clip_sample"]:
+        options["clip"] = float(config["clip_sample_range"])
+    if "solver_order" in known:
+        if config["solver_order"] == 1 or (sampler == "unipc" and config["solver_order"] != 2):
+            options["order"] = config["solver_order"]
+        if not config["lower_order_final"]:
+            options["lower_order_final"] = False
+    if sampler == "unipc" and config["solver_type"] == "bh1":
+        options["variant"] = "bh1"
     return options
+
+
+def _clips(config: Mapping[str, Any], sampler: str, path: Path) -> bool:
+    """x0 to [-1, 1] before it is used; DDIM has an option for what Diffusers does there."""
+    if sampler not in ("ddpm", "heun") or not config["clip_sample"]:
+        return False
+    if config["clip_sample_range"] != 1:
+        raise ValueError(
+            f"{path}: clip_sample_range={config['clip_sample_range']} is not supported: only 1.0"
+        )
+    return True
 
 
 def scheduler_config(scheduler: Scheduler) -> dict[str, Any]:
     """What Diffusers reads. ValueError naming what it has no word for."""
     betas = {ours: theirs for theirs, ours in BETAS.items()}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    classes = {ours: theirs for theirs, ours in SAMPLERS.items()} | {"pndm": "PNDMScheduler"}
     schedule, options = scheduler.schedule, scheduler.options
-    known = {"num_train_timesteps": schedule.get("num_steps", 1000)}
     for key, table, value in (
         ("process.schedule.name", betas, schedule["name"]),
         ("process.prediction", predictions, scheduler.prediction),
     ):
         if value not in table:
             raise ValueError(f"{key}={value!r} cannot be written for Diffusers: it has no such one")
+    # A sampler that Diffusers lacks does not change the model: DDIM samples it.
+    named = {ours: theirs for theirs, ours in SAMPLERS.items()} | {"plms": "PNDMScheduler"}
+    named |= dict.fromkeys(("dpmpp_3m", "dpmpp_2m_sde"), "DPMSolverMultistepScheduler")
+    name = named.get(scheduler.sampler, "DDIMScheduler")
+    spacings = SPACINGS.get(scheduler.sampler, {})
+    default = "leading" if name in ("DDIMScheduler", "PNDMScheduler") else "linspace"
+    spacing = {ours: theirs for theirs, ours in spacings.items()}.get(
+        options.get("spacing", ""), options.get("spacing", default)
+    )
+    if spacing not in (CLASSES[name]["timestep_spacing"][1] or ()):
+        spacing = "trailing"
     config = {
-        **known,
-        # A sampler that Diffusers lacks does not change the model: DDIM samples it.
-        "_class_name": classes.get(scheduler.sampler, "DDIMScheduler"),
+        "_class_name": name,
+        "num_train_timesteps": schedule.get("num_steps", 1000),
         "beta_schedule": betas[schedule["name"]],
         "prediction_type": predictions[scheduler.prediction],
-        "clip_sample": scheduler.clip,
+        "clip_sample": scheduler.clip or "clip" in options,
+        "clip_sample_range": options.get("clip", 1.0),
         "rescale_betas_zero_snr": bool(schedule.get("zero_terminal_snr", False)),
-        "timestep_spacing": options.get("spacing", "leading"),
-        "steps_offset": options.get("steps_offset", 0),
+        "timestep_spacing": spacing,
+        "steps_offset": options.get("steps_offset", 0) if spacing == "leading" else 0,
         "set_alpha_to_one": options.get("final", "clean") != "first",
+        "final_sigmas_type": "sigma_min" if options.get("final") == "first" else "zero",
+        "skip_prk_steps": scheduler.sampler == "plms",
+        "solver_order": options.get("order", 3 if scheduler.sampler == "dpmpp_3m" else 2),
+        "lower_order_final": options.get("lower_order_final", True),
+        "solver_type": options.get("variant", "bh2") if name[:5] == "UniPC" else "midpoint",
+        "algorithm_type": ("sde-" if scheduler.sampler == "dpmpp_2m_sde" else "") + "dpmsolver++",
+        "variance_type": "learned_range" if scheduler.variance == "learned" else scheduler.variance,
     }
-    if "beta_start" in schedule or schedule["name"] != "cosine":
-        defaults = {"ddpm_linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
-        start, end = defaults[schedule["name"]]
+    if schedule["name"] != "cosine":
+        start, end = {"ddpm_linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}[
+            schedule["name"]
+        ]
         config["beta_start"] = schedule.get("beta_start", start)
         config["beta_end"] = schedule.get("beta_end", end)
-    if scheduler.sampler == "plms":
-        config["skip_prk_steps"] = True
-    if config["timestep_spacing"] not in ("leading", "linspace", "trailing"):
-        config |= {"timestep_spacing": "trailing", "steps_offset": 0}
-    return config
+    if name == "DPMSolverMultistepScheduler":  # whose variance is that of a network of 6 channels
+        config["variance_type"] = None
+    return {key: value for key, value in config.items() if key in CLASSES[name] or key[0] == "_"}

@@ -35,6 +35,12 @@ PIPELINES = (
     "DDIMPipeline",
     "DiTPipeline",
 )
+# What a pipeline of Diffusers sets of its scheduler, whatever the file says.
+SETS: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": {"clip_sample": False, "steps_offset": 1},
+    "StableDiffusionImg2ImgPipeline": {"clip_sample": False, "steps_offset": 1},
+    "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+}
 DENOISERS = {"unet": interop.load_unet, "transformer": interop.load_transformer}
 # Which config a CompVis file of these widths is: (of the U-Net, of its context).
 KNOWN = {
@@ -70,7 +76,7 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
     index, kind = _index(source)
     name = "transformer" if "transformer" in index else "unet"
     network, params = DENOISERS[name](source / name)
-    described = scheduler.read_scheduler(source / "scheduler")
+    described = scheduler.read_scheduler(source / "scheduler", **SETS.get(kind, {}))
     side = _side(files.read_config(source / name, ()).get("sample_size") or 64, source / name)
     parts = Parts(ConfigDict(), {"denoiser": params})
     first = next((name for name in ("vae", "vqvae") if index.get(name)), None)
@@ -181,7 +187,8 @@ def _config(network: Any, first_stage: Any, described: scheduler.Scheduler) -> C
     config.sample.options = described.options
     config.sample.steps = 50
     config.sample.guidance_scale = 1.0
-    config.sample.clip = described.clip and first_stage is None
+    config.sample.clip = described.clip
+    config.process.variance = described.variance
     config.sample.batch_size = 4
     return config
 
@@ -202,7 +209,13 @@ def _finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
             f"{sorted(kinds)} and {channels} or {2 * channels} are known"
         )
     config.conditioning.concat = kinds[found]
-    config.process.variance = "learned" if out == 2 * channels else "fixed_large"
+    if out == 2 * channels:
+        config.process.variance = "learned"
+    elif config.process.variance == "learned":
+        raise ValueError(
+            f"{source} has {out} output channels, but variance_type='learned_range' of its "
+            f"scheduler takes {2 * channels}"
+        )
     if "text_encoder" in config.model:
         config.sample.guidance_scale = 7.5
     elif build.null_label(config) is not None:

@@ -95,10 +95,22 @@ def _pipeline(config: ConfigDict) -> str:
 
 def _described(config: ConfigDict) -> scheduler.Scheduler:
     section = config.sample.to_dict()
+    sampler, options, variance = (
+        section["sampler"],
+        section.get("options", {}),
+        config.process.variance,
+    )
+    if variance == "learned":
+        # Diffusers' DiT takes the variance off first; of the other samplers DDPM alone reads it.
+        wanted = "ddim" if config.model.denoiser.kind == "transformer" else "ddpm"
+        if sampler != wanted:
+            print(f"note: with a learned variance Diffusers samples by {wanted}, not {sampler}")
+            sampler, options = wanted, {}
     return scheduler.Scheduler(
         config.process.schedule.to_dict(),
         config.process.prediction,
-        section["sampler"],
-        section.get("options", {}),
+        sampler,
+        options,
         section["clip"],
+        variance,
     )

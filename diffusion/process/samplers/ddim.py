@@ -8,26 +8,56 @@ in sigma/alpha, equally an Euler step of rectified flow; eta = 1 is ancestral sa
 posterior's variance. (1) never divides by alpha, so it serves zero terminal SNR.
 
 Deviation: e is computed from D after clipping, as in Improved DDPM; Diffusers does so only with
-use_clipped_model_output=True. Under linspace spacing Diffusers steps to the level of
-t - T // steps, which is not the next evaluated one; here, as in the paper, it is.
+use_clipped_model_output=True: `clip` is its default, which clips D alone. Under linspace spacing
+Diffusers steps to the level of t - T // steps, which is not the next evaluated one; here, as in the
+paper, it is.
 """
 
-import numpy as np
+import dataclasses
+from typing import Any
 
-from diffusion.process.samplers.base import Sampler, linear
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from diffusion.process.samplers.base import Evaluate, Memory, Row, Sampler, linear, linear_step
 from diffusion.process.samplers.grid import Grid, make_grid
 from diffusion.process.schedules import Schedule
 
 
 def ddim(
-    schedule: Schedule, steps: int | None = None, *, eta: float | int = 0.0, **options
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    eta: float | int = 0.0,
+    clip: float | int = 0.0,
+    **options,
 ) -> Sampler:
     """DDIM of ``steps`` (50) steps with noise ``eta`` in [0, 1].
 
+    ``clip`` > 0: the D of eq. 1, but not that of its e, is held in [-clip, clip].
     ``options`` go to ``grid.make_grid``: ``spacing`` (leading for discrete schedules; LDM's is
     leading with ``steps_offset=1, final="first"``), ``final``, ``times``.
     """
-    return from_grid(make_grid(schedule, steps, **options), eta)
+    grid = make_grid(schedule, steps, **options)
+    made = from_grid(grid, eta)
+    if not clip:
+        return made
+    if clip < 0:
+        raise ValueError(f"clip={clip}, but it must be above 0, or 0 for none")
+
+    def step(evaluate: Evaluate, x: Array, memory: Memory, row: Row, noise: Any):
+        seen = []
+
+        def kept(x_t: Array, t: Any) -> tuple[Array, Any]:
+            seen.append(evaluate(x_t, t)[0])
+            return seen[0], None
+
+        out, memory = linear_step(kept, x, memory, row, noise)
+        return out + row["alpha"] * (jnp.clip(seen[0], -clip, clip) - seen[0]), memory
+
+    rows = {**made.rows, "alpha": grid.alpha[1:]}
+    return dataclasses.replace(made, rows=rows, step=step)
 
 
 def from_grid(grid: Grid, eta: float | int) -> Sampler:

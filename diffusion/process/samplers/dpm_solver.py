@@ -38,9 +38,9 @@ from diffusion.process.samplers.grid import Grid, default_spacing, make_grid
 from diffusion.process.schedules import Schedule
 
 
-def dpmpp_2m(schedule: Schedule, steps: int | None = None, **options) -> Sampler:
+def dpmpp_2m(schedule: Schedule, steps: int | None = None, *, order: int = 2, **options) -> Sampler:
     """DPM-Solver++(2M), Algorithm 2. Options as ``dpmpp``."""
-    return dpmpp(schedule, steps, order=2, **options)
+    return dpmpp(schedule, steps, order=order, **options)
 
 
 def dpmpp_3m(schedule: Schedule, steps: int | None = None, **options) -> Sampler:
@@ -48,9 +48,11 @@ def dpmpp_3m(schedule: Schedule, steps: int | None = None, **options) -> Sampler
     return dpmpp(schedule, steps, order=3, **options)
 
 
-def dpmpp_2m_sde(schedule: Schedule, steps: int | None = None, **options) -> Sampler:
+def dpmpp_2m_sde(
+    schedule: Schedule, steps: int | None = None, *, order: int = 2, **options
+) -> Sampler:
     """SDE-DPM-Solver++(2M), eq. 4. Options as ``dpmpp``."""
-    return dpmpp(schedule, steps, order=2, sde=True, **options)
+    return dpmpp(schedule, steps, order=order, sde=True, **options)
 
 
 def dpmpp(

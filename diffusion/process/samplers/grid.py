@@ -7,6 +7,8 @@ discrete schedule of T levels (names as in Lin et al. Table 2, arXiv:2305.08891)
     linspace  round(linspace(T-1, 0, n))                 both ends; Improved DDPM §4
     trailing  round(T - i T/n) - 1, i = 0 .. n-1         always starts at the last level
     uniform   round(linspace(T-1, 0, n+1)), last dropped   DPM-Solver's time_uniform
+    open      i floor(T/(n+1)) + offset, i = n .. 1        "leading" in Diffusers' DPM-Solver, UniPC
+    even      linspace(T-1, 0, n), not rounded            "linspace" in Diffusers' Euler and Heun
 
 and for any schedule, as real times between the schedule's ends:
 
@@ -26,7 +28,7 @@ import numpy as np
 
 from diffusion.process.schedules import Schedule
 
-SPACINGS = ("leading", "linspace", "trailing", "uniform", "karras", "logsnr")
+SPACINGS = ("leading", "linspace", "trailing", "uniform", "open", "even", "karras", "logsnr")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,17 +70,23 @@ def make_grid(
     final: str | float | int = "clean",
     times: Sequence | np.ndarray | None = None,
     rho: float | int = 7.0,
+    prior: str = "unit",
 ) -> Grid:
     """The grid of ``steps`` evaluated times (50), or of exactly these ``times``.
 
     ``spacing`` None is karras for EDM's schedule, uniform for other continuous ones, leading for
-    discrete. Raises ValueError for unknown names, steps < 1, steps > T, and times that do not fall.
+    discrete. ``prior``: the first x of a variance-preserving schedule is unit noise, or with
+    "level" only as much as its level has, as k-diffusion starts. Raises ValueError for unknown
+    names, steps < 1, steps > T, and times that do not fall.
     """
     if times is None:
         steps = 50 if steps is None else steps
         _check_steps(schedule, steps)
         times = _spaced(schedule, steps, spacing or default_spacing(schedule), steps_offset, rho)
     times = _checked_times(schedule, np.asarray(times), steps)
+    if prior not in ("unit", "level"):
+        raise ValueError(f"prior={prior!r} is unknown: choose unit or level")
+    unit = schedule.prior_std == 1 and prior == "unit"
     alpha, sigma, final_time = _final_level(schedule, final)
     if sigma > schedule.sigma(times[-1]):
         raise ValueError(
@@ -89,7 +97,7 @@ def make_grid(
         times=times,
         alpha=np.append(schedule.alpha(times), alpha),
         sigma=np.append(schedule.sigma(times), sigma),
-        prior_std=1.0 if schedule.prior_std == 1 else float(schedule.sigma(times[0])),
+        prior_std=1.0 if unit else float(schedule.sigma(times[0])),
         final_time=final_time,
     )
 
@@ -116,28 +124,37 @@ def _spaced(
 ) -> np.ndarray:
     if spacing not in SPACINGS:
         raise ValueError(f"spacing={spacing!r} is unknown: choose one of {', '.join(SPACINGS)}")
-    if offset and spacing != "leading":
+    if offset and spacing not in ("leading", "open"):
         raise ValueError(
-            f"steps_offset={offset} with spacing={spacing!r}, but only 'leading' has an "
-            "offset: set it to 0"
+            f"steps_offset={offset} with spacing={spacing!r}, but only 'leading' and 'open' have "
+            "an offset: set it to 0"
         )
     if spacing in ("karras", "logsnr"):
         return _by_level(schedule, steps, spacing, rho)
     if schedule.num_steps is not None:
         return _discrete(schedule.num_steps, steps, spacing, offset)
-    if spacing == "leading":
+    if spacing in ("leading", "open"):
         raise ValueError(
-            f"spacing='leading' counts steps, which {type(schedule).__name__} does not "
+            f"spacing={spacing!r} counts steps, which {type(schedule).__name__} does not "
             "have: choose uniform, linspace, karras or logsnr"
         )
     low, high = schedule.time_range
-    points = steps if spacing == "linspace" else steps + 1
+    points = steps if spacing in ("linspace", "even") else steps + 1
     return np.linspace(high, low, points)[:steps]
 
 
 def _discrete(total: int, steps: int, spacing: str, offset: int) -> np.ndarray:
     if spacing == "leading":
         times = np.arange(steps)[::-1] * (total // steps) + offset
+    elif spacing == "open":
+        times = np.arange(1, steps + 1)[::-1] * (total // (steps + 1)) + offset
+    elif spacing == "even":
+        if steps == 1:
+            raise ValueError(
+                "steps=1 with spacing='even' is the last time alone, which has no noise to remove: "
+                "take more, or trailing"
+            )
+        return np.linspace(total - 1, 0, steps)
     elif spacing == "linspace":
         times = np.round(np.linspace(total - 1, 0, steps))
     elif spacing == "trailing":

@@ -147,11 +147,13 @@ def compared(library, monkeypatch, tmp_path, name, predictions, every) -> tuple[
             refused += 1
             continue
         for steps in every:
+            if steps == 1 and spacing == "linspace" and name[:3] not in ("DPM", "Uni"):
+                continue  # theirs is t = 0, which has no noise to remove
             made = getattr(diffusers, name)(**given)
             try:
                 found = ours(read, steps)
             except ValueError as error:
-                assert steps == 1 and ("spacing='even'" in str(error) or "pndm" in str(error))
+                assert steps == 1 and "pndm makes 3 Runge-Kutta steps first" in str(error)
                 continue
             wanted = theirs(library, monkeypatch, made, steps)
             error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)

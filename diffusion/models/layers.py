@@ -2,10 +2,9 @@
 
 Arrays are (batch, *space, channels) with one, two or three spatial axes, as read from the input.
 
-Sinusoidal time embedding (DDPM, https://arxiv.org/abs/2006.11239, appendix B; Transformer,
-https://arxiv.org/abs/1706.03762, section 3.5), with half = dim // 2 and i = 0 .. half - 1:
+Sinusoidal time embedding (DDPM, https://arxiv.org/abs/2006.11239, appendix B), half = dim // 2:
 
-    (1)  w_i = max_period^(-i / (half - freq_shift)),      emb(t) = [sin(w t), cos(w t)]
+    (1)  w_i = max_period^(-i / (half - freq_shift)), i < half;   emb(t) = [sin(w t), cos(w t)]
 
 DDPM has freq_shift = 1 and this order; ADM, LDM and Stable Diffusion freq_shift = 0 and [cos, sin].
 
@@ -13,8 +12,7 @@ Group normalisation (https://arxiv.org/abs/1803.08494, eq. 1), over space and a 
 
     (2)  y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-Residual block (DDPM, `diffusion_tf/models/unet.py`; the scale-shift variant is ADM's,
-https://arxiv.org/abs/2105.05233, eq. 3):
+Residual block (DDPM; the scale-shift variant is ADM's, https://arxiv.org/abs/2105.05233, eq. 3):
 
     (3)  h   = conv1(resample(silu(norm1(x))))
     (4)  h   = norm2(h + W silu(temb))   or   norm2(h) * (1 + a) + b,  [a, b] = W silu(temb)

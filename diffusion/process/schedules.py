@@ -21,12 +21,7 @@ log sigma instead: infinite under zero terminal SNR).
     zero SNR        sqrt(alpha_bar)' = (sqrt(alpha_bar) - sqrt(alpha_bar_T)) *
                     sqrt(alpha_bar_0) / (sqrt(alpha_bar_0) - sqrt(alpha_bar_T))
                                                        (Lin et al. Algorithm 1, arXiv:2305.08891)
-Continuous schedules:
-
-    EDM             alpha = 1, sigma = t; training levels ln sigma ~ N(P_mean, P_std^2), sampling
-                    levels (s_max^(1/rho) + i/(N-1) (s_min^(1/rho) - s_max^(1/rho)))^rho
-                                                       (EDM Table 1, arXiv:2206.00364)
-    rectified flow  alpha = 1 - t, sigma = t, t in [0, 1] (arXiv:2209.03003; here t = 1 is noise)
+Continuous schedules are `continuous.py`'s.
 
 A NumPy (or Python) t gives float64 NumPy; a jax t gives jax, float32 unless x64 is on: tables are
 float64 and cast when gathered, as in the authors' code.
@@ -40,8 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Times = jax.Array | np.ndarray | np.generic | float | int
-Levels = jax.Array | np.ndarray | np.floating | float
+from diffusion.process.continuous import EDM, Flow, Levels, Times, as_float, module
 
 
 @runtime_checkable
@@ -69,12 +63,6 @@ class Schedule(Protocol):
     def time(self, logsnr: Times) -> np.ndarray: ...
     def conditioning(self, t: Times) -> Times: ...
     def input_scale(self, t: Times) -> Levels: ...
-
-
-def _as_float(t: Times) -> Levels:
-    if isinstance(t, jax.Array):
-        return t.astype(jnp.promote_types(t.dtype, jnp.result_type(float)))
-    return np.asarray(t, np.float64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,19 +123,19 @@ class Discrete:
     def alpha(self, t: Times) -> Levels:
         if _is_integer(t):
             return _gather(self._tables["alpha"], t)
-        return _module(t).sqrt(_interpolate(self.alpha_bar, t))
+        return module(t).sqrt(_interpolate(self.alpha_bar, t))
 
     def sigma(self, t: Times) -> Levels:
         if _is_integer(t):
             return _gather(self._tables["sigma"], t)
-        return _module(t).sqrt(_interpolate(self._tables["noise"], t))
+        return module(t).sqrt(_interpolate(self._tables["noise"], t))
 
     def logsnr(self, t: Times) -> Levels:
         if _is_integer(t):
             return _gather(self._tables["logsnr"], t)
         signal, noise = _interpolate(self.alpha_bar, t), _interpolate(self._tables["noise"], t)
         with np.errstate(divide="ignore"):
-            return _module(t).log(signal) - _module(t).log(noise)
+            return module(t).log(signal) - module(t).log(noise)
 
     def time(self, logsnr: Times) -> np.ndarray:
         """The (fractional) t of this logsnr, clamped to [0, T-1]; NumPy float64."""
@@ -159,11 +147,7 @@ class Discrete:
         return t
 
     def input_scale(self, t: Times) -> Levels:
-        return 0 * _as_float(t) + 1
-
-
-def _module(t: Times):
-    return jnp if isinstance(t, jax.Array) else np
+        return 0 * as_float(t) + 1
 
 
 def _is_integer(t: Times) -> bool:
@@ -182,95 +166,12 @@ def _gather(table: np.ndarray, t: Times) -> Levels:
 
 def _interpolate(table: np.ndarray, t: Times) -> Levels:
     """table at a fractional t, linearly; exact at integers, constant beyond both ends."""
-    np_like = _module(t)
-    t = np_like.clip(_as_float(t), 0, table.size - 1)
+    np_like = module(t)
+    t = np_like.clip(as_float(t), 0, table.size - 1)
     low = np_like.floor(t).astype(np.int32)
     high = np_like.minimum(low + 1, table.size - 1)
     weight = t - low
     return (1 - weight) * _gather(table, low) + weight * _gather(table, high)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class EDM:
-    """EDM's variance-exploding schedule: alpha = 1, sigma = t (EDM Table 1, last column)."""
-
-    sigma_min: float | int = 0.002
-    sigma_max: float | int = 80.0
-    rho: float | int = 7.0
-    sigma_data: float | int = 0.5
-    p_mean: float | int = -1.2
-    p_std: float | int = 1.2
-
-    num_steps = None
-    variance_preserving = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
-                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, "
-                "but 0 < sigma_min < sigma_max must hold: EDM's are 0.002 and 80"
-            )
-
-    @property
-    def time_range(self) -> tuple[float, float]:
-        return float(self.sigma_min), float(self.sigma_max)
-
-    @property
-    def prior_std(self) -> float:
-        return float(self.sigma_max)
-
-    def alpha(self, t: Times) -> Levels:
-        return 0 * _as_float(t) + 1
-
-    def sigma(self, t: Times) -> Levels:
-        return _as_float(t)
-
-    def logsnr(self, t: Times) -> Levels:
-        return -2 * _module(t).log(_as_float(t))
-
-    def time(self, logsnr: Times) -> np.ndarray:
-        return np.asarray(np.exp(-0.5 * np.asarray(logsnr, np.float64)))
-
-    def conditioning(self, t: Times) -> Levels:
-        """c_noise = ln(sigma) / 4 (EDM Table 1)."""
-        return _module(t).log(_as_float(t)) / 4
-
-    def input_scale(self, t: Times) -> Levels:
-        """c_in = 1 / sqrt(sigma^2 + sigma_data^2) (EDM Table 1)."""
-        return 1 / _module(t).sqrt(_as_float(t) ** 2 + self.sigma_data**2)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Flow:
-    """Rectified flow: alpha = 1 - t, sigma = t. The network is told ``time_scale * t``."""
-
-    time_scale: float | int = 1000.0
-    sigma_data: float | int = 0.5
-
-    num_steps = None
-    variance_preserving = False
-    time_range = (0.0, 1.0)
-    prior_std = 1.0
-
-    def alpha(self, t: Times) -> Levels:
-        return 1 - _as_float(t)
-
-    def sigma(self, t: Times) -> Levels:
-        return _as_float(t)
-
-    def logsnr(self, t: Times) -> Levels:
-        t = _as_float(t)
-        with np.errstate(divide="ignore"):
-            return 2 * (_module(t).log1p(-t) - _module(t).log(t))
-
-    def time(self, logsnr: Times) -> np.ndarray:
-        return np.asarray(1 / (1 + np.exp(np.minimum(0.5 * np.asarray(logsnr, np.float64), 700.0))))
-
-    def conditioning(self, t: Times) -> Levels:
-        return self.time_scale * _as_float(t)
-
-    def input_scale(self, t: Times) -> Levels:
-        return 0 * _as_float(t) + 1
 
 
 def from_betas(betas: np.ndarray | list) -> Discrete:

@@ -22,6 +22,7 @@ pass: there, one pass over the parts finds it, and a second one the gradients.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -70,11 +71,9 @@ class Autoencoder:
     accumulate: int = 1
 
     def __post_init__(self):
-        for key, value, allowed in (
-            ("reconstruction", self.reconstruction, sorted(RECONSTRUCTION)),
-            ("reduction", self.reduction, list(REDUCTIONS)),
-        ):
-            if value not in allowed:
+        choices = {"reconstruction": sorted(RECONSTRUCTION), "reduction": list(REDUCTIONS)}
+        for key, allowed in choices.items():
+            if (value := getattr(self, key)) not in allowed:
                 raise ValueError(f"loss.{key}={value!r} is unknown: use one of {allowed}")
 
     @property
@@ -111,7 +110,8 @@ class Autoencoder:
         metrics = dict(found["metrics"])
         guarded = metrics["loss"] + metrics.get("discriminator_loss", 0.0)
         for name, of_network in grads.items() if self.adversary is not None else ():
-            metrics[f"grad_norm_{name}"] = _norm(of_network)
+            squares = sum(jnp.vdot(x, x) for x in jax.tree.leaves(of_network))
+            metrics[f"grad_norm_{name}"] = jnp.sqrt(squares)
         new, update = ts.apply_gradients(state, grads, guarded, self.optimizer, self.ema)
         if codebook.COUNTS in found:
             metrics |= codebook.usage(found[codebook.COUNTS])
@@ -125,7 +125,7 @@ class Autoencoder:
         x_hat, (bottleneck, z) = self._reconstruct(params, x, None)
         terms = self.terms(frozen, x, x_hat) | self._regularizer(bottleneck)
         clipped = jnp.clip(x_hat, -1, 1)
-        terms |= quality.per_example(x, clipped, quality.SIGNED) | _latent_moments(z)
+        terms |= quality.per_example(x, clipped, quality.SIGNED) | codec.moments(z)
         valid = batch["valid"].astype(jnp.float32)
         sums = {name: jnp.sum(value * valid) for name, value in terms.items()}
         return {"loss": self._loss(sums), **sums, "count": jnp.sum(valid)}
@@ -165,9 +165,7 @@ class Autoencoder:
         return means["reconstruction"] + self.perceptual_weight * values * means["lpips"]
 
     def _regularizer(self, bottleneck: Any) -> dict[str, Float[Array, " batch"]]:
-        if self.num_codes:
-            return {"codebook": bottleneck.loss}
-        return {"kl": bottleneck.kl()}
+        return {"codebook": bottleneck.loss} if self.num_codes else {"kl": bottleneck.kl()}
 
     def _loss(self, means: dict[str, Array]) -> Array:
         """L_nll + L_reg."""
@@ -240,7 +238,10 @@ class Autoencoder:
         counts = adversary.counts(state.step)
         loss, grad = adversarial.when(counts, look, *of_discriminator, x_hat)
         none = jax.tree.map(jnp.zeros_like, regularizer)
-        last = [_at(pull((g, none))[0], self.network.last_layer) for g in (nll_grad, grad)]
+        last = [
+            functools.reduce(dict.__getitem__, self.network.last_layer, pull((g, none))[0])
+            for g in (nll_grad, grad)
+        ]
         return found | {"generator_loss": loss, "generator": grad, "kernels": tuple(last)}
 
     def _gradients(
@@ -263,11 +264,7 @@ class Autoencoder:
             (_, (logged, new)), grads["discriminator"] = adversarial.when(trains, learn, *arguments)
             if old:
                 found[STATISTICS] = jax.tree.map(lambda n, o: jnp.where(trains, n, o), new, old)
-            metrics = {
-                "generator_loss": made["generator_loss"],
-                "adaptive_weight": weight,
-                **logged,
-            }
+            metrics = logged | {"generator_loss": made["generator_loss"], "adaptive_weight": weight}
         grads["autoencoder"] = made["pull"](grad)
         return {"metrics": {"loss": loss, **means, **metrics}, **found}, grads
 
@@ -301,20 +298,3 @@ class Autoencoder:
             counts = jnp.where(due, 0.0, counts)
             extra[codebook.COUNTS] = unless_skipped(counts, old.extra[codebook.COUNTS])
         return new.replace(params=params, extra=extra)
-
-
-def _latent_moments(z: Float[Array, "batch *space channels"]) -> dict[str, Float[Array, " batch"]]:
-    """First and second moments of each channel, for each example."""
-    axes = tuple(range(1, z.ndim - 1))
-    moments = {"mean": z.mean(axes), "square": jnp.square(z).mean(axes)}
-    return {f"latent_{k}_{c}": m[:, c] for k, m in moments.items() for c in range(z.shape[-1])}
-
-
-def _norm(tree: Any) -> Array:
-    return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Array:
-    for name in path:
-        tree = tree[name]
-    return tree

@@ -71,5 +71,12 @@ def decode(
     return first_stage.apply({"params": params["autoencoder"]}, z, method="decode")
 
 
+def moments(z: Float[Array, "batch *space channels"]) -> dict[str, Float[Array, " batch"]]:
+    """First and second moments of each channel, for each example."""
+    axes = tuple(range(1, z.ndim - 1))
+    moments = {"mean": z.mean(axes), "square": jnp.square(z).mean(axes)}
+    return {f"latent_{k}_{c}": m[:, c] for k, m in moments.items() for c in range(z.shape[-1])}
+
+
 def _like(z: Array, per_channel: Any) -> Array:
     return jnp.asarray(per_channel).reshape(*[1] * (z.ndim - 1), -1).astype(z.dtype)

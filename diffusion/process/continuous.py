@@ -1,0 +1,109 @@
+r"""Continuous schedules, and what all schedules take and give.
+
+EDM             alpha = 1, sigma = t; training levels ln sigma ~ N(P_mean, P_std^2), sampling
+                levels (s_max^(1/rho) + i/(N-1) (s_min^(1/rho) - s_max^(1/rho)))^rho
+                                                   (EDM Table 1, arXiv:2206.00364)
+rectified flow  alpha = 1 - t, sigma = t, t in [0, 1] (arXiv:2209.03003; here t = 1 is noise)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Times = jax.Array | np.ndarray | np.generic | float | int
+Levels = jax.Array | np.ndarray | np.floating | float
+
+
+def as_float(t: Times) -> Levels:
+    if isinstance(t, jax.Array):
+        return t.astype(jnp.promote_types(t.dtype, jnp.result_type(float)))
+    return np.asarray(t, np.float64)
+
+
+def module(t: Times):
+    return jnp if isinstance(t, jax.Array) else np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EDM:
+    """EDM's variance-exploding schedule: alpha = 1, sigma = t (EDM Table 1, last column)."""
+
+    sigma_min: float | int = 0.002
+    sigma_max: float | int = 80.0
+    rho: float | int = 7.0
+    sigma_data: float | int = 0.5
+    p_mean: float | int = -1.2
+    p_std: float | int = 1.2
+
+    num_steps = None
+    variance_preserving = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, "
+                "but 0 < sigma_min < sigma_max must hold: EDM's are 0.002 and 80"
+            )
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        return float(self.sigma_min), float(self.sigma_max)
+
+    @property
+    def prior_std(self) -> float:
+        return float(self.sigma_max)
+
+    def alpha(self, t: Times) -> Levels:
+        return 0 * as_float(t) + 1
+
+    def sigma(self, t: Times) -> Levels:
+        return as_float(t)
+
+    def logsnr(self, t: Times) -> Levels:
+        return -2 * module(t).log(as_float(t))
+
+    def time(self, logsnr: Times) -> np.ndarray:
+        return np.asarray(np.exp(-0.5 * np.asarray(logsnr, np.float64)))
+
+    def conditioning(self, t: Times) -> Levels:
+        """c_noise = ln(sigma) / 4 (EDM Table 1)."""
+        return module(t).log(as_float(t)) / 4
+
+    def input_scale(self, t: Times) -> Levels:
+        """c_in = 1 / sqrt(sigma^2 + sigma_data^2) (EDM Table 1)."""
+        return 1 / module(t).sqrt(as_float(t) ** 2 + self.sigma_data**2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flow:
+    """Rectified flow: alpha = 1 - t, sigma = t. The network is told ``time_scale * t``."""
+
+    time_scale: float | int = 1000.0
+    sigma_data: float | int = 0.5
+
+    num_steps = None
+    variance_preserving = False
+    time_range = (0.0, 1.0)
+    prior_std = 1.0
+
+    def alpha(self, t: Times) -> Levels:
+        return 1 - as_float(t)
+
+    def sigma(self, t: Times) -> Levels:
+        return as_float(t)
+
+    def logsnr(self, t: Times) -> Levels:
+        t = as_float(t)
+        with np.errstate(divide="ignore"):
+            return 2 * (module(t).log1p(-t) - module(t).log(t))
+
+    def time(self, logsnr: Times) -> np.ndarray:
+        return np.asarray(1 / (1 + np.exp(np.minimum(0.5 * np.asarray(logsnr, np.float64), 700.0))))
+
+    def conditioning(self, t: Times) -> Levels:
+        return self.time_scale * as_float(t)
+
+    def input_scale(self, t: Times) -> Levels:
+        return 0 * as_float(t) + 1

@@ -187,12 +187,12 @@ COSINE = SCHEDULES["cosine"]
     [
         (lambda: SAMPLERS["ddim"](COSINE, 51), r"^steps=51.*only 50 steps.*at most 50"),
         (lambda: SAMPLERS["ddim"](COSINE, 0), r"^steps=0.*at least 1"),
-        (lambda: SAMPLERS["ddim"](COSINE, 10, spacing="even"), r"^spacing='even'"),
+        (lambda: SAMPLERS["ddim"](COSINE, 10, spacing="odd"), r"^spacing='odd'"),
         (lambda: SAMPLERS["ddim"](COSINE, 10, eta=1.5), r"^eta=1\.5.*\[0, 1\]"),
         (lambda: SAMPLERS["ddim"](COSINE, 10, steps_offset=7), "leave the schedule's 0.0 .. 49.0"),
         (
             lambda: SAMPLERS["ddim"](COSINE, 10, steps_offset=1, spacing="trailing"),
-            "only 'leading' has an offset",
+            "only 'leading' and 'open' have an offset",
         ),
         (lambda: SAMPLERS["ddim"](COSINE, 10, final="end"), r"^final='end'"),
         (lambda: SAMPLERS["ddim"](COSINE, 10, final=40), "more noise"),

@@ -75,8 +75,10 @@ def library():
 
 @pytest.fixture(autouse=True)
 def doubles():
+    """Of hundreds of programs none is needed again: together they exhaust a process's mappings."""
     with jax.enable_x64(True):
         yield
+    jax.clear_caches()
 
 
 def network(x, alpha, sigma, prediction):

@@ -393,12 +393,10 @@ def test_orbax_is_quiet_and_its_warnings_are_not(tmp_path, caplog):
 def start(script: str, *arguments, **environment):
     """A process of its own running `script`; its arguments follow."""
     root = str(pathlib.Path(__file__).parents[1])
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir
-    common = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root, "JAX_COMPILATION_CACHE_DIR": cache}
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     return subprocess.Popen(
         command,
-        env=os.environ | common | environment,
+        env=os.environ | {"PYTHONPATH": root} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,8 +1,6 @@
 """A run that is killed, and the same command again: the losses of an unbroken run, to the bit."""
 
 import json
-import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -27,8 +25,8 @@ def losses(workdir):
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def start_and_wait_for_step(argv, workdir, step, env):
-    process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start_and_wait_for_step(argv, workdir, step):
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 240
     while time.time() < deadline and process.poll() is None:
         if (workdir / "metrics.jsonl").exists() and max(losses(workdir), default=0) >= step:
@@ -39,44 +37,30 @@ def start_and_wait_for_step(argv, workdir, step, env):
 
 
 @pytest.fixture(scope="module")
-def environment():
-    """Programs are compiled in a hurry and once: what is compared is runs, not their speed."""
-    cache = pathlib.Path(__file__).parents[2] / ".cache" / "jax-commands"
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-
-
-@pytest.fixture(scope="module")
-def unbroken(job, tmp_path_factory, environment):
+def unbroken(job, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    subprocess.run(command(job, workdir), env=environment, check=True, capture_output=True)
+    subprocess.run(command(job, workdir), check=True, capture_output=True)
     return losses(workdir)
 
 
-def test_killed_and_resumed(job, tmp_path, environment, unbroken):
+def test_killed_and_resumed(job, tmp_path, unbroken):
     workdir = tmp_path / "run"
-    process = start_and_wait_for_step(command(job, workdir), workdir, 3, environment)
+    process = start_and_wait_for_step(command(job, workdir), workdir, 3)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run(command(job, workdir), env=environment, check=True, capture_output=True)
+    subprocess.run(command(job, workdir), check=True, capture_output=True)
     assert losses(workdir) == unbroken
     assert len(set(unbroken.values())) == 8
 
 
 @pytest.mark.slow  # three signals of a smaller run: tests/faults/test_signals.py
-def test_sigterm_saves_and_says_to_run_again(job, tmp_path, environment, unbroken):
+def test_sigterm_saves_and_says_to_run_again(job, tmp_path, unbroken):
     workdir = tmp_path / "run"
     argv = command(job, workdir, "--config.train.save_every_steps=1000")
-    process = start_and_wait_for_step(argv, workdir, 2, environment)
+    process = start_and_wait_for_step(argv, workdir, 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) in (train.INTERRUPTED, 0)  # 0: it was at the last step already
     saved = [p.name for p in (workdir / "checkpoints").iterdir()]
     assert any(name.isdigit() for name in saved)
-    subprocess.run(argv, env=environment, check=True, capture_output=True)
+    subprocess.run(argv, check=True, capture_output=True)
     assert losses(workdir) == unbroken

@@ -64,12 +64,7 @@ def arguments(data, workdir, *more):
 
 def environment(**more):
     """One fake device a process, unless more are asked for."""
-    base = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PAUSE": "0", "HANG": "-1"}
-    base["SPY"] = os.devnull
-    base["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax")
-    # Compiled in a hurry and kept, small programs too: what is compared is numbers, not speed.
-    base["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    base["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    base = {"JAX_NUM_CPU_DEVICES": "1", "PAUSE": "0", "HANG": "-1", "SPY": os.devnull}
     return {**os.environ, **base, **more}
 
 

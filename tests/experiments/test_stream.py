@@ -30,7 +30,7 @@ def two(tmp_path_factory):
     root = tmp_path_factory.mktemp("stream")
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     running = [
         subprocess.Popen([sys.executable, WORKER, address, str(i), root / f"{i}"], env=environment)
         for i in range(2)

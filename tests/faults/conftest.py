@@ -31,11 +31,9 @@ class Trials:
     """A process of `driver.py`; `run` hands it a job and waits for the statuses."""
 
     def __init__(self, folder: pathlib.Path):
-        cache = ROOT / ".cache" / "jax-faults"  # where each small function is kept as well
         environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            # Apart: an entry is not written at once, and these processes are killed at any time.
+            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-faults"),
             "PYTHONPATH": str(ROOT),
             "PYTHONWARNINGS": "ignore",  # of a fork in a process that has imported jax
         }

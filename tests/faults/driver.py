@@ -266,7 +266,5 @@ def serve(job: dict) -> dict:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), flush=True)

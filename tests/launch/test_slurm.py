@@ -95,10 +95,7 @@ def slurm(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
         patch.setenv("SLURM_CONF", str(conf))
-        patch.setenv("JAX_PLATFORMS", "cpu")
         patch.setenv("JAX_NUM_CPU_DEVICES", "1")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
         # The nodes' names mean nothing to this machine's resolver.
         patch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{ports[3]}")
         started = []

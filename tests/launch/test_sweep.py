@@ -70,8 +70,6 @@ else:
 
 def test_a_sweep_runs_marks_and_goes_on(swept, data, tmp_path, capfd, monkeypatch):
     """Three runs, of which one is refused: locally, then again, then under wandb's agent."""
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
     config, folder = swept(THREE, data), tmp_path / "sweep"
     argv = (f"--config={config}", f"--dir={folder}", "--max_parallel=2")
     status, said = launch(capfd, *argv)

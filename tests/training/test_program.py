@@ -28,7 +28,8 @@ def test_the_step_is_one_program_whatever_python_hashes_strings_to():
             stdout=subprocess.PIPE,
             text=True,
         )
-        for seed in ("1", "2", "4")
+        # A set of the trained networks' names has one order under one, another under the other.
+        for seed in ("1", "10")
     ]
-    first, *others = [process.communicate()[0] for process in processes]
-    assert len(first.split()) == 2 and others == [first, first]
+    first, second = [process.communicate()[0] for process in processes]
+    assert len(first.split()) == 2 and first == second

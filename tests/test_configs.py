@@ -5,6 +5,9 @@ import importlib
 import pathlib
 import re
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import config_flags  # noqa: F401  (the flag type that commands read)
 
@@ -99,6 +102,23 @@ PARAMETERS = {
     "stable_diffusion:v2,controlnet": {**V2, "controlnet": 364_228_240},
     "video_digits": {"denoiser": 732_337},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def each_network_is_traced_once():
+    """Configs share networks, and a state's are traced again for what is frozen beside it."""
+    trace, known = nn.Module.init, {}
+
+    def init(module, *arguments, **options):
+        given = (jax.tree.map(jax.typeof, a) for a in (arguments, options))
+        key = repr((module, *given))
+        if key not in known:
+            known[key] = jax.eval_shape(lambda: trace(module, *arguments, **options))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "init", init)
+        yield
 
 
 def load(name, arg=None):

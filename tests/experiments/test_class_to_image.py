@@ -30,7 +30,7 @@ def classes():
     config = ldm_imagenet256.get_config("f4,smoke")
     config.data.image_size = 32
     config.model.class_embedder.num_classes = 6
-    config.model.denoiser.update({"multipliers": (1, 2), "attention": (False, True)})
+    config.model.denoiser.update({"multipliers": (1,), "attention": (True,)})
     config.model.autoencoder.num_codes = 32
     rng, key = np.random.default_rng(0), jax.random.key(0)
     shapes = jax.eval_shape(tasks.task(config).networks_init, key)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -84,8 +85,8 @@ def test_guidance_and_prompt_change_the_picture(job):
     assert np.abs(picture("", 4.0) - picture("", 1.0)).max() <= 1
 
 
-def test_the_same_command_again_has_nothing_to_do_and_more_steps_extend(job):
-    directory = job / "classifier"
+def test_the_same_command_again_has_nothing_to_do_and_more_steps_extend(job, tmp_path):
+    directory = shutil.copytree(job / "classifier", tmp_path / "classifier")
     config = json.loads((directory / "config.json").read_text())
     argv = ["--config=configs/digits_classifier.py:smoke", f"--workdir={directory}"]
     argv.append(f"--config.data.dir={config['data']['dir']}")

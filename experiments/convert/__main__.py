@@ -24,7 +24,8 @@ from absl import flags
 
 from diffusion import files, weights
 from diffusion.checkpoint import Checkpoints
-from experiments.convert.reading import Parts, from_compvis, from_diffusers
+from experiments.convert.reading import Parts, from_diffusers
+from experiments.convert.single import from_compvis
 from experiments.convert.writing import to_diffusers
 from experiments.host import cli
 from experiments.run import build, data, networks, tasks, workdir

@@ -1,13 +1,11 @@
 """Other projects' weights to what a workdir is made of: the half of `convert` that reads.
 
-A pipeline's directory of Diffusers, one of its first stage's or text encoder's alone, or a single
-file of CompVis's.
+A pipeline's directory of Diffusers, or one of its first stage's or text encoder's alone; a single
+file of CompVis's is `single.py`'s.
 """
 
 import dataclasses
-import importlib
 import pathlib
-import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,7 +15,7 @@ from diffusion import interop
 from diffusion.data import tokenizer_files
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.files import read_json
-from diffusion.interop import autoencoder, compvis, compvis_ldm, files, scheduler, single_file
+from diffusion.interop import autoencoder, files, scheduler
 from diffusion.interop import text_encoder as text_encoders
 from diffusion.interop.autoencoder import load_scaling
 from diffusion.models.autoencoder import VQModel
@@ -42,16 +40,6 @@ SETS: dict[str, dict[str, Any]] = {
     "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
 }
 DENOISERS = {"unet": interop.load_unet, "transformer": interop.load_transformer}
-# Which config a CompVis file of these widths is: (of the U-Net, of its context).
-KNOWN = {
-    (320, 768): "stable_diffusion:v1",
-    (320, 1024): "stable_diffusion:v2",
-    (320, 1280): "ldm_text",
-    (192, 512): "ldm_imagenet256:f4",
-    (256, 512): "ldm_imagenet256:f8",
-    (224, None): "ldm_celebahq256",
-    (192, None): "ldm_lsun256:churches",
-}
 
 
 @dataclasses.dataclass
@@ -93,10 +81,10 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
     config.data.image_size = side * f if isinstance(side, int) else tuple(n * f for n in side)
     if index.get("text_encoder"):
         encoder, parts.params["text_encoder"] = interop.load_text_encoder(source / "text_encoder")
-        config.model.text_encoder = _fields(encoder)
+        config.model.text_encoder = fields(encoder)
         config.conditioning.train_text_encoder = False
         parts.tokenizer = tokenizer_files.load(source / "tokenizer")
-    parts.config = _finish(config, params, source / name)
+    parts.config = finish(config, params, source / name)
     return parts
 
 
@@ -117,7 +105,7 @@ def _scaling(source: pathlib.Path, module: Any) -> tuple[float, float]:
     return (scale if said or not isinstance(module, VQModel) else 1.0), shift
 
 
-def _kind(module: Any) -> str:
+def stage_kind(module: Any) -> str:
     return "vq" if isinstance(module, VQModel) else "kl"
 
 
@@ -129,12 +117,12 @@ def _alone(source: pathlib.Path, tokenizer: pathlib.Path | None) -> Parts:
         module, params = interop.load_autoencoder(source)
         side = _side(described.get("sample_size") or 256, source)
         side = side if isinstance(side, int) else min(side)  # of the square crops
-        return _first_stage(module, params, *_scaling(source, module), side)
+        return first_stage_parts(module, params, *_scaling(source, module), side)
     if named in text_encoders.CLASSES:
         module, params = interop.load_text_encoder(source)
         config = common.denoiser()
         config.model.dtype = "float32"
-        config.model.text_encoder = _fields(module)
+        config.model.text_encoder = fields(module)
         words = tokenizer_files.load(tokenizer or source)
         return Parts(config, {"text_encoder": params}, tokenizer=words)
     raise ValueError(
@@ -143,11 +131,11 @@ def _alone(source: pathlib.Path, tokenizer: pathlib.Path | None) -> Parts:
     )
 
 
-def _first_stage(module: Any, params: Any, scale: float, shift: float, side: int) -> Parts:
+def first_stage_parts(module: Any, params: Any, scale: float, shift: float, side: int) -> Parts:
     """The workdir of a first stage's run: what `latents.first_stage` and `init_from` name."""
-    config = common.first_stage(_kind(module))
+    config = common.first_stage(stage_kind(module))
     config.model.dtype = "float32"
-    config.model.autoencoder = {"name": _kind(module), **_fields(module)}
+    config.model.autoencoder = {"name": stage_kind(module), **fields(module)}
     f = module.downsampling
     config.data.update({"image_size": side // f * f, "channels": module.image_channels})
     return Parts(config, {"autoencoder": params}, scale, shift)
@@ -178,9 +166,9 @@ def _config(network: Any, first_stage: Any, described: scheduler.Scheduler) -> C
     """A config of sampling, and of training on a folder of images."""
     config = common_ldm.online_latents("kl_f8", 1.0) if first_stage else common.denoiser()
     config.model.dtype = "float32"
-    config.model.denoiser = {"kind": "unet", **_fields(network)}
+    config.model.denoiser = {"kind": "unet", **fields(network)}
     if first_stage is not None:
-        config.model.autoencoder = {"name": _kind(first_stage), **_fields(first_stage)}
+        config.model.autoencoder = {"name": stage_kind(first_stage), **fields(first_stage)}
     config.process.schedule = described.schedule
     config.process.prediction = described.prediction
     config.sample.sampler = described.sampler
@@ -193,7 +181,7 @@ def _config(network: Any, first_stage: Any, described: scheduler.Scheduler) -> C
     return config
 
 
-def _finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
+def finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
     """What the denoiser's channels say: what joins x_t, whether a variance is learned."""
     out = config.model.denoiser.out_channels
     if "conv_in" in params:
@@ -223,91 +211,7 @@ def _finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
     return config
 
 
-def _fields(module: Any) -> dict[str, Any]:
+def fields(module: Any) -> dict[str, Any]:
     left_out = ("dtype", "remat", "parent", "name")
     names = [f.name for f in dataclasses.fields(module) if f.name not in left_out]
     return {name: getattr(module, name) for name in names}
-
-
-def from_compvis(
-    source: pathlib.Path, config: ConfigDict | None, tokenizer: pathlib.Path | None
-) -> Parts:
-    """Reads one file of CompVis's. ValueError naming it for what is missing or does not fit."""
-    held = single_file.read_file(source)
-    bare = not any(name.startswith(compvis_ldm.UNET) for name in held.tensors)
-    if config.task == "autoencoder" if config else bare:
-        return _first_stage(*_compvis_first_stage(source, config), 1.0, 0.0, 256)
-    config = ConfigDict((config or _guess(held.tensors, source)).to_dict())
-    params: dict[str, Any] = {
-        "denoiser": compvis_ldm.read_unet(held, build.denoiser_network(config))
-    }
-    if "autoencoder" in config.model:
-        module, params["autoencoder"] = _compvis_first_stage(source, config)
-        config.model.autoencoder = {"name": _kind(module), **_fields(module)}
-    if "class_embedder" in config.model:
-        embedder = build.class_embedder(config)
-        params["class_embedder"] = compvis_ldm.read_class_embedder(held, embedder)
-    parts = Parts(config, params, compvis_ldm.scale_factor(held) or _scale(config))
-    if "text_encoder" in config.model:
-        encoder = build.text_encoder(config)
-        params["text_encoder"] = compvis_ldm.read_text_encoder(held, encoder)
-        if tokenizer is None:
-            raise ValueError(
-                f"{source} holds no tokenizer, which its text encoder needs: give --tokenizer=DIR "
-                "with vocab.json and merges.txt (CLIP) or vocab.txt (BERT)"
-            )
-        parts.tokenizer = tokenizer_files.load(tokenizer)
-    config.init_from = ""
-    parts.config = _finish(config, params["denoiser"], source)
-    return parts
-
-
-def _compvis_first_stage(source: pathlib.Path, config: ConfigDict | None) -> tuple[Any, Any]:
-    """Module and parameters; the groups of its norms, which no tensor tells, are the config's."""
-    groups = build.autoencoder(config.model.autoencoder).groups if config else 32
-    return compvis.load_compvis_autoencoder(source, groups=groups)
-
-
-def _guess(tensors: dict[str, Any], source: pathlib.Path) -> ConfigDict:
-    first = tensors.get(f"{compvis_ldm.UNET}input_blocks.0.0.weight")
-    widths = (None if first is None else first.shape[0], compvis_ldm.context_width(tensors))
-    if widths not in KNOWN:
-        raise ValueError(
-            f"{source} has a U-Net of width {widths[0]} with a context of {widths[1]}, which no "
-            "published model has: give its config, --config=configs/X.py"
-        )
-    name, _, argument = KNOWN[widths].partition(":")
-    config = importlib.import_module(f"configs.{name}").get_config(argument)
-    _header(config, tensors, source, f"{name}.py:{argument}".rstrip(":"))
-    return config
-
-
-PREDICTIONS = {"epsilon": "eps", "v": "v"}
-
-
-def _header(config: ConfigDict, tensors: dict[str, Any], source: pathlib.Path, named: str) -> None:
-    """What a file's header and marks say of prediction and size, which no width tells."""
-    header = single_file.read_header(source)
-    said = header.get("modelspec.prediction_type", "v" if "v_pred" in tensors else None)
-    size = re.fullmatch(r"(\d+)(x\1)?", header.get("modelspec.resolution", ""))
-    if "ztsnr" in tensors or said not in (None, *PREDICTIONS):
-        mark = "ztsnr" if "ztsnr" in tensors else f"modelspec.prediction_type={said}"
-        raise ValueError(f"{source} is marked {mark}: give its config, --config=configs/{named}")
-    if said is None and named.endswith(":v2"):
-        raise ValueError(
-            f"{source} does not say whether it predicts noise (2-base) or velocity (768-v): give "
-            f"--config=configs/{named} with --config.process.prediction=eps and "
-            "--config.data.image_size=512, or =v and =768"
-        )
-    if said is not None:
-        config.process.prediction = PREDICTIONS[said]
-    if size is not None:
-        config.data.image_size = int(size[1])
-    elif named.endswith(":v2") and said == "epsilon":
-        config.data.image_size = 512
-
-
-def _scale(config: ConfigDict) -> float:
-    if "online" in config:
-        return config.online.scale
-    return config.latents.scale if "latents" in config else 1.0

@@ -18,7 +18,7 @@ from diffusion.interop import (
     save_text_encoder,
     unet_config,
 )
-from experiments.convert import reading
+from experiments.convert import reading, single
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -148,8 +148,8 @@ def test_what_a_single_file_says_of_itself(tmp_path, width, header, mark, wanted
     save_file(tensors, path, {SPEC + k: v for k, v in header.items()} or None)
     if isinstance(wanted, str):
         with pytest.raises(ValueError, match=wanted) as caught:
-            reading._guess(tensors, path)
+            single._guess(tensors, path)
         assert "--config=" in str(caught.value)
     else:
-        config = reading._guess(tensors, path)
+        config = single._guess(tensors, path)
         assert (config.process.prediction, config.data.image_size) == wanted

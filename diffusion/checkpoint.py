@@ -7,9 +7,8 @@ A checkpoint of step `s` is the folder `DIR/<s>`, made in this order:
 2. Process 0 hashes every file of it and writes `manifest.json` there, last, by a rename too
    (`diffusion/manifest.py`), with the step, where the data stood and the caller's metadata.
 
-So a step without a manifest is unfinished, at whatever moment the process was killed, and one whose
-files do not hash to its manifest is damaged. The hashes are needed because Orbax restores a flipped
-bit without noticing. A damaged step is renamed `<s>.corrupt`, never deleted.
+So a step without a manifest is unfinished, whenever the process was killed, and one whose files do
+not hash to it is damaged, of which Orbax notices nothing: it is renamed `<s>.corrupt`, not deleted.
 
 The state may be any pytree of arrays. It is stored as nested dicts of the names on each leaf's path
 and restored into a target's structure, so the types (Flax dataclasses, Optax named tuples, empty

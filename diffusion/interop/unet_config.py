@@ -1,8 +1,7 @@
 """The configs of Diffusers' two U-Net classes, translated to our `UNet` and back.
 
-What they mean by heads (`diffusers/models/unets/unet_2d_condition.py` apologises for it):
-`attention_head_dim` is the width of a head in UNet2DModel (null: one head), but the number of heads
-in UNet2DConditionModel.
+`attention_head_dim` is the width of a head in UNet2DModel (null: one), and the number of heads in
+UNet2DConditionModel.
 """
 
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from diffusion.interop.files import refuse_unknown, require
 from diffusion.models.unet import UNet
 
 PLAIN, CONDITIONAL = "UNet2DModel", "UNet2DConditionModel"
-
 # (attention, resampling) of a level by its block's name; None: as `downsample_type` says.
 BLOCKS = {
     "DownBlock2D": ("none", "conv"),

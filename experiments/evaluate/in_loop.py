@@ -10,9 +10,8 @@ FirstStage   Frechet distance of reconstructions and held-out images on the feat
              use; pictures of images and reconstructions
 Samples      Frechet distance of `evaluation.samples` samples to training images on those features,
              and adherence of as few for captioned digits, of averaged and raw weights; pictures of
-             samples. So few that they rank the steps of one run, and nothing else:
-             `experiments.evaluate` makes numbers to compare. Noise and prompts are those of `seed`
-             at every step.
+             samples. So few that they rank the steps of one run alone: `experiments.evaluate` makes
+             numbers to compare. Noise and prompts are those of `seed` at every step.
 
 Pictures are `evaluation.preview` each; they go to every writer, and to DIR/previews/NAME-STEP.png.
 Nothing here draws from the stream of training batches or its keys.
@@ -95,8 +94,7 @@ def show(
 
 def check(config: ConfigDict) -> None:
     """ValueError for an `evaluation.samples` or `evaluation.classifier` that does not fit."""
-    wanted = config.evaluation
-    if wanted.classifier and config.task not in ("autoencoder", "denoiser"):
+    if (wanted := config.evaluation).classifier and config.task not in ("autoencoder", "denoiser"):
         raise ValueError(
             f"{CLASSIFIER}={wanted.classifier} is for tasks 'autoencoder' and 'denoiser', not "
             f"{config.task!r}: leave it empty"

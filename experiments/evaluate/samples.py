@@ -141,7 +141,7 @@ class Subject:
             return None, {}
         if data.known(self.image_config.data.name).prompts:
             return compose.prompts(num, self.seed, held_out)
-        return _captions(self.image_config, num), {}
+        return data.captions(self.image_config, num), {}
 
     def batches(self, num: int, held_out: bool = False) -> Iterator[np.ndarray]:
         """Samples as they are made, or as they stand in the set."""
@@ -283,19 +283,6 @@ _LAZY = functools.cached_property
 
 def _shown(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
     return Progress("samples", count, silent=not cluster.is_first()).over(batches)
-
-
-def _captions(config: ConfigDict, num: int) -> list[str]:
-    """Captions of the evaluation split, in turn."""
-    source, steps = data.open_images(config, config.data.eval_split)
-    index = np.arange(min(num, len(source)))
-    batch = loader.fetch(source, index, np.zeros_like(index), index, steps)
-    if "caption" not in batch:
-        raise ValueError(
-            f"data.name={config.data.name!r} has no captions in its split "
-            f"{config.data.eval_split!r}: set data.eval_split to one that has"
-        )
-    return batch["caption"]
 
 
 def _check_size(found: sample_sets.SampleSet, shape: tuple[int, ...] | None) -> None:

@@ -221,3 +221,16 @@ def _captions(source: Any, steps: list) -> Iterator[list[str]]:
         if "caption" not in batch:
             raise ValueError("model.text_encoder reads captions, but the data of data.dir has none")
         yield [batch["caption"][i] for i in np.flatnonzero(batch["valid"])]
+
+
+def captions(config: ConfigDict, num: int) -> list[str]:
+    """Captions of the evaluation split, in turn."""
+    source, steps = open_images(config, config.data.eval_split)
+    index = np.arange(min(num, len(source)))
+    batch = loader.fetch(source, index, np.zeros_like(index), index, steps)
+    if "caption" not in batch:
+        raise ValueError(
+            f"data.name={config.data.name!r} has no captions in its split "
+            f"{config.data.eval_split!r}: set data.eval_split to one that has"
+        )
+    return batch["caption"]

@@ -104,7 +104,7 @@ def latent_diffusion(stage: str, data_name: str) -> ConfigDict:
     config.train.log_every_steps = 100
     config.sample.sampler = "ddim"
     config.sample.steps = 200
-    config.sample.options = {"eta": 0.0, "spacing": "leading", "steps_offset": 1, "final": "first"}
+    config.sample.options = {"eta": 0.0, "spacing": "stride", "steps_offset": 1, "final": "first"}
     config.sample.batch_size = 16
     config.evaluation.examples = 2000
     return config

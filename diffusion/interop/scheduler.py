@@ -168,6 +168,11 @@ def scheduler_config(scheduler: Scheduler) -> dict[str, Any]:
     ):
         if value not in table:
             raise ValueError(f"{key}={value!r} cannot be written for Diffusers: it has no such one")
+    if schedule.get("time_scale", 1) != 1:
+        raise ValueError(
+            f"process.schedule.time_scale={schedule['time_scale']} cannot be written for "
+            "Diffusers: its networks are told t"
+        )
     # A sampler that Diffusers lacks does not change the model: DDIM samples it.
     named = {ours: theirs for theirs, ours in SAMPLERS.items()} | {"plms": "PNDMScheduler"}
     named |= dict.fromkeys(("dpmpp_3m", "dpmpp_2m_sde"), "DPMSolverMultistepScheduler")
@@ -177,6 +182,7 @@ def scheduler_config(scheduler: Scheduler) -> dict[str, Any]:
     spacing = {ours: theirs for theirs, ours in spacings.items()}.get(
         options.get("spacing", ""), options.get("spacing", default)
     )
+    spacing = "leading" if spacing == "stride" else spacing
     if spacing not in (CLASSES[name]["timestep_spacing"][1] or ()):
         spacing = "trailing"
     config = {

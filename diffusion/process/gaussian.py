@@ -208,7 +208,7 @@ def apply_network(
         alpha, sigma = jnp.asarray(schedule.alpha(t)), jnp.asarray(schedule.sigma(t))
         scale = 1 / _edm_norm(alpha, sigma, schedule.sigma_data)
     elif schedule.num_steps is not None:
-        return network(x_t, t)
+        return network(x_t, jnp.asarray(schedule.conditioning(t)))
     else:
         scale = schedule.input_scale(t)
     return network(expand(scale, x_t) * x_t, jnp.asarray(schedule.conditioning(t)))

@@ -74,6 +74,7 @@ class Discrete:
 
     alpha_bar: np.ndarray
     sigma_data: float | int = 0.5
+    time_scale: float | int = 1  # the network is told so many times t
 
     variance_preserving = True
     prior_std = 1.0
@@ -144,7 +145,7 @@ class Discrete:
         return np.asarray(np.interp(noise, self._tables["noise"], steps))
 
     def conditioning(self, t: Times) -> Times:
-        return t
+        return t if self.time_scale == 1 else self.time_scale * as_float(t)
 
     def input_scale(self, t: Times) -> Levels:
         return 0 * as_float(t) + 1
@@ -174,9 +175,9 @@ def _interpolate(table: np.ndarray, t: Times) -> Levels:
     return (1 - weight) * _gather(table, low) + weight * _gather(table, high)
 
 
-def from_betas(betas: np.ndarray | list) -> Discrete:
+def from_betas(betas: np.ndarray | list, time_scale: float | int = 1) -> Discrete:
     """The discrete schedule of these betas (T,), each in (0, 1]."""
-    return Discrete(np.cumprod(1 - np.asarray(betas, np.float64)))
+    return Discrete(np.cumprod(1 - np.asarray(betas, np.float64)), time_scale=time_scale)
 
 
 def _positive(num_steps: int) -> int:
@@ -206,15 +207,19 @@ def scaled_linear(
     return from_betas(np.linspace(*ends, _positive(num_steps), dtype=np.float64) ** 2)
 
 
-def _from_curve(curve: np.ndarray, cap: float) -> Discrete:
+def _from_curve(curve: np.ndarray, cap: float, time_scale: float | int = 1) -> Discrete:
     """From alpha_bar at u = 0, 1/T, .., 1, by betas capped as in Improved DDPM §3.2."""
-    return from_betas(np.minimum(1 - curve[1:] / curve[:-1], cap))
+    return from_betas(np.minimum(1 - curve[1:] / curve[:-1], cap), time_scale)
 
 
-def cosine(num_steps: int = 1000, s: float = 0.008, cap: float = 0.999) -> Discrete:
-    """Improved DDPM eq. 17, betas capped at ``cap``."""
+def cosine(
+    num_steps: int = 1000, s: float = 0.008, cap: float = 0.999, time_scale: float | int = 1
+) -> Discrete:
+    """Improved DDPM eq. 17, betas capped at ``cap``. Its authors tell the network 1000 t / T
+    (openai/improved-diffusion: respace.py, rescale_timesteps): that is ``time_scale`` 1000 / T.
+    """
     u = np.arange(_positive(num_steps) + 1, dtype=np.float64) / num_steps
-    return _from_curve(np.cos(np.pi / 2 * (u + s) / (1 + s)) ** 2, cap)
+    return _from_curve(np.cos(np.pi / 2 * (u + s) / (1 + s)) ** 2, cap, time_scale)
 
 
 def sigmoid(

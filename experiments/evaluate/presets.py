@@ -39,7 +39,7 @@ class Preset:
 
 
 def _ddim(steps: int, eta: float, scale: float = 1.0) -> dict[str, Any]:
-    options = {"eta": eta, "spacing": "leading", "steps_offset": 1}
+    options = {"eta": eta, "spacing": "stride", "steps_offset": 1}
     return {"sampler": "ddim", "steps": steps, "guidance_scale": scale, "options": options}
 
 

@@ -192,7 +192,7 @@ COSINE = SCHEDULES["cosine"]
         (lambda: SAMPLERS["ddim"](COSINE, 10, steps_offset=7), "leave the schedule's 0.0 .. 49.0"),
         (
             lambda: SAMPLERS["ddim"](COSINE, 10, steps_offset=1, spacing="trailing"),
-            "only 'leading' and 'open' have an offset",
+            "only leading, stride, open have",
         ),
         (lambda: SAMPLERS["ddim"](COSINE, 10, final="end"), r"^final='end'"),
         (lambda: SAMPLERS["ddim"](COSINE, 10, final=40), "more noise"),

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.process import schedules
-from diffusion.process.samplers import SAMPLERS, sample, step_noise
+from diffusion.process import gaussian, schedules
+from diffusion.process.samplers import SAMPLERS, make_grid, sample, step_noise
 
 SHORT = schedules.ddpm_linear(20, 1e-3, 0.3)  # every step of it is cheap
 LONG = schedules.scaled_linear()
@@ -198,3 +198,44 @@ def test_rectified_flow(run, exact, name):
             yield x
 
     run(flow, name, solver, steps=10)
+
+
+@pytest.mark.parametrize("steps", [3, 20, 200, 300, 400, 999, 1000])
+def test_ldms_times_are_compvis(steps):
+    """ldm/modules/diffusionmodules/util.py, make_ddim_timesteps("uniform"), in our own words."""
+    wanted = [i + 1 for i in range(0, 1000, 1000 // steps)][::-1]
+    if wanted[0] == 1000:  # theirs reads beyond its table
+        with pytest.raises(ValueError, match="leave the schedule"):
+            make_grid(schedules.scaled_linear(), steps, spacing="stride", steps_offset=1)
+        return
+    grid = make_grid(schedules.scaled_linear(), steps, spacing="stride", steps_offset=1)
+    assert grid.times.tolist() == wanted and grid.steps == len(wanted)
+    if 1000 % steps == 0:
+        leading = make_grid(schedules.scaled_linear(), steps, spacing="leading", steps_offset=1)
+        np.testing.assert_array_equal(grid.times, leading.times)
+
+
+def test_lsun_churches_take_five_hundred_evaluations():
+    from configs import ldm_lsun256
+    from experiments.run import build
+
+    method = build.settings(ldm_lsun256.get_config("churches")).method()
+    assert method.evaluations == 500 and method.rows["t"][0] == 999
+
+
+def test_improved_ddpms_network_is_told_a_thousandth_of_the_way():
+    """openai/improved-diffusion, respace.py, _WrappedModel: t 1000 / T, whatever T."""
+    told = []
+    schedule = schedules.cosine(4000, time_scale=0.25)
+    x, t = jnp.zeros((2, 4, 4, 1)), jnp.array([1, 3999])
+    gaussian.apply_network(lambda x, t: told.append(t) or x, schedule, "eps", x, t)
+    gaussian.apply_network(lambda x, t: told.append(t) or x, schedules.cosine(4000), "eps", x, t)
+    np.testing.assert_allclose(told[0], [0.25, 999.75])
+    assert told[1].dtype == t.dtype and told[1].tolist() == [1, 3999]
+    alpha = schedule.alpha(t)
+    np.testing.assert_array_equal(alpha, schedules.cosine(4000).alpha(t))
+    from configs import iddpm_cifar10
+
+    config = iddpm_cifar10.get_config("hybrid")
+    assert config.process.schedule.time_scale * config.process.schedule.num_steps == 1000
+    assert not config.data.flip

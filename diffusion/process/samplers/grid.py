@@ -3,7 +3,9 @@ r"""Which times a sampler visits, and the levels there, in float64 NumPy.
 A grid is n evaluated times, noise first, and a final level that is reached but not evaluated. For a
 discrete schedule of T levels (names as in Lin et al. Table 2, arXiv:2305.08891):
 
-    leading   i floor(T/n) + offset, i = n-1 .. 0        LDM's DDIM and PLMS with offset 1
+    leading   i floor(T/n) + offset, i = n-1 .. 0        Diffusers; with offset 1 Stable Diffusion
+    stride    i floor(T/n) + offset, all i below T/that    LDM's DDIM and PLMS with offset 1: more
+                                                         than n where n does not divide T
     linspace  round(linspace(T-1, 0, n))                 both ends; Improved DDPM §4
     trailing  round(T - i T/n) - 1, i = 0 .. n-1         always starts at the last level
     uniform   round(linspace(T-1, 0, n+1)), last dropped   DPM-Solver's time_uniform
@@ -28,7 +30,19 @@ import numpy as np
 
 from diffusion.process.schedules import Schedule
 
-SPACINGS = ("leading", "linspace", "trailing", "uniform", "open", "even", "karras", "logsnr")
+SPACINGS = (
+    "leading",
+    "linspace",
+    "trailing",
+    "uniform",
+    "stride",
+    "open",
+    "even",
+    "karras",
+    "logsnr",
+)
+
+COUNTED = ("leading", "stride", "open")  # in whole steps from the least noise
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +97,7 @@ def make_grid(
         steps = 50 if steps is None else steps
         _check_steps(schedule, steps)
         times = _spaced(schedule, steps, spacing or default_spacing(schedule), steps_offset, rho)
+        steps = None
     times = _checked_times(schedule, np.asarray(times), steps)
     if prior not in ("unit", "level"):
         raise ValueError(f"prior={prior!r} is unknown: choose unit or level")
@@ -124,16 +139,16 @@ def _spaced(
 ) -> np.ndarray:
     if spacing not in SPACINGS:
         raise ValueError(f"spacing={spacing!r} is unknown: choose one of {', '.join(SPACINGS)}")
-    if offset and spacing not in ("leading", "open"):
+    if offset and spacing not in COUNTED:
         raise ValueError(
-            f"steps_offset={offset} with spacing={spacing!r}, but only 'leading' and 'open' have "
+            f"steps_offset={offset} with spacing={spacing!r}, but only {', '.join(COUNTED)} have "
             "an offset: set it to 0"
         )
     if spacing in ("karras", "logsnr"):
         return _by_level(schedule, steps, spacing, rho)
     if schedule.num_steps is not None:
         return _discrete(schedule.num_steps, steps, spacing, offset)
-    if spacing in ("leading", "open"):
+    if spacing in COUNTED:
         raise ValueError(
             f"spacing={spacing!r} counts steps, which {type(schedule).__name__} does not "
             "have: choose uniform, linspace, karras or logsnr"
@@ -146,6 +161,8 @@ def _spaced(
 def _discrete(total: int, steps: int, spacing: str, offset: int) -> np.ndarray:
     if spacing == "leading":
         times = np.arange(steps)[::-1] * (total // steps) + offset
+    elif spacing == "stride":
+        times = np.arange(0, total, total // steps)[::-1] + offset
     elif spacing == "open":
         times = np.arange(1, steps + 1)[::-1] * (total // (steps + 1)) + offset
     elif spacing == "even":

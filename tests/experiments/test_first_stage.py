@@ -15,14 +15,16 @@ import pytest
 from PIL import Image
 
 from configs import common, ldm_celebahq256
-from diffusion.data import latents
+from diffusion.data import latents, loader
+from diffusion.metrics import frechet
 from experiments import encode_latents, train
 from experiments.convert import __main__ as convert
 from experiments.convert import reading
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import every_checkpoint
+from experiments.evaluate.features import Judge
 from experiments.host import cli
-from experiments.run import build, data
+from experiments.run import build, data, networks
 
 CONFIG = "--config=configs/digits_autoencoder.py:smoke"
 ADVERSARIAL = (
@@ -127,9 +129,27 @@ def test_reconstructions_are_measured(adversarial, job, tmp_path):
     argv = (f"--workdir={workdir}", "--metrics=reconstruction", "--num=100", f"--out={out}")
     assert run(evaluate, *argv, f"--classifier={job}/classifier") == 0
     found = json.loads(out.read_text())["reconstruction"]
-    assert found["count"] == 100 and found["frechet_distance"] > 0
-    assert 0 < found["sharpness"] and -1 <= found["ssim"] <= 1 and found["psnr"] > 0
-    assert len(found["latent_mean"]) == len(found["latent_std"]) == 4
+    # The first 100 held-out images, through the network here, measured here.
+    stage = networks.load_stage(workdir)
+    source, steps = data.open_images(stage.config, stage.config.data.eval_split)
+    images = next(loader.one_pass(source, 100, steps, stop=100))["image"]
+    given = {"params": stage.params}
+    z = stage.network.apply(given, jnp.asarray(images) / 127.5 - 1, method="encode").mean
+    x = np.asarray(stage.network.apply(given, z, method="decode"))
+    made = np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)
+    psnr = -10 * np.log10(np.square(made / 255.0 - images / 255.0).mean((1, 2, 3)))
+    assert found["count"] == 100 and found["psnr"] == pytest.approx(psnr.mean(), abs=0.01)
+    half = 1.96 * psnr.std(ddof=1) / 10
+    wanted = [psnr.mean() - half, psnr.mean() + half]
+    np.testing.assert_allclose(found["intervals"]["psnr"], wanted, atol=0.03)
+    for name, moment in (("mean", np.mean), ("std", np.std)):
+        moments = moment(np.asarray(z), axis=(0, 1, 2))
+        np.testing.assert_allclose(found[f"latent_{name}"], moments, rtol=1e-3, atol=1e-3)
+    judge = Judge(job / "classifier")
+    seen, shown = (frechet.feature_statistics(judge(part)[1]) for part in (made, images))
+    distance = frechet.frechet_distance(seen, shown)
+    assert found["frechet_distance"] == pytest.approx(distance, rel=0.02)
+    assert 0 < found["sharpness"] and -1 <= found["ssim"] <= 1
 
 
 def test_a_report_is_written(adversarial, tmp_path):

@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # ask no server which machine this is
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a lock file would stop a second process
+    "XLA_FLAGS": "",  # this machine's own compiler's, of which libtpu may refuse one
 }
 AXES_OF = {"v5e": 2, "v6e": 2, "v5p": 3}  # of a topology
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # slices of v5e and v6e

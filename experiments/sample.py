@@ -139,7 +139,8 @@ def open_model(values: flags.FlagValues) -> generate.Model:
 def described(values: flags.FlagValues, model: generate.Model) -> dict[str, str]:
     """What every picture says of how it was made; "request" is of whatever has no line."""
     how = model.pipeline.how
-    asked = {name: values[name].value for name in ASKED} | {"options": dict(how.options)}
+    asked = {name: values[name].value for name in ASKED}
+    asked |= {k: v for k, v in vars(how).items() if k not in (*SETTINGS, "schedule")}
     for name in FILES:
         given = values[name].value or []
         given = [given] if isinstance(given, str) else given

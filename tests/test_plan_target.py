@@ -117,7 +117,15 @@ def test_split_weights_are_gathered_and_no_activation_is(planned):
     assert planned["digits_ldm"]["state_bytes"] > 0
 
 
-def test_what_does_not_fit_is_said(monkeypatch):
+def test_what_does_not_fit_is_said_by_the_compiler():
+    config = digits_pixel.get_config("smoke")
+    config.train.batch_size = 2**22
+    found = target.planned(config.lock(), "v5e:1x1")
+    assert not found["fits"] and found["peak_bytes"] > 2**40 > found["memory_bytes"]
+    assert "does not fit" in target.show(found)
+
+
+def test_the_largest_batch_is_searched_both_ways(monkeypatch):
     answers = iter([True, True, False])
     monkeypatch.setattr(target, "in_a_process", lambda *_: {"fits": next(answers)})
     config = digits_pixel.get_config("smoke").lock()

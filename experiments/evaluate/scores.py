@@ -1,5 +1,6 @@
 """Metrics that are no distances between sets of images, each from a `Subject` to numbers."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,13 +11,13 @@ from diffusion.metrics import adherence as adherence_metric
 from diffusion.metrics import motion as motion_metric
 from diffusion.metrics import reconstruction as of_pixels
 from diffusion.metrics.intervals import beside, mean_interval
-from diffusion.process import gaussian, guidance, likelihood
+from diffusion.process import likelihood
 from diffusion.process.keys import numbered
 from diffusion.training import codec
 from experiments.evaluate import reconstructions
 from experiments.evaluate.features import attributes
 from experiments.evaluate.samples import Subject
-from experiments.run import build, data, networks
+from experiments.run import data, networks
 
 
 def adherence(subject: Subject) -> dict[str, Any]:
@@ -35,21 +36,14 @@ def clip_score(subject: Subject) -> dict[str, Any]:
 
 def bits_per_dim(subject: Subject) -> dict[str, Any]:
     model = subject.model
-    schedule, process = build.schedule(model.config), model.config.process
+    how = model.pipeline.how.changed(clip=True, dynamic_threshold=0.0, guidance_scale=1.0)
 
     @jax.jit
     def bound(params, image, index):
         keys = numbered(jax.random.key(subject.seed), index)
-
-        def network(x_t, t):
-            return model.pipeline.task.predict(params, x_t, t, {})
-
-        learned = process.variance == "learned"
-        denoise = gaussian.make_denoise(
-            network, schedule, process.prediction, learned_variance=learned
-        )
-        x0, clipped = codec.signed(image), guidance.clip_x0(denoise)
-        return likelihood.bits_per_dim(clipped, schedule, x0, keys, process.variance)
+        denoise = how.denoise(functools.partial(model.pipeline.task.predict, params), {})
+        x0 = codec.signed(image)
+        return likelihood.bits_per_dim(denoise, how.schedule, x0, keys, how.variance)
 
     source, steps = data.open_images(model.config, model.config.data.eval_split)
     count, size = min(subject.num, len(source)), min(64, subject.num)

@@ -23,7 +23,7 @@ import jax
 from ml_collections import ConfigDict
 
 from diffusion import wording
-from diffusion.training.parallel import Parallel, check_batch, make_mesh
+from diffusion.training.parallel import Parallel, check_batch, make_mesh, partition
 from experiments.plan import cost, hlo
 from experiments.plan.mesh import HARDWARE, abstract_step, shard_bytes
 from experiments.run import tasks
@@ -82,8 +82,7 @@ def parse(text: str) -> Topology:
         raise ValueError(
             f"--target={text} is unknown: use {', '.join(AXES_OF)} and a topology, such as v5e:2x4"
         )
-    axes = AXES_OF[kind]
-    shape = "x".join("AxBxC"[::2][:axes])
+    axes, shape = AXES_OF[kind], {2: "AxB", 3: "AxBxC"}[AXES_OF[kind]]
     if not re.fullmatch(r"\d{1,3}(x\d{1,3})" + f"{{{axes - 1}}}", sizes):
         raise ValueError(f"--target={text}: a topology of {kind} is {shape}, such as {_such(kind)}")
     found = Topology(kind, tuple(int(n) for n in sizes.split("x")))
@@ -127,9 +126,10 @@ def compiled(config: ConfigDict, topology: Topology) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
-        peak = float(used[1]) * 1024 ** ("KMG".index(used[2]) + 1) if used else None
-        return found | {"fits": False, "peak_bytes": peak and int(peak)}
+        # "Used 21.03G of 15.75G hbm", or "... (7.44T) exceeds available HBM (15.75G)"
+        used = re.search(r"(?:Used |\()([\d.]+)([KMGT])\)? (?:of|exceeds)", str(error))
+        peak = int(float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)) if used else None
+        return found | {"fits": False, "peak_bytes": peak}
     found["compile_secs"] = round(time.perf_counter() - started, 1)
     memory, text = program.memory_analysis(), program.as_text()
     found |= {"fits": True, "peak_bytes": int(memory.peak_memory_in_bytes)}
@@ -164,8 +164,6 @@ def classed(
 
 
 def _split(shape: tuple[int, ...], fsdp: int) -> tuple[int, ...]:
-    from diffusion.training.parallel import partition
-
     spec = partition(shape, fsdp)
     return tuple(n // fsdp if i < len(spec) and spec[i] else n for i, n in enumerate(shape))
 

@@ -181,7 +181,7 @@ def test_final_latents_are_diffusers(name, library, monkeypatch, tmp_path):
     assert agreed >= 12
 
 
-@pytest.mark.slow  # the whole product: a quarter of an hour
+@pytest.mark.slow  # the whole product: two minutes
 @pytest.mark.parametrize("name", CLASSES)
 def test_final_latents_are_diffusers_for_all_steps(name, library, monkeypatch, tmp_path):
     predictions = ("epsilon", "v_prediction", "sample")

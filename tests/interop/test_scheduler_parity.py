@@ -176,7 +176,10 @@ REFUSED = {
 @pytest.mark.parametrize("name", CLASSES)
 def test_final_latents_are_diffusers(name, library, monkeypatch, tmp_path):
     predictions = ("epsilon", "v_prediction")
-    agreed, refused = compared(library, monkeypatch, tmp_path, name, predictions, (1, 10))
+    # Of eight steps the times of "linspace" are no whole ones. PNDM is given an even stride: of an
+    # odd one Diffusers rounds the half-way times of its Runge-Kutta steps (`samplers/plms.py`).
+    every = (1, 10) if name == "PNDMScheduler" else (1, 8)
+    agreed, refused = compared(library, monkeypatch, tmp_path, name, predictions, every)
     assert refused == REFUSED.get(name, 0)
     assert agreed >= 12
 

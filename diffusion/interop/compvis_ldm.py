@@ -130,12 +130,20 @@ def _split_qkv(weights: Weights, module: UNet) -> Weights:
 
 def _heads(module: UNet, width: int) -> int:
     """Of a layer of so many channels."""
-    levels = [i for i in range(module.levels) if module.width(i) == width]
+    last = module.levels - 1  # the middle's, with attention on that level or without
+    levels = [i for i in range(last + 1) if module.attention[i] or i == last]
+    levels = [i for i in levels if module.width(i) == width]
     if not levels:
         raise ValueError(
             f"an attention layer has {width} channels, which no level of the U-Net has"
         )
-    return module.head_shape(levels[0])[0]
+    heads = {module.head_shape(i)[0] for i in levels}
+    if len(heads) > 1:
+        raise ValueError(
+            f"levels {levels} of the U-Net have {width} channels each, and {sorted(heads)} heads: "
+            "a CompVis file does not say whose its attention layers are; give them the same heads"
+        )
+    return heads.pop()
 
 
 def _averaged(weights: Weights) -> Weights:

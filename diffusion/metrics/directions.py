@@ -17,8 +17,14 @@ HIGHER = (
     "recall",
     "ssim",
 )
+NEITHER = ("high_frequency", "latent", "sharpness")  # best near those of the data
 
 
 def higher_is_better(name: str) -> bool:
     """False where lower is, as of losses and distances, and of any number unknown here."""
     return name.removeprefix("eval_").startswith(HIGHER)
+
+
+def has_best(name: str) -> bool:
+    """False where neither the highest nor the lowest is the best."""
+    return not name.removeprefix("eval_").startswith(NEITHER)

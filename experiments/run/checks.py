@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffusion.metrics.directions import has_best
 from experiments.host import cli
 from experiments.run import data
 
@@ -95,6 +96,11 @@ def _check_counts(config: ConfigDict) -> None:
         raise ValueError(
             f"train.keep_best={config.train.keep_best!r} needs evaluations: set "
             "evaluation.every_steps, best to train.save_every_steps"
+        )
+    if not has_best(config.train.keep_best):
+        raise ValueError(
+            f"train.keep_best={config.train.keep_best!r} is best near the data's own, neither "
+            "highest nor lowest: name another number, such as eval_loss"
         )
 
 

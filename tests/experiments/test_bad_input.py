@@ -65,6 +65,10 @@ PIXEL = "--config=configs/digits_pixel.py:smoke"
         (("--config.task=dance",), ("dance", "denoiser")),
         (("--config.train.keep_checkpoints=0",), ("train.keep_checkpoints=0", "1")),
         (("--config.train.keep_best=eval_loss",), ("keep_best", "evaluation.every_steps")),
+        (
+            ("--config.train.keep_best=eval_sharpness", "--config.evaluation.every_steps=1"),
+            ("keep_best='eval_sharpness'", "eval_loss"),
+        ),
         (("--unknown=1",), ("unknown",)),
         (("stray",), ("stray",)),
     ],

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from diffusion.interop import compvis_ldm
 from diffusion.interop.files import Weights
+from diffusion.interop.unet import unet_shapes
 from diffusion.models.attention import AttentionBlock
 from diffusion.models.layers import ClassEmbedder
 from diffusion.models.text_encoder import TextTransformer, ldm_bert
@@ -252,3 +253,14 @@ def test_what_does_not_fit_is_named(change, words):
         compvis_ldm.read_unet(weights(change(tensors)), SD)
     with pytest.raises(ValueError, match="no text encoder"):
         compvis_ldm.read_text_encoder(weights(tensors), CLIP)
+
+
+def test_levels_of_one_width_with_other_heads_are_refused():
+    """One layer's q, k and v would be cut by another's heads."""
+    module = UNet(
+        channels=32, multipliers=(1, 1), blocks=1, attention=(True, True), heads=(2, 4), groups=8
+    )
+    shapes = unet_shapes(module, 3, None)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    with pytest.raises(ValueError, match=r"levels \[0, 1\].* 32 channels .*\[2, 4\] heads"):
+        compvis_ldm.unet_tensors(module, params)

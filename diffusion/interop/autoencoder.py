@@ -25,13 +25,13 @@ from diffusion.interop.files import (
     OLD_ATTENTION_NAMES,
     Rules,
     read_config,
-    read_weights,
     refuse_unknown,
     require,
     to_params,
     to_tensors,
     write_directory,
 )
+from diffusion.interop.weight_files import read_weights
 from diffusion.models.autoencoder import AutoencoderKL, VQModel
 
 STEM = "diffusion_pytorch_model"

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.files import read_json
-from diffusion.interop.files import Rules, read_config, read_weights, require, to_params
+from diffusion.interop.files import Rules, read_config, require, to_params
 from diffusion.interop.text_encoder import STEM, load_text_encoder, multiple
+from diffusion.interop.weight_files import read_weights
 from diffusion.models.clip import MEAN, STD, ImageTransformer
 from diffusion.models.text_encoder import TextTransformer
 

@@ -192,9 +192,9 @@ def read_text_encoder(weights: Weights, module: TextTransformer) -> dict[str, An
         found, rules = _open_clip(_under(held, "model."), module), text_encoder.RULES
     elif "transformer.token_emb.weight" in held.tensors:
         found, rules = _under(held, "transformer."), bert_rules(module.layers)
-    elif any(name.startswith("transformer.text_model.") for name in held.tensors):
-        found = _under(held, "transformer.text_model.").without(r"position_ids$")
-        rules = text_encoder.RULES
+    elif any(name.endswith("embeddings.token_embedding.weight") for name in held.tensors):
+        found = _under(held, "transformer.").without(r"position_ids$")
+        found, rules = found.renamed([(r"^text_model\.", "")]), text_encoder.RULES
     else:
         raise ValueError(
             f"{_file(weights)} holds no text encoder under {CONDITION}, which the config has: give "

@@ -13,6 +13,7 @@ from diffusion.interop import files
 from diffusion.interop.unet import RULES as UNET_RULES
 from diffusion.interop.unet import STEM
 from diffusion.interop.unet_config import BLOCKS, CONDITIONAL, NAMES, read_unet_config, unet_config
+from diffusion.interop.weight_files import read_weights
 from diffusion.models.controlnet import ControlNet
 from diffusion.models.unet import UNet
 
@@ -55,7 +56,7 @@ def load_controlnet(directory: str | os.PathLike) -> tuple[ControlNet, dict[str,
     unet, in_channels, width = read_unet_config(same, source)
     module = beside(unet, widths)
     shapes = controlnet_shapes(module, in_channels, width)
-    weights = files.read_weights(directory, STEM).renamed(files.OLD_ATTENTION_NAMES)
+    weights = read_weights(directory, STEM).renamed(files.OLD_ATTENTION_NAMES)
     return module, files.to_params(weights, shapes, RULES)
 
 

@@ -1,12 +1,12 @@
 """What every loader of foreign weights shares: reading, naming, laying out and writing.
 
-A model directory of Diffusers or Transformers is `config.json` beside `STEM.safetensors`, or beside
-shards that `STEM.safetensors.index.json` lists. A loader or saver is then three steps each way:
+A model directory of Diffusers or Transformers is `config.json` beside its weights
+(`weight_files.py`). A loader or saver is then three steps each way:
 
     config = read_config(directory, {"UNet2DModel"})
     module = ...                         # from config; `require` refuses what the module has not
     shapes = jax.eval_shape(module.init, ...)["params"]
-    params = to_params(read_weights(directory, STEM), shapes, RULES)
+    params = to_params(weight_files.read_weights(directory, STEM), shapes, RULES)
 
     tensors = to_tensors(params, RULES)
     write_directory(directory, config, tensors, STEM)
@@ -20,8 +20,6 @@ layout:
     kernel (*space, in, out)  -> weight (out, in, *space)
     scale, embedding          -> weight, as it is
     anything else             -> its own name, as it is
-
-Only safetensors are read: a pickle can run code.
 """
 
 import os
@@ -73,19 +71,21 @@ class Weights:
 def read_config(directory: str | os.PathLike, classes: Iterable[str]) -> dict[str, Any]:
     """`config.json`; its `_class_name` (Diffusers) or `architectures` must be among `classes`.
 
-    A config that names no class is accepted, and any where `classes` is empty. ValueError where it
-    is missing, broken or another's.
+    Flax's modules count as PyTorch's of the same name. A config that names no class is accepted,
+    and any where `classes` is empty. ValueError where it is missing, broken or another's.
     """
     path = Path(directory) / "config.json"
     config = read_json(path, "give a model directory with config.json and weights")
     named = config.get("_class_name") or config.get("architectures") or []
-    named = [named] if isinstance(named, str) else named
+    named = [str(name).removeprefix("Flax") for name in [named] * isinstance(named, str) or named]
     classes = set(classes)
     if classes and named and not set(named) & classes:
         raise ValueError(
-            f"{path} describes a {' or '.join(map(str, named))}, which is not read here: give a "
+            f"{path} describes a {' or '.join(named)}, which is not read here: give a "
             f"directory of {' or '.join(sorted(classes))}"
         )
+    if "_class_name" in config:
+        config["_class_name"] = named[0]
     return config
 
 
@@ -111,66 +111,6 @@ def refuse_unknown(config: Mapping[str, Any], known: Iterable[str], source: obje
             f"{source}: {odd[0]}={config[odd[0]]!r} is not a key that is known here: remove it if "
             "it changes nothing"
         )
-
-
-def read_weights(directory: str | os.PathLike, stem: str) -> Weights:
-    """All tensors of `STEM.safetensors`, of the shards in its index, or of its one variant (fp16).
-
-    ValueError naming the file where one is missing, truncated or lacks a tensor the index promises.
-    """
-    directory = Path(directory)
-    tensors: dict[str, np.ndarray] = {}
-    files: dict[str, Path] = {}
-    for path, promised in _weight_files(directory, stem):
-        found = read_safetensors(path)
-        absent = sorted(promised - found.keys())
-        if absent:
-            raise ValueError(f"{path} lacks {absent[0]}, which its index promises: fetch it again")
-        tensors |= found
-        files |= dict.fromkeys(found, path)
-    return Weights(tensors, files, directory)
-
-
-def _weight_files(directory: Path, stem: str) -> list[tuple[Path, set[str]]]:
-    """The files to read, each with the names that the index promises of it (none without index)."""
-    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-    if single.is_file():
-        return [(single, set())]
-    if index.is_file():
-        return _shards(index)
-    variants = sorted(directory.glob(f"{stem}.*.safetensors"))
-    if len(variants) == 1:
-        return [(variants[0], set())]
-    pickled = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".ckpt"))
-    hint = f"; {pickled[0]} is a pickle, save it as safetensors first" if pickled else ""
-    raise ValueError(f"{single} is missing, and there is no {index.name}{hint}")
-
-
-def _shards(index: Path) -> list[tuple[Path, set[str]]]:
-    try:
-        weight_map = read_json(index, "fetch it again")["weight_map"]
-        shards = {name: Path(shard).name for name, shard in weight_map.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of shards ({error!r}): fetch it again") from error
-    return [
-        (index.parent / shard, {name for name, s in shards.items() if s == shard})
-        for shard in sorted(set(shards.values()))
-    ]
-
-
-def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Every tensor of one file as it is stored, bfloat16 included. ValueError names the file."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise ValueError(f"{path} is missing: fetch it again")
-    try:
-        with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, TypeError) as error:
-        raise ValueError(
-            f"{path} is truncated or no safetensors file ({error}): fetch it again"
-        ) from error
 
 
 def torch_name(path: Sequence[str], rules: Rules) -> str:

@@ -30,6 +30,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diffusion.files import write_tensors
 from diffusion.interop import files, text_encoder, unet
+from diffusion.interop.weight_files import read_safetensors
 
 FILE = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
@@ -82,7 +83,7 @@ def load_lora(path: str | os.PathLike, params: Mapping[str, Any]) -> dict[str, A
     broken, that updates layers the networks lack, or with other shapes.
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    tensors = {_rename(k): v for k, v in files.read_safetensors(path).items()}
+    tensors = {_rename(k): v for k, v in read_safetensors(path).items()}
     header = _header(path)
     found: dict[str, Any] = {}
     for network in RULES:

@@ -20,9 +20,11 @@ once all of those places are known to lie within the storage.
 """
 
 import collections
+import dataclasses
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -46,12 +48,24 @@ DTYPES = {
     "CharStorage": np.dtype("i1"),
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
+    "storage.UntypedStorage": np.dtype("u1"),  # of the tensors that name their dtype
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    **{f"uint{bits}": np.dtype(f"<u{bits // 8}") for bits in (16, 32, 64)},
 }
 
 # What stands beside the weights in published checkpoints (callbacks, counters) and is passed over.
 INERT_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")
+PLAIN = "dict list set int float str tuple complex slice range xrange frozenset bytearray".split()
 INERT = {
     "argparse.Namespace",
+    *("collections.Counter", "collections.deque", "decimal.Decimal", "uuid.UUID"),
+    *(f"datetime.{t}" for t in ("date", "datetime", "time", "timedelta", "timezone")),
+    *(f"pathlib.{t}" for t in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")),
+    *("torch.device", "torch.Generator", "torch.Tensor", "torch.serialization._get_layout"),
+    *("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"),
+    *(f"torch.{t}" for t in ("float64", "float32", "float16", "bfloat16", "bool", "complex64")),
+    *(f"torch.{t}" for t in ("int64", "int32", "int16", "int8", "uint8", "complex128")),
     "numpy.dtype",
     "numpy.ndarray",
     "numpy.core.multiarray.scalar",
@@ -60,9 +74,13 @@ INERT = {
     "numpy._core.multiarray._reconstruct",
     "_codecs.encode",
     "typing.Any",
-    *(f"{b}.{t}" for b in ("builtins", "__builtin__") for t in ("dict", "list", "set", "int")),
-    *(f"{b}.{t}" for b in ("builtins", "__builtin__") for t in ("float", "str", "tuple")),
+    *(f"{b}.{t}" for b in ("builtins", "__builtin__") for t in PLAIN),
 }
+
+# Tensors that are no plain array: sparse, quantised, without values, complex.
+STRANGE = re.compile(
+    r"torch\._utils\._rebuild_\w+|torch\.(Complex|Q)\w+Storage|torch\._tensor\.\w+"
+)
 
 Storages = Callable[["_Storage"], bytes]  # a storage's bytes
 
@@ -115,8 +133,13 @@ def _rebuild_tensor(storage, offset, size, stride, *_):
     return _Tensor(storage, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
 
 
-def _rebuild_parameter(tensor, *_):
-    return tensor
+def _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, *_):
+    """Of a storage without a type: float8, unsigned integers."""
+    plain = _rebuild_tensor(storage, offset, size, stride)
+    if not isinstance(dtype, np.dtype):
+        raise TypeError("a tensor of a dtype that is not known here")
+    typed = _Storage(dtype, storage.key, storage.numel // dtype.itemsize)
+    return dataclasses.replace(plain, storage=typed)
 
 
 KNOWN: dict[str, Any] = {
@@ -125,8 +148,13 @@ KNOWN: dict[str, Any] = {
     "torch.Size": tuple,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    # A tensor with Python attributes, or torch's Buffer: the tensor.
+    "torch._tensor._rebuild_from_type_v2": lambda rebuild, _type, arguments, *_: rebuild(
+        *arguments
+    ),
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
     **{f"torch.{name}": dtype for name, dtype in DTYPES.items()},
 }
 
@@ -178,6 +206,11 @@ def read(
             file.seek(0)
             return (_read_zip if archive else _read_legacy)(file, entries)
     except _Refused as error:
+        if STRANGE.fullmatch(str(error)):
+            raise ValueError(
+                f"{path} holds a tensor that is no plain array ({error}), as networks here have "
+                "them: save it dense and real, as float32 or half precision"
+            ) from error
         raise ValueError(
             f"{path} asks for {error}, which no tensor is made of, and is not read, since that "
             "could run code: fetch the weights again from their publisher, or as safetensors"

@@ -59,7 +59,8 @@ def read_scheduler(directory: str | Path, **replaced: Any) -> Scheduler:
     """
     path = Path(directory) / "scheduler_config.json"
     config = read_json(path, "fetch it again") | replaced
-    named = config.get("_class_name")
+    named = str(config.get("_class_name")).removeprefix("Flax")
+    config["_class_name"] = named
     if named not in CLASSES:
         raise ValueError(
             f"{path}: _class_name={named!r} is unknown: only {', '.join(CLASSES)} are known"

@@ -5,21 +5,20 @@ import re
 from pathlib import Path
 
 from diffusion.files import hash_file
-from diffusion.interop import pickled
-from diffusion.interop.files import Weights, read_safetensors
+from diffusion.interop.files import Weights
+from diffusion.interop.weight_files import read_tensors
 
 # PyTorch's hub puts the first digits of the SHA-256 into the name: vgg16-397923af.pth.
 _DIGITS = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 
 
 def read_file(path: str | os.PathLike) -> Weights:
-    """Every tensor of a `.safetensors`, or of a `.pth`, `.pt`, `.bin` or `.ckpt` (`pickled.py`).
+    """Every tensor of the file (`weight_files.py`).
 
     ValueError naming the file where it is missing, truncated, corrupt or would run code.
     """
     path = Path(path)
-    read = read_safetensors if path.suffix == ".safetensors" else pickled.read
-    tensors = read(path)
+    tensors = read_tensors(path)
     return Weights(tensors, dict.fromkeys(tensors, path), path.parent)
 
 

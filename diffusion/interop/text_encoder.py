@@ -20,12 +20,12 @@ from jaxtyping import PyTree
 from diffusion.interop.files import (
     Rules,
     read_config,
-    read_weights,
     require,
     to_params,
     to_tensors,
     write_directory,
 )
+from diffusion.interop.weight_files import read_weights
 from diffusion.models.text_encoder import TextTransformer
 
 STEM = "model"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.interop import files, pickled
+from diffusion.interop.weight_files import read_weights
 from diffusion.models.positions import sincos_positions
 from diffusion.models.transformer import Transformer
 
@@ -64,7 +65,7 @@ def load_transformer(directory: str | os.PathLike) -> tuple[Transformer, dict[st
     """
     config = files.read_config(directory, {CLASS})
     module, in_channels = _module(config, Path(directory) / "config.json")
-    weights = files.read_weights(directory, STEM).without(r"^pos_embed\.pos_embed$")
+    weights = read_weights(directory, STEM).without(r"^pos_embed\.pos_embed$")
     for name in filter(COPY.match, weights.tensors):
         first = re.sub(r"^(transformer_blocks\.)\d+", r"\g<1>0", name)
         if not np.array_equal(weights.tensors[name], weights.tensors.get(first, ())):

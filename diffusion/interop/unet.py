@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from diffusion.interop import files
 from diffusion.interop.unet_config import CONDITIONAL, PLAIN, read_unet_config, unet_config
+from diffusion.interop.weight_files import read_weights
 from diffusion.models.unet import UNet
 
 STEM = "diffusion_pytorch_model"
@@ -42,7 +43,7 @@ def load_unet(directory: str | os.PathLike) -> tuple[UNet, dict[str, Any]]:
     config = files.read_config(directory, {PLAIN, CONDITIONAL})
     module, in_channels, context_width = read_unet_config(config, Path(directory) / "config.json")
     shapes = unet_shapes(module, in_channels, context_width)
-    weights = files.read_weights(directory, STEM).renamed(files.OLD_ATTENTION_NAMES)
+    weights = read_weights(directory, STEM).renamed(files.OLD_ATTENTION_NAMES)
     return module, files.to_params(weights, shapes, RULES)
 
 

@@ -54,12 +54,13 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "reverse_transformer_layers_per_block": (None,),
 }
 
-# Read below, or of no effect: on other keys' options, or (upcast_attention) on float32.
+# Read below, or of no effect: on other keys' options, on float32, or (Flax's two) on values.
 OTHERS = {
+    *("use_memory_efficient_attention", "split_head_dim"),
     *("cross_attention_dim", "use_linear_projection", "num_class_embeds", "time_embedding_dim"),
     *("attn_norm_num_groups", "sample_size", "upcast_attention", "num_train_timesteps"),
     *("addition_time_embed_dim", "addition_embed_type_num_heads"),
-    *("projection_class_embeddings_input_dim",),
+    "projection_class_embeddings_input_dim",
 }
 PLAIN_DEFAULTS: dict[str, Any] = {
     "in_channels": 3,

@@ -113,6 +113,7 @@ def _alone(source: pathlib.Path, tokenizer: pathlib.Path | None) -> Parts:
     """One network's directory: a first stage, or a text encoder."""
     described = read_json(source / "config.json", REMEDY)
     named = described.get("_class_name") or next(iter(described.get("architectures") or ()), None)
+    named = str(named).removeprefix("Flax")
     if named in autoencoder.CLASSES:
         module, params = interop.load_autoencoder(source)
         side = _side(described.get("sample_size") or 256, source)
@@ -145,7 +146,7 @@ def _index(source: pathlib.Path) -> tuple[dict[str, Any], str]:
     """model_index.json's components that are there, and the pipeline's class."""
     path = source / "model_index.json"
     index = read_json(path, REMEDY)
-    named = index.get("_class_name")
+    named = str(index.get("_class_name")).removeprefix("Flax")
     if named not in PIPELINES:
         raise ValueError(f"{path}: _class_name={named!r} is not one of {', '.join(PIPELINES)}")
     held = {k: v for k, v in index.items() if isinstance(v, list) and v and v[0] is not None}

@@ -160,10 +160,11 @@ def text_tensors(params, prefix):
     return {prefix + name: tensor for name, tensor in to_tensors(params, RULES).items()}
 
 
-def test_clip_of_stable_diffusion_1():
+@pytest.mark.parametrize("prefix", ["text_model.", ""])  # "": as some merged files have it
+def test_clip_of_stable_diffusion_1(prefix):
     params = drawn(shapes(CLIP, TOKENS))
-    held = text_tensors(params, "cond_stage_model.transformer.text_model.")
-    held["cond_stage_model.transformer.text_model.embeddings.position_ids"] = np.arange(9)
+    held = text_tensors(params, f"cond_stage_model.transformer.{prefix}")
+    held[f"cond_stage_model.transformer.{prefix}embeddings.position_ids"] = np.arange(9)
     same(compvis_ldm.read_text_encoder(weights(held), CLIP), params)
 
 

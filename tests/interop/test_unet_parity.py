@@ -314,7 +314,7 @@ SPOILT = {
     "missing": (lambda d: (d / WEIGHTS).unlink(), r"model\.safetensors is missing"),
     "pickle": (
         lambda d: (d / WEIGHTS).rename(d / "diffusion_pytorch_model.bin"),
-        r"diffusion_pytorch_model\.bin is a pickle",
+        r"diffusion_pytorch_model\.bin is truncated, corrupt or no weights of PyTorch",
     ),
     "no_tensor": (
         lambda d: spoil_weights(d, lambda t: t.pop("conv_in.bias")),

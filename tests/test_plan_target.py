@@ -1,6 +1,7 @@
 """A step by the compiler of TPUs that are not there, and how its module is read."""
 
 import importlib
+import importlib.util
 import json
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from configs import digits_pixel
 from experiments.host import cli
 from experiments.plan import __main__ as plan
-from experiments.plan import hlo, target
+from experiments.plan import hlo, target, topology
 
 MODULE = """HloModule step
 %light (p: f32[8]) -> f32[8] {
@@ -65,6 +66,37 @@ def test_a_module_is_read_by_the_rule():
     assert found["flops"] == flops and found["copies"] == 2 and found["kernels"] == 12
     np.testing.assert_allclose(found["bound_secs"], flops / 1e3, rtol=1e-6)
     assert found["peak_share"] == pytest.approx(1) and found["dearest"][0]["kind"] == "fusion"
+
+
+LIBRARY = """ENTRY %main (x: bf16[8,16,16,32]) -> bf16[8,16,16,64] {
+  %x = bf16[8,16,16,32]{3,2,1,0} parameter(0)
+  %w = bf16[64,3,3,32]{3,2,1,0} parameter(1)
+  %dy = bf16[8,16,16,64]{3,2,1,0} parameter(2)
+  %a = bf16[128,64]{1,0} parameter(3)
+  %b = bf16[64,256]{1,0} parameter(4)
+  %q = bf16[8,256,2,40]{3,2,1,0} parameter(5)
+  %f = (bf16[8,16,16,64]{3,2,1,0}, u8[0]{0}) custom-call(%x, %w), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %g = (bf16[64,3,3,32]{3,2,1,0}, u8[0]{0}) custom-call(%x, %dy), dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
+  %h = (bf16[8,16,16,32]{3,2,1,0}, u8[0]{0}) custom-call(%dy, %w), dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput"
+  %m = (bf16[128,256]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+  %s = (bf16[8,2,256,40]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["8","2","256","256"]}}}
+  %r = f32[8]{0} fusion(%a), kind=kInput, calls=%sums
+}
+"""  # noqa: E501
+
+
+def test_calls_of_cudnn_and_cublas_count_by_their_shapes():
+    kernels = {k.name: k for k in hlo.Module(LIBRARY).kernels()}
+    convolution = 2 * (8 * 16 * 16) * 64 * (9 * 32)
+    assert [kernels[name].flops for name in "fghmsr"] == [
+        *(convolution,) * 3,
+        2 * 128 * 256 * 64,
+        2 * 2 * (8 * 2 * 256 * 256) * 40,
+        0,
+    ]
+    found = hlo.summary(LIBRARY, 1e12, 1e15, launch_secs=1.0)
+    assert found["launched_secs"] == 6 and found["bound_secs"] < 1
+    assert found["kinds"]["fusion Input"]["count"] == 1
 
 
 def test_flops_of_a_module_are_those_of_its_products():
@@ -145,7 +177,11 @@ def test_the_largest_batch_is_searched_both_ways(monkeypatch):
         (("--target=v5p:2x2",), "AxBxC"),
         (("--target=v5e:3x3",), "does not exist"),
         (("--target=v5p:2x2x3",), "does not exist"),
-        (("--target=v5e:2x4", "--config.parallel.fsdp=3"), "8 chips, which parallel.data=-1 and"),
+        (("--target=h100",), "h100:1 to h100:8"),
+        (("--target=h100:16",), "does not exist"),
+        (("--target=h100:2x4",), "does not exist"),
+        (("--target=h100:2", "--config.parallel.data=3"), "2 devices, which parallel.data=3"),
+        (("--target=v5e:2x4", "--config.parallel.fsdp=3"), "8 devices, which parallel.data=-1 and"),
         (("--target=v5e:2x4", "--config.train.batch_size=12"), "train.batch_size=12"),
         (("--largest_batch",), "--largest_batch needs --target"),
     ],
@@ -156,17 +192,29 @@ def test_a_target_that_is_none_is_refused(argv, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_without_the_compiler_its_requirements_are_named(monkeypatch):
-    monkeypatch.setitem(target.ENVIRONMENT, "PYTHONPATH", "")
-    import subprocess
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None, reason="needs requirements-gpu-target.txt"
+)
+def test_a_gpu_step_fits_and_exchanges_gradients_alone():
+    config = digits_pixel.get_config("smoke")
+    config.model.dtype = "bfloat16"
+    found = target.planned(config.lock(), "h100:2")
+    assert found["fits"] and found["state_bytes"] < found["peak_bytes"] < 2**28
+    moved = found["collectives"]
+    assert 1 <= moved["gradients"]["count"] <= 8
+    assert moved["activations"]["count"] == moved["weights"]["count"] == 0
+    assert 0.5 < found["flops"] / (found["step_flops"] / 2) < 2
+    assert any("cudnn$conv" in name for name in found["kinds"])
+    assert found["launched_secs"] >= 2.5e-6 * found["kernels"] > found["bound_secs"] > 0
 
-    def failed(*_, **__):
-        said = "ModuleNotFoundError: No module named 'libtpu'"
-        return subprocess.CompletedProcess([], 1, "", said)
 
-    monkeypatch.setattr(subprocess, "run", failed)
-    with pytest.raises(ValueError, match=r"needs libtpu.*requirements-tpu-target\.txt"):
-        target.planned(digits_pixel.get_config("smoke").lock(), "v5e:1x1")
+@pytest.mark.parametrize("target_name", ["v5e:1x1", "h100:8"])
+def test_without_the_compiler_its_requirements_are_named(target_name, monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: None)
+    name = "gpu" if target_name.startswith("h") else "tpu"
+    with pytest.raises(ValueError, match=rf"{target_name} needs .*requirements-{name}-target\.txt"):
+        target.planned(digits_pixel.get_config("smoke").lock(), target_name)
 
 
 def test_json_has_what_a_script_reads(planned, monkeypatch, capsys):

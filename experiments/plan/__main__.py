@@ -2,15 +2,15 @@
 
     python -m experiments.plan --config=configs/X.py [--devices=N] [--json]
         [--mesh=data=32,fsdp=8 [--hardware=h100|h200|v5e|v5p|v6e]]
-        [--target=v5e:2x4|v6e:4x4|v5p:2x2x1 [--largest_batch]]
+        [--target=h100:8|h200:1|a100:8|v5e:2x4|v6e:4x4|v5p:2x2x1 [--largest_batch]]
 
 Parameters per network, FLOPs of one example forward and in a training step, bytes of parameters,
 averages and optimiser state on each of N devices (parallel.fsdp shards them). FLOPs are counted
 from the traced program, without what no result needs: 2 m n k for each matrix product, and the like
 for convolutions; loops count once for each pass. What is not a product is not counted. --mesh
 compiles the real train step for so many fake devices: minutes (`experiments/plan/mesh.py`).
---target compiles it by a TPU's own compiler, without one: whether it fits, kernels, bytes moved,
-the bound by kernel, collectives by what they carry (`experiments/plan/target.py`).
+--target compiles it by the own compiler of GPUs or TPUs, without one: whether it fits, kernels,
+bytes moved, the bound by kernel, collectives by what they carry (`experiments/plan/target.py`).
 """
 
 import json
@@ -27,8 +27,8 @@ def define(add: cli.Flags) -> None:
     add.config()
     add.add("integer", "devices", 1, "How many devices to divide the state over.")
     add.add("string", "mesh", None, "data=32,fsdp=8: compile the step for such a mesh.")
-    add.add("string", "hardware", None, "With --mesh: h100, h200, v5e, v5p or v6e.")
-    add.add("string", "target", None, "v5e:2x4: compile the step for such TPUs.")
+    add.add("string", "hardware", None, "With --mesh: a100, h100, h200, v5e, v5p or v6e.")
+    add.add("string", "target", None, "h100:8, v5e:2x4: compile the step for such.")
     add.add("bool", "largest_batch", False, "With --target: search it, by powers of two.")
     add.add("bool", "json", False, "Print one JSON object.")
 
@@ -44,7 +44,7 @@ def main(values: flags.FlagValues) -> None:
         print(json.dumps(found, indent=2) if values.json else target.show(found))
         return
     if values.largest_batch:
-        raise ValueError("--largest_batch needs --target=v5e:2x4, say: it fills its memory")
+        raise ValueError("--largest_batch needs --target=h100:1, say: it fills its memory")
     found = cost.plan(config, values.devices)
     if values.json:
         print(json.dumps(found, indent=2))

@@ -5,7 +5,8 @@ or join values (FREE) and the inside of a fusion, which is one. Loops count thei
 conditional the dearer branch counts. A kernel's bytes are those of its result and its operands by
 their types, without what lies on the chip (a TPU's memory space S(1)); its FLOPs those of the
 products and convolutions in it, two for a multiply-add, padding and zeros between strides included
-where the compiler made them.
+where the compiler made them; those of cuDNN's and cuBLAS's calls by their shapes, attention's
+backward pass as five products.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ class Kernel:
     """One instruction that runs `times` a step. `place`: the module path that it comes from."""
 
     kind: str  # its opcode, of a custom call the target
+    fusion: str  # of a fusion its kind ("Loop", "Input": it reduces, ...)
     name: str
     place: str
     bytes: int
@@ -74,6 +76,11 @@ class _Line:
             if depth < 0:
                 return re.findall(r"%([\w.\-]+)", self.rest[:i])
         return []
+
+    @property
+    def target(self) -> str:
+        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
+        return found[1] if found else ""
 
     @property
     def called(self) -> list[str]:
@@ -118,8 +125,9 @@ class Module:
 
     def _kernel(self, line: _Line, kind: str, times: int) -> Kernel:
         place = re.search(r'op_name="([^"]*)"', line.rest)
-        if target := re.search(r'custom_call_target="([^"]*)"', line.rest):
-            kind = target[1]
+        if kind == "custom-call":
+            kind = line.target
+        fusion = re.search(r"kind=k(\w+)", line.rest) if kind == "fusion" else None
         types = [line.type, *(self._types.get(name, "") for name in line.operands)]
         if line.kind.endswith("-start"):  # its result names the operand again
             types = types[:1]
@@ -127,13 +135,16 @@ class Module:
         shapes = tuple(_sizes(found[2]) for found in TYPE.finditer(line.type))
         place = place[1] if place else ""
         own = type_bytes(line.type)
-        return Kernel(kind, line.name, place, moved, self._flops(line), times, shapes, own)
+        flops, fused = self._flops(line), fusion[1] if fusion else ""
+        return Kernel(kind, fused, line.name, place, moved, flops, times, shapes, own)
 
     def _flops(self, line: _Line) -> int:
         if line.kind == "convolution":
             return self._convolution(line)
         if line.kind == "dot":
             return self._dot(line)
+        if line.kind == "custom-call":
+            return self._library(line)
         if line.kind != "fusion":
             return 0
         inside = [inner for name in line.called for inner in self._lines.get(name, ())]
@@ -145,9 +156,35 @@ class Module:
 
     def _dot(self, line: _Line) -> int:
         left = self._shape(line.operands[0])
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)
-        inner = math.prod(left[i] for i in _sizes(axes[1])) if axes else 1
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest) or re.search(
+            r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', line.rest
+        )
+        inner = math.prod(left[i] for i in _sizes(axes[1].replace('"', ""))) if axes else 1
         return 2 * math.prod(_sizes(TYPE.search(line.type)[2])) * inner
+
+    def _library(self, line: _Line) -> int:
+        """Of cuDNN's and cuBLAS's calls; of others none is known."""
+        target = line.target
+        if target.startswith("__cublas$"):
+            return self._dot(line)
+        first, result = self._shape(line.operands[0]), _sizes(TYPE.search(line.type)[2])
+        if target.startswith("__cudnn$conv"):
+            second = self._shape(line.operands[1])
+            kernel, out = second, result
+            if target == "__cudnn$convBackwardFilter":
+                kernel, out = result, second
+            elif target == "__cudnn$convBackwardInput":
+                out = first
+            features = kernel[re.search(r"dim_labels=\w+_(\w+)->", line.rest)[1].index("o")]
+            return 2 * math.prod(out) * math.prod(kernel) // features
+        if target.startswith("__cudnn$fmha"):
+            shape = re.search(
+                r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', line.rest
+            )
+            scores = _sizes(shape[1].replace('"', "")) if shape else ()
+            width = math.prod(first) // math.prod(scores[:3]) if scores else 0
+            return 2 * (5 if "Backward" in target else 2) * math.prod(scores) * width
+        return 0
 
     def _convolution(self, line: _Line) -> int:
         """Two for each result, input channel and place of the kernel."""
@@ -171,15 +208,24 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     return totals
 
 
-def summary(text: str, peak: float, bandwidth: float, dearest: int = 20) -> dict[str, Any]:
+def summary(
+    text: str, peak: float, bandwidth: float, launch_secs: float = 0, dearest: int = 20
+) -> dict[str, Any]:
     """Kernels, copies, bytes moved and FLOPs of a step on one device, and the bound by kernel:
 
         sum over kernels of max(FLOPs / peak, bytes / bandwidth)                            (1)
 
     in seconds, with the share of the peak that it leaves, and the dearest kernels by name.
+    `launched_secs` is the same where no kernel takes less than `launch_secs`.
     """
     kernels = Module(text).kernels()
-    secs = [k.times * max(k.flops / peak, k.bytes / bandwidth) for k in kernels]
+    single = [max(k.flops / peak, k.bytes / bandwidth) for k in kernels]
+    secs = [k.times * s for k, s in zip(kernels, single)]
+    kinds: dict[str, dict[str, int]] = {}
+    for k in sorted(kernels, key=lambda k: -k.bytes * k.times):
+        entry = kinds.setdefault(f"{k.kind} {k.fusion}".strip(), {"count": 0, "bytes": 0})
+        entry["count"] += k.times
+        entry["bytes"] += k.times * k.bytes
     bound = sum(secs)
     flops = sum(k.flops * k.times for k in kernels)
     ranked = sorted(zip(secs, kernels), key=lambda pair: -pair[0])[:dearest]
@@ -189,7 +235,9 @@ def summary(text: str, peak: float, bandwidth: float, dearest: int = 20) -> dict
         "bytes_moved": sum(k.bytes * k.times for k in kernels),
         "flops": flops,
         "bound_secs": bound,
+        "launched_secs": sum(k.times * max(s, launch_secs) for k, s in zip(kernels, single)),
         "peak_share": flops / peak / bound if bound else 0.0,
+        "kinds": kinds,
         "dearest": [
             {"secs": s, "kind": k.kind, "place": k.place, "bytes": k.bytes, "flops": k.flops}
             for s, k in ranked

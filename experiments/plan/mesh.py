@@ -64,11 +64,12 @@ class Hardware:
     network: float
 
 
-# NVIDIA's data sheets of H100 SXM and H200 SXM: NVLink 900 GB/s both ways; one 400 Gb/s adapter a
-# GPU as DGX H100 has. docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e: 1,600 and 4,800 Gb/s a
-# chip; 800 GB/s both ways. Among slices: 4 adapters of 200 Gb/s for 8 chips (v6e), taken for the
-# others as well.
+# NVIDIA's data sheets of A100 80 GB SXM, H100 SXM and H200 SXM: NVLink 600 and 900 GB/s both ways;
+# one adapter a GPU as DGX A100 (200 Gb/s) and DGX H100 (400 Gb/s) have.
+# docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e: 1,600 and 4,800 Gb/s a chip; 800 GB/s both
+# ways. Among slices: 4 adapters of 200 Gb/s for 8 chips (v6e), taken for the others as well.
 HARDWARE = {
+    "a100": Hardware(312e12, 80e9, 2.039e12, 300e9, 8, 25e9),
     "h100": Hardware(989e12, 80e9, 3.35e12, 450e9, 8, 50e9),
     "h200": Hardware(989e12, 141e9, 4.8e12, 450e9, 8, 50e9),
     "v5e": Hardware(197e12, 16 * 2**30, 819e9, 200e9, 256, 12.5e9),

@@ -1,15 +1,15 @@
-"""The real step, compiled by the real compiler of a TPU that is not here.
+"""The real step, compiled by the real compiler of a TPU or of GPUs that are not here.
 
-    python -m experiments.plan --config=C --target=v5e:2x4 [--largest_batch] [--json]
+    python -m experiments.plan --config=C --target=h100:8|v5e:2x4 [--largest_batch] [--json]
 
-libtpu (`requirements-tpu-target.txt`) compiles for any topology without a chip. A target is a kind
-of chip and how many lie along each axis; `parallel.fsdp` and `parallel.data` of the config divide
-them. The process that compiles is one of its own, since libtpu reads its settings when it is
-loaded. Memory and kernels are those of the compiled program; the bound by kernel (`hlo.py`) is no
-forecast: it is what no run can be faster than, each kernel at the peak or at full bandwidth.
+The compilers are `requirements-tpu-target.txt`'s and `requirements-gpu-target.txt`'s, the targets
+`topology.py`'s; `parallel.fsdp` and `parallel.data` of the config divide them. The process that
+compiles is one of its own, since the compilers read their settings when they are loaded. Memory and
+kernels are those of the compiled program; the bound by kernel (`hlo.py`) is no forecast: it is what
+no run can be faster than, each kernel at the peak or at full bandwidth. Of GPUs, cuDNN's workspaces
+are not in the memory, and nothing is tuned by trial.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -26,78 +26,11 @@ from diffusion import wording
 from diffusion.training.parallel import Parallel, check_batch, make_mesh, partition
 from experiments.plan import cost, hlo
 from experiments.plan.mesh import HARDWARE, abstract_step, shard_bytes
+from experiments.plan.topology import Topology, parse
 from experiments.run import tasks
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # ask no server which machine this is
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a lock file would stop a second process
-    "XLA_FLAGS": "",  # this machine's own compiler's, of which libtpu may refuse one
-}
-AXES_OF = {"v5e": 2, "v6e": 2, "v5p": 3}  # of a topology
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # slices of v5e and v6e
-PACKAGES = "pip install -r requirements-tpu-target.txt"
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """`sizes` chips along each axis, of which `host` are one machine's."""
-
-    kind: str
-    sizes: tuple[int, ...]
-
-    @property
-    def chips(self) -> int:
-        return math.prod(self.sizes)
-
-    @property
-    def host(self) -> tuple[int, ...]:
-        """2 x 4 or as many as there are, of the flat kinds; 2 x 2 of the others."""
-        most = (2, 4) if len(self.sizes) == 2 else (2, 2, 1)
-        return (*(min(n, m) for n, m in zip(self.sizes, most)), 1)[:3]
-
-    @property
-    def exists(self) -> bool:
-        if len(self.sizes) == 2:
-            return "x".join(map(str, self.sizes)) in FLAT
-        sides = all(n in (1, 2) or (n and n % 4 == 0) for n in self.sizes)
-        return sides and self.sizes[0] > 1 and self.sizes[1] > 1 and self.chips <= 8960
-
-    def devices(self) -> list[Any]:
-        """Of the topology; needs libtpu and ENVIRONMENT."""
-        from jax.experimental import topologies
-
-        found = topologies.get_topology_desc(
-            platform="tpu",
-            topology_name=f"{self.kind}:{'x'.join(map(str, self.sizes))}",
-            chips_per_host_bounds=self.host,
-        )
-        return list(found.devices)
-
-
-def parse(text: str) -> Topology:
-    """`v5e:2x4`. ValueError for another kind, or one that cannot be laid out so."""
-    kind, _, sizes = text.partition(":")
-    if kind not in AXES_OF:
-        raise ValueError(
-            f"--target={text} is unknown: use {', '.join(AXES_OF)} and a topology, such as v5e:2x4"
-        )
-    axes, shape = AXES_OF[kind], {2: "AxB", 3: "AxBxC"}[AXES_OF[kind]]
-    if not re.fullmatch(r"\d{1,3}(x\d{1,3})" + f"{{{axes - 1}}}", sizes):
-        raise ValueError(f"--target={text}: a topology of {kind} is {shape}, such as {_such(kind)}")
-    found = Topology(kind, tuple(int(n) for n in sizes.split("x")))
-    if not found.exists:
-        raise ValueError(
-            f"--target={text} does not exist: {kind} comes as {', '.join(FLAT)}"
-            if axes == 2
-            else f"--target={text} does not exist: sides are 1, 2 or multiples of 4, 8,960 chips "
-            "at most"
-        )
-    return found
-
-
-def _such(kind: str) -> str:
-    return f"{kind}:{'2x4' if AXES_OF[kind] == 2 else '2x2x1'}"
+LAUNCH_SECS = 2.5e-6  # of a GPU's kernel, at least
+SCALARS = 32  # more than a step's metrics: a longer sum carries gradients
 
 
 # -- compiling, in a process of its own ----------------------------------------------------------
@@ -113,7 +46,7 @@ def compiled(config: ConfigDict, topology: Topology) -> dict[str, Any]:
     step = placed.jitted(task.train_step, jax.tree.map(lambda x: x.sharding, state))
     chip = HARDWARE[topology.kind]
     found: dict[str, Any] = {
-        "target": f"{topology.kind}:{'x'.join(map(str, topology.sizes))}",
+        "target": topology.text,
         "mesh": dict(mesh.shape),
         "batch_size": config.train.batch_size,
         "memory_bytes": int(chip.memory),
@@ -132,9 +65,11 @@ def compiled(config: ConfigDict, topology: Topology) -> dict[str, Any]:
         return found | {"fits": False, "peak_bytes": peak}
     found["compile_secs"] = round(time.perf_counter() - started, 1)
     memory, text = program.memory_analysis(), program.as_text()
-    found |= {"fits": True, "peak_bytes": int(memory.peak_memory_in_bytes)}
+    peak = int(memory.peak_memory_in_bytes)
+    found |= {"fits": peak <= chip.memory, "peak_bytes": peak}
+    found |= {"temporary_bytes": int(memory.temp_size_in_bytes)}
     found |= {"program_bytes": int(memory.generated_code_size_in_bytes)}
-    found |= hlo.summary(text, chip.flops, chip.bandwidth)
+    found |= hlo.summary(text, chip.flops, chip.bandwidth, LAUNCH_SECS if topology.gpu else 0)
     sizes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
     found["collectives"] = classed(text, sizes, config.train.batch_size, placed)
     return found
@@ -144,15 +79,17 @@ def classed(
     text: str, weights: set[tuple[int, ...]], batch_size: int, placed: Parallel
 ) -> dict[str, dict[str, int]]:
     """Collectives by what they carry: gradients and weights have a parameter's shape, or a shard's;
-    activations the examples of a device or of all in their first axis; others are scalars."""
+    so has a flat sum, into which a GPU's compiler joins many; activations have the examples
+    of a device or of all in their first axis; others are scalars."""
     totals = {k: {"count": 0, "bytes": 0} for k in ("gradients", "weights", "activations", "other")}
     shards = weights | {_split(shape, placed.mesh.shape["fsdp"]) for shape in weights}
     examples = {batch_size, batch_size // placed.mesh.size}
     for kernel in hlo.Module(text).kernels():
         if kernel.kind not in hlo.COLLECTIVES:
             continue
-        if any(shape in shards and math.prod(shape) > 1 for shape in kernel.shapes):
-            summed = kernel.kind in ("all-reduce", "reduce-scatter")
+        summed = kernel.kind in ("all-reduce", "reduce-scatter")
+        flat = summed and any(len(s) == 1 and s[0] > SCALARS for s in kernel.shapes)
+        if flat or any(shape in shards and math.prod(shape) > 1 for shape in kernel.shapes):
             name = "gradients" if summed else "weights"
         elif any(len(shape) > 1 and shape[0] in examples for shape in kernel.shapes):
             name = "activations"
@@ -177,7 +114,7 @@ def planned(config: ConfigDict, target: str, largest_batch: bool = False) -> dic
     data, fsdp = config.parallel.data, config.parallel.fsdp
     if topology.chips % fsdp or (data != -1 and data * fsdp != topology.chips):
         raise ValueError(
-            f"--target={target} has {topology.chips} chips, which parallel.data={data} and "
+            f"--target={target} has {topology.chips} devices, which parallel.data={data} and "
             f"parallel.fsdp={fsdp} do not make up: set parallel.data=-1, and a divisor as fsdp"
         )
     check_batch(config.train.batch_size, config.train.accumulate, topology.chips)
@@ -207,11 +144,9 @@ def in_a_process(config: ConfigDict, target: str) -> dict[str, Any]:
         input=json.dumps({"config": config.to_dict(), "target": target}),
         capture_output=True,
         text=True,
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | parse(target).environment(),
     )
     if done.returncode:
-        if "libtpu" in done.stderr and "No module" in done.stderr:
-            raise ValueError(f"--target={target} needs libtpu, TPUs' compiler: {PACKAGES}")
         said = done.stderr.strip().splitlines() or ["no word"]
         raise ValueError(f"--target={target} did not compile: {said[-1][:500]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -223,7 +158,7 @@ def show(found: dict[str, Any]) -> str:
     peak = found["peak_bytes"]
     verb = "fits" if found["fits"] else "does not fit"
     memory = f"{wording.size(peak) if peak else 'more'} of {wording.size(found['memory_bytes'])}"
-    lines.append(f"{verb}: {memory} a chip, {wording.size(found['state_bytes'])} of it state")
+    lines.append(f"{verb}: {memory} a device, {wording.size(found['state_bytes'])} of it state")
     if "largest_batch" in found:
         lines.append(f"largest batch by powers of two: {found['largest_batch']}")
     if not found["fits"]:
@@ -232,6 +167,8 @@ def show(found: dict[str, Any]) -> str:
         f"{found['kernels']:,} kernels, {found['copies']:,} of them copies; "
         f"{found['bytes_moved'] / 1e9:,.1f} GB moved, {found['flops'] / 1e12:,.3f} TFLOP"
     )
+    for name, one in found["kinds"].items():
+        lines.append(f"{one['count']:>7,} {name:<32} {one['bytes'] / 1e9:>8,.2f} GB")
     rate = found["batch_size"] / found["bound_secs"]
     lines.append(
         f"bound by kernel {found['bound_secs'] * 1e3:,.2f} ms a step ({rate:,.0f} examples/s), "
@@ -245,7 +182,5 @@ def show(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
-
     asked = json.load(sys.stdin)
     print(json.dumps(compiled(ConfigDict(asked["config"]), parse(asked["target"]))))

@@ -103,6 +103,7 @@ def denoiser() -> ConfigDict:
     config.process.times = ""
     config.conditioning = ConfigDict()
     config.conditioning.drop = 0.0  # fraction of conditions replaced by the null one
+    config.conditioning.null_label = True  # the last class is the null one; False: it is a class
     config.conditioning.mask_padding = False  # hide padding tokens from cross-attention
     config.conditioning.train_text_encoder = True  # False: frozen, as `init_from` holds it
     config.conditioning.control = ""  # what a ControlNet reads: "edges" of the image; "": nothing

@@ -82,7 +82,7 @@ def read_unet(weights: Weights, module: UNet) -> dict[str, Any]:
 
     ValueError naming the file for a tensor that is missing, of another shape, or left over.
     """
-    ours = _under(_averaged(weights), UNET)
+    ours = under(_averaged(weights), UNET)
     if "input_blocks.0.0.weight" not in ours.tensors:
         raise ValueError(
             f"{_file(weights)} holds no U-Net (no {UNET}input_blocks.0.0.weight): give a "
@@ -102,7 +102,7 @@ def unet_tensors(module: UNet, params: Any) -> dict[str, np.ndarray]:
         match = re.match(r"(.*)\.attention\.to_q\.(weight|bias)$", name)
         if match:
             parts = [tensors[name.replace("to_q", key)] for key in ("to_q", "to_k", "to_v")]
-            heads = _heads(module, len(tensor))
+            heads = heads_of(module, len(tensor))
             split = [part.reshape(heads, -1, *part.shape[1:]) for part in parts]
             whole = np.stack(split, 1).reshape(-1, *tensor.shape[1:])
             joined[f"{match[1]}.qkv.{match[2]}"] = whole[..., None] if whole.ndim == 2 else whole
@@ -120,7 +120,7 @@ def _split_qkv(weights: Weights, module: UNet) -> Weights:
         if match:
             tensor, file = tensors.pop(name), files.pop(name)
             width = len(tensor) // 3
-            heads = _heads(module, width)
+            heads = heads_of(module, width)
             split = tensor.reshape(heads, 3, width // heads, *tensor.shape[1:])
             for i, key in enumerate(("to_q", "to_k", "to_v")):
                 part = f"{match[1]}.attention.{key}.{match[2]}"
@@ -128,7 +128,7 @@ def _split_qkv(weights: Weights, module: UNet) -> Weights:
     return Weights(tensors, files, weights.directory)
 
 
-def _heads(module: UNet, width: int) -> int:
+def heads_of(module: UNet, width: int) -> int:
     """Of a layer of so many channels."""
     last = module.levels - 1  # the middle's, with attention on that level or without
     levels = [i for i in range(last + 1) if module.attention[i] or i == last]
@@ -156,7 +156,8 @@ def _averaged(weights: Weights) -> Weights:
     return Weights(tensors, weights.files, weights.directory)
 
 
-def _under(weights: Weights, prefix: str) -> Weights:
+def under(weights: Weights, prefix: str) -> Weights:
+    """Those of a prefix, without it."""
     kept = [name for name in weights.tensors if name.startswith(prefix)]
     cut = {name: name.removeprefix(prefix) for name in kept}
     tensors = {cut[name]: weights.tensors[name] for name in kept}
@@ -187,13 +188,13 @@ def read_text_encoder(weights: Weights, module: TextTransformer) -> dict[str, An
 
     ValueError naming the file where it has none, or one that does not fit the module.
     """
-    held = _under(weights, CONDITION)
+    held = under(weights, CONDITION)
     if "model.ln_final.weight" in held.tensors:
-        found, rules = _open_clip(_under(held, "model."), module), text_encoder.RULES
+        found, rules = _open_clip(under(held, "model."), module), text_encoder.RULES
     elif "transformer.token_emb.weight" in held.tensors:
-        found, rules = _under(held, "transformer."), bert_rules(module.layers)
+        found, rules = under(held, "transformer."), bert_rules(module.layers)
     elif any(name.endswith("embeddings.token_embedding.weight") for name in held.tensors):
-        found = _under(held, "transformer.").without(r"position_ids$")
+        found = under(held, "transformer.").without(r"position_ids$")
         found, rules = found.renamed([(r"^text_model\.", "")]), text_encoder.RULES
     else:
         raise ValueError(
@@ -208,7 +209,7 @@ def read_text_encoder(weights: Weights, module: TextTransformer) -> dict[str, An
 def read_class_embedder(weights: Weights, module: ClassEmbedder) -> dict[str, Any]:
     """The embedding of classes, cond_stage_model.embedding.weight."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(1, jnp.int32))["params"]
-    return to_params(_under(weights, CONDITION), shapes, ())
+    return to_params(under(weights, CONDITION), shapes, ())
 
 
 def bert_rules(layers: int) -> Rules:

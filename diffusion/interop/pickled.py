@@ -78,15 +78,12 @@ INERT = {
 }
 
 # Tensors that are no plain array: sparse, quantised, without values, complex.
-STRANGE = re.compile(
-    r"torch\._utils\._rebuild_\w+|torch\.(Complex|Q)\w+Storage|torch\._tensor\.\w+"
-)
+STRANGE = re.compile(r"torch\._(utils\._rebuild|tensor\.)\w+|torch\.(Complex|Q)\w+Storage")
 
 Storages = Callable[["_Storage"], bytes]  # a storage's bytes
 
 
-class _Refused(Exception):
-    """A pickle names what it has no business with."""
+class _Refused(Exception): ...  # a pickle names what it has no business with
 
 
 @dataclass(frozen=True)
@@ -206,6 +203,11 @@ def read(
             file.seek(0)
             return (_read_zip if archive else _read_legacy)(file, entries)
     except _Refused as error:
+        if str(error).startswith("torch_utils.persistence."):
+            raise ValueError(
+                f"{path} holds networks by their source code, as EDM's and EDM2's do, which is not "
+                "run: give weights in another form"
+            ) from error
         if STRANGE.fullmatch(str(error)):
             raise ValueError(
                 f"{path} holds a tensor that is no plain array ({error}), as networks here have "

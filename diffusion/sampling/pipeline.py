@@ -143,8 +143,14 @@ class Pipeline:
             if labels:
                 raise ValueError(f"label={labels[0]}, but the model knows no classes: leave it out")
             return found
-        if wrong := [label for label in labels or () if not 0 <= label <= known.null_label]:
-            raise ValueError(f"label={wrong[0]} must lie in 0..{known.null_label}")
+        if not known.has_null and self.how.guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale={self.how.guidance_scale} needs a null class, which the model was "
+                "trained without: set it to 1"
+            )
+        last = known.null_label - (not known.has_null)
+        if wrong := [label for label in labels or () if not 0 <= label <= last]:
+            raise ValueError(f"label={wrong[0]} must lie in 0..{last}")
         return found | {"label": np.array(labels or range(known.null_label), np.int32)}
 
     # -- pictures --------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ class Label:
 
     null_label: int  # a class more than the data has
     embedder: Any = None
+    has_null: bool = True  # False: no such class was trained, and null_label is none
 
     def init(self, key):
         label = jnp.zeros((1,), jnp.int32)
@@ -90,6 +91,8 @@ class Label:
         return {"context": self.embedder.apply(variables, batch["label"])}
 
     def null(self, params, batch):
+        if not self.has_null:
+            return {}
         return {"label": jnp.full_like(batch["label"], self.null_label)}
 
 

@@ -3,6 +3,7 @@
     python -m experiments.convert --from=diffusers --source=PIPELINE --workdir=DIR
     python -m experiments.convert --from=compvis --source=FILE --workdir=DIR [--tokenizer=DIR]
         [--config=configs/X.py:arg]
+    python -m experiments.convert --from=openai --source=FILE --workdir=DIR
     python -m experiments.convert --to=diffusers --workdir=DIR --out=PIPELINE [--weights=ema|raw]
 
 PIPELINE is a Diffusers directory: model_index.json, unet/, scheduler/, and vae/ (or vqvae/),
@@ -11,9 +12,10 @@ CLIPTextModel alone, whose workdir `latents.first_stage` or a run's `init_from` 
 CompVis's .ckpt, which is read without running it, or a single-file .safetensors: LDM, Stable
 Diffusion 1.x or 2.x, or a first stage alone. It says neither what network it is nor which
 tokenizer: the config is guessed from widths, or given, and --tokenizer names a folder with the
-tokenizer's files. A pipeline's workdir is one that `experiments.sample`, and a run's `init_from`,
-take. A LoRA or ControlNet run is written as Diffusers' file or directory for one, a first stage's
-as its directory. A target appears whole or not at all.
+tokenizer's files. OpenAI's FILE is a U-Net of improved-diffusion or guided-diffusion: published
+ones are known, others need a --config. A pipeline's workdir is one that `experiments.sample`, and a
+run's `init_from`, take. A LoRA or ControlNet run is written as Diffusers' file or directory for
+one, a first stage's as its directory. A target appears whole or not at all.
 """
 
 import pathlib
@@ -24,6 +26,7 @@ from absl import flags
 
 from diffusion import files, weights
 from diffusion.checkpoint import Checkpoints
+from experiments.convert.openai import from_openai
 from experiments.convert.reading import Parts, from_diffusers
 from experiments.convert.single import from_compvis
 from experiments.convert.writing import to_diffusers
@@ -58,19 +61,20 @@ def write_workdir(target: pathlib.Path, parts: Parts) -> None:
 
 
 def define(add: cli.Flags) -> None:
-    add.add("enum", "from", None, "What --source is.", ["diffusers", "compvis"])
+    add.add("enum", "from", None, "What --source is.", ["diffusers", "compvis", "openai"])
     add.add("enum", "to", None, "What --out becomes.", ["diffusers"])
     add.add("string", "source", None, "A pipeline's directory, or a file.")
     add.add("string", "workdir", None, "The workdir to write, or with --to to read.")
     add.add("string", "out", None, "The directory to write.")
     add.add("string", "tokenizer", None, "A tokenizer's folder, where --source has none.")
     add.add("enum", "weights", "ema", "Averaged or raw parameters.", ["ema", "raw"])
-    add.config("What a CompVis file is, where its widths do not say.")
+    add.add("enum", "attention_order", None, "Rows of OpenAI's qkv.", ["legacy", "new"])
+    add.config("What a single file is, where its widths do not say.")
 
 
 def main(values: flags.FlagValues) -> None:
     if (values["from"].value is None) == (values.to is None):
-        raise ValueError("give one of --from=diffusers|compvis and --to=diffusers")
+        raise ValueError("give one of --from=diffusers|compvis|openai and --to=diffusers")
     target = pathlib.Path(cli.require(values, "workdir"))
     if values.to:
         out = pathlib.Path(cli.require(values, "out"))
@@ -85,6 +89,8 @@ def main(values: flags.FlagValues) -> None:
     tokenizer = pathlib.Path(values.tokenizer) if values.tokenizer else None
     if values["from"].value == "diffusers":
         parts = from_diffusers(source, tokenizer)
+    elif values["from"].value == "openai":
+        parts = from_openai(source, values.config, values.attention_order)
     else:
         parts = from_compvis(source, values.config, tokenizer)
     write_workdir(target, parts)

@@ -73,7 +73,7 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
         module, parts.params["autoencoder"] = interop.load_autoencoder(source / first)
         if kind != "LDMSuperResolutionPipeline":  # which decodes latents as they are
             parts.scale, parts.shift = _scaling(source / first, module)
-    config = _config(network, module, described)
+    config = pipeline_config(network, module, described)
     config.model.denoiser.kind = name
     if module is not None:
         config.online.scale = parts.scale
@@ -163,7 +163,7 @@ def _index(source: pathlib.Path) -> tuple[dict[str, Any], str]:
     return held, named
 
 
-def _config(network: Any, first_stage: Any, described: scheduler.Scheduler) -> ConfigDict:
+def pipeline_config(network: Any, first_stage: Any, described: scheduler.Scheduler) -> ConfigDict:
     """A config of sampling, and of training on a folder of images."""
     config = common_ldm.online_latents("kl_f8", 1.0) if first_stage else common.denoiser()
     config.model.dtype = "float32"
@@ -207,7 +207,7 @@ def finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
         )
     if "text_encoder" in config.model:
         config.sample.guidance_scale = 7.5
-    elif build.null_label(config) is not None:
+    elif config.conditioning.null_label and build.null_label(config) is not None:
         config.sample.guidance_scale = 4.0  # of Diffusers' DiT, and of its authors' sample.py
     return config
 

@@ -164,10 +164,13 @@ def trained(config: ConfigDict) -> tuple[str, ...]:
 
 
 def null_label(config: ConfigDict) -> int | None:
-    """The null class: the last of the classes that the condition knows; None: no classes."""
+    """The null class, which the data's are before; None: no classes.
+
+    It is the last that the condition knows, or where all of them are the data's, one beyond.
+    """
     embedder = class_embedder(config)
     classes = denoiser_network(config).num_classes if embedder is None else embedder.num_classes
-    return None if classes is None else classes - 1
+    return None if classes is None else classes - int(config.conditioning.null_label)
 
 
 def text(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> conditions.Text:
@@ -182,7 +185,13 @@ def told(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> dict[str, con
     if "text_encoder" in config.model:
         found["text"] = text(config, null_tokens)
     if (null := null_label(config)) is not None:
-        found["label"] = conditions.Label(null, class_embedder(config))
+        known = config.conditioning.null_label
+        if not known and config.conditioning.drop:
+            raise ValueError(
+                f"conditioning.drop={config.conditioning.drop} needs a null class, which "
+                "conditioning.null_label=False says there is not: set drop to 0"
+            )
+        found["label"] = conditions.Label(null, class_embedder(config), known)
     return found
 
 

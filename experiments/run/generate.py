@@ -60,7 +60,7 @@ def pipeline(config: ConfigDict, task: Any, params: dict[str, Any], **given: Any
 
 
 def with_controlnet(model: Pipeline, directory: str | pathlib.Path) -> Pipeline:
-    """Steered by a ControlNet: a Diffusers directory, or the workdir of a run."""
+    """Steered by a ControlNet: Diffusers' directory, its authors' file, or the workdir of a run."""
     directory = pathlib.Path(directory)
     if (directory / "checkpoints").is_dir():
         found = networks.load(directory, flag="--controlnet")

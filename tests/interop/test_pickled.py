@@ -141,6 +141,18 @@ def test_the_canary_of_these_tests_sings(tmp_path):
     assert (tmp_path / "canary").exists()
 
 
+def test_networks_stored_by_their_source_are_named_and_not_run(tmp_path):
+    """As EDM's .pkl: `_reconstruct_persistent_obj(meta)`, meta with the module's source."""
+    canary = tmp_path / "canary"
+    meta = {"type": "class", "module_src": f"open({str(canary)!r}, 'w')", "state": {}}
+    code = b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n"
+    body = pickle.dumps(meta, protocol=0)[:-1]
+    (tmp_path / "edm.pkl").write_bytes(code + b"(" + body + b"tR.")
+    with pytest.raises(ValueError, match=r"edm\.pkl holds networks by their source code"):
+        pickled.read(tmp_path / "edm.pkl")
+    assert not canary.exists()
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_truncated_files_are_refused(tmp_path, kind):
     path = save(tmp_path / "w.pth", {"w": torch.randn(64, 64), "v": torch.randn(9)}, kind)

@@ -67,16 +67,20 @@ def digits_networks(config: ConfigDict) -> ConfigDict:
 
 
 def digits_transformer() -> dict:
-    """A transformer on the same latents, 8 x 8 places, with the caption by cross-attention."""
+    """A transformer on the same latents: 4 x 4 patches, which look at the caption's words.
+
+    Depth and steps were chosen by speed alone: as many minutes as the U-Net's 12,000 steps.
+    """
     return {
         "kind": "transformer",
         "out_channels": 4,
         "size": 8,
-        "patch": 1,
-        "width": 96,
-        "depth": 4,
-        "heads": 3,
+        "patch": 2,
+        "width": 128,
+        "depth": 6,
+        "heads": 4,
         "cross": True,
+        "pool_context": True,
         "qk_norm": True,
         "norm": "rms",
         "positions": "rotary",

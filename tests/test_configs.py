@@ -29,7 +29,7 @@ V2 = {"denoiser": SD_V2, "text_encoder": CLIP_H, "autoencoder": KL_F8}
 DIT = {"xl2": 674_834_720, "s2": 32_865_056, "b2": 130_315_808, "l2": 457_840_672}  # published
 DIT["b4"] = 130_426_496
 SIT_WIDTHS = {"xl": 1152, "l": 1024, "b": 768, "s": 384}
-DIGITS_TRANSFORMER = 892_036
+DIGITS_TRANSFORMER = 2_307_596
 # Every network of every config and argument (after a colon; the first argument is the default).
 # Those of DDPM, LDM, Stable Diffusion, its adapters and text encoders, and of PatchGAN are the
 # published counts; the others are this project's own networks, written down so as not to drift.

@@ -270,6 +270,15 @@ class SpatialTransformer(nn.Module):
         return Conv(features, kernel_size=1, kernel_init=init, dtype=self.dtype, name=name)
 
 
+def mean_token(
+    tokens: Float[Array, "batch tokens width"], mask: Bool[Array, "batch tokens"] | None
+) -> Float[Array, "batch width"]:
+    """Mean of the tokens that may be looked at; zero where there are none."""
+    weight = jnp.ones(tokens.shape[:2], bool) if mask is None else mask
+    weight = weight[..., None].astype(tokens.dtype)
+    return (tokens * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+
+
 def to_tokens(
     x: Float[Array, "batch *space channels"],
 ) -> Float[Array, "batch tokens channels"]:

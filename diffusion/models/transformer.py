@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
-from diffusion.models.attention import ACTIVATIONS, Attention, FeedForward
+from diffusion.models.attention import ACTIVATIONS, mean_token
 from diffusion.models.layers import Dense, timestep_embedding
 from diffusion.models.positions import (
     patches,
@@ -38,12 +38,11 @@ from diffusion.models.positions import (
     sincos_positions,
     unpatch,
 )
+from diffusion.models.transformer_blocks import Block, make_norm, table, zero_dense
 from diffusion.models.unet import REMAT_POLICIES
 
 TIME_WIDTH = 256  # of eq. 2's sinusoids
 small_init = nn.initializers.normal(0.02)
-# Xavier's bound of one (width, 3 width) matrix: variance 2 / (width + 3 width).
-qkv_init = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 
 
 class Transformer(nn.Module):
@@ -53,7 +52,8 @@ class Transformer(nn.Module):
     network is made for: another is refused, or with `interpolate` its positions are stretched to
     those of `size`; None: any size, positions count patches.
     modulation: "zero" (eq. 3) or "single" (eq. 4). cross: looks at `context`, of `context_width`
-    after a projection (two dense layers). num_classes: labels, the null class counted.
+    after a projection (two dense layers). pool_context: adds a projection of the mean context token
+    to c, as the U-Net does. num_classes: labels, the null class counted.
     positions: "sincos" or "rotary". norm: "layer" (no parameters) or "rms" (a scale). qk_norm:
     norms of each head's q and k. registers: learned tokens beside the patches (arXiv:2309.16588).
     activation: of the feed-forward, `models/attention.py`'s. epsilon: of the norms, of that before
@@ -73,6 +73,7 @@ class Transformer(nn.Module):
     num_classes: int | None = None
     modulation: str = "zero"
     cross: bool = False
+    pool_context: bool = False
     positions: str = "sincos"
     norm: str = "layer"
     qk_norm: bool = False
@@ -111,7 +112,7 @@ class Transformer(nn.Module):
         else:
             angles = rotary_angles(places, self.width // self.heads, self.registers)
         u = self._with_registers(u)
-        c, shared = self._condition(x, t, labels)
+        c, shared = self._condition(x, t, labels, context, context_mask)
         if self.cross:
             context = self._project(context)
         block = nn.remat(Block, policy=REMAT_POLICIES[self.remat]) if self.remat else Block
@@ -136,7 +137,9 @@ class Transformer(nn.Module):
             jnp.promote_types(x.dtype, jnp.float32)
         )
 
-    def _condition(self, x: Array, t: Array, labels: Array | None) -> tuple[Array, Array | None]:
+    def _condition(
+        self, x: Array, t: Array, labels: Array | None, context: Array | None, mask: Array | None
+    ) -> tuple[Array, Array | None]:
         """Eq. 2; and W silu(c) of eq. 4 where one W serves all blocks."""
         t = jnp.broadcast_to(t, x.shape[:1]).astype(jnp.promote_types(x.dtype, jnp.float32))
         dense = functools.partial(Dense, kernel_init=small_init, dtype=self.dtype)
@@ -151,6 +154,8 @@ class Transformer(nn.Module):
                 name="class_embedding",
             )
             c = c + embed(labels)
+        if self.pool_context:
+            c = c + dense(self.width, name="pool_proj")(mean_token(context, mask))
         if self.modulation == "zero":
             return c, None
         return c, dense(6 * self.width, name="modulation")(nn.silu(c))
@@ -158,12 +163,12 @@ class Transformer(nn.Module):
     def _out(self, u: Array, c: Array, places: int) -> Array:
         """Eq. 6, but its unpatch."""
         if self.modulation == "zero":
-            both = _zero_dense(2 * self.width, self.dtype, "out_modulation")(nn.silu(c))
+            both = zero_dense(2 * self.width, self.dtype, "out_modulation")(nn.silu(c))
         else:
-            both = jnp.tile(c, (1, 2)) + _table(self, 2, self.width)[None].astype(c.dtype)
+            both = jnp.tile(c, (1, 2)) + table(self, 2, self.width)[None].astype(c.dtype)
         shift, scale = jnp.split(both[:, None], 2, axis=-1)
         u = make_norm(self.norm, self.epsilon, self.dtype, "norm_out")(u) * (1 + scale) + shift
-        return _zero_dense(places * self.out_channels, self.dtype, "out")(u)
+        return zero_dense(places * self.out_channels, self.dtype, "out")(u)
 
     def _project(self, context: Array | None) -> Array:
         dense = functools.partial(Dense, self.width, kernel_init=small_init, dtype=self.dtype)
@@ -222,74 +227,10 @@ class Transformer(nn.Module):
                 f"num_classes={self.num_classes} but labels are {'not ' * (labels is None)}given: "
                 "pass labels exactly where num_classes is set"
             )
-        if self.cross != (context is not None):
+        if (self.cross or self.pool_context) != (context is not None):
             raise ValueError(
-                f"cross={self.cross} but a context is {'not ' * (context is None)}given: pass one "
-                "exactly where cross is True"
+                f"cross={self.cross}, pool_context={self.pool_context} but a context is "
+                f"{'not ' * (context is None)}given: pass one exactly where one of them is True"
             )
         if residuals is not None:
             raise ValueError("residuals are of a U-Net's ControlNet, which a transformer has not")
-
-
-class Block(nn.Module):
-    """Eq. 5; `c` is eq. 2's, or with "single" W silu(c) of eq. 4, (batch, 6 width)."""
-
-    width: int
-    heads: int
-    mult: int | float
-    modulation: str
-    cross: bool
-    norm: str
-    qk_norm: bool
-    activation: str
-    epsilon: float
-    mlp_epsilon: float | None
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(
-        self,
-        u: Float[Array, "batch tokens width"],
-        c: Float[Array, "batch conditions"],
-        context: Float[Array, "batch keys width"] | None = None,
-        context_mask: Bool[Array, "batch keys"] | None = None,
-        angles: Float[Array, "tokens half"] | None = None,
-    ) -> Float[Array, "batch tokens width"]:
-        if self.modulation == "zero":
-            six = _zero_dense(6 * self.width, self.dtype, "modulation")(nn.silu(c))
-        else:
-            six = c + _table(self, 6, self.width)[None].astype(c.dtype)
-        b1, s1, g1, b2, s2, g2 = jnp.split(six[:, None], 6, axis=-1)
-        norm = functools.partial(make_norm, self.norm, dtype=self.dtype)
-        attend = functools.partial(
-            Attention,
-            self.heads,
-            self.width // self.heads,
-            qkv_bias=True,
-            qkv_init=qkv_init,
-            dtype=self.dtype,
-        )
-        qk_norm = self.norm if self.qk_norm else None
-        h = norm(self.epsilon, name="norm1")(u) * (1 + s1) + b1
-        u = u + g1 * attend(qk_norm=qk_norm, name="attn1")(h, angles=angles)
-        if self.cross:
-            u = u + attend(out_init=nn.initializers.zeros, name="attn2")(u, context, context_mask)
-        h = norm(self.mlp_epsilon or self.epsilon, name="norm2")(u) * (1 + s2) + b2
-        return u + g2 * FeedForward(self.activation, self.mult, self.dtype, name="ff")(h)
-
-
-def make_norm(kind: str, epsilon: float, dtype: Any, name: str) -> nn.Module:
-    """Over channels: "layer" has no parameters, "rms" a scale."""
-    if kind == "rms":
-        return nn.RMSNorm(epsilon, dtype, name=name)
-    return nn.LayerNorm(epsilon, dtype, use_bias=False, use_scale=False, name=name)
-
-
-def _zero_dense(features: int, dtype: Any, name: str) -> nn.Module:
-    return Dense(features, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)
-
-
-def _table(module: nn.Module, rows: int, width: int) -> Array:
-    """Eq. 4's, flat; PixArt starts it from N(0, 1 / width)."""
-    init = nn.initializers.normal(width**-0.5)
-    return module.param("table", init, (rows, width)).reshape(-1)

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
-from diffusion.models.attention import AttentionBlock, SpatialTransformer
+from diffusion.models.attention import AttentionBlock, SpatialTransformer, mean_token
 from diffusion.models.layers import (
     Conv,
     Dense,
@@ -208,14 +208,8 @@ class UNet(nn.Module):
             )
             temb = temb + embed(labels)
         if self.pool_context:
-            temb = temb + dense(name="pool_proj")(self._pool(context, mask))
+            temb = temb + dense(name="pool_proj")(mean_token(context, mask))
         return temb
-
-    def _pool(self, context: Array, mask: Array | None) -> Array:
-        """Mean of the tokens that may be looked at; zero where there are none."""
-        weight = jnp.ones(context.shape[:2], bool) if mask is None else mask
-        weight = weight[..., None].astype(context.dtype)
-        return (context * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
 
     def _rematerialised(self, block: Any) -> Any:
         if self.remat is None:

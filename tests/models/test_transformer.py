@@ -233,3 +233,17 @@ def test_what_does_not_fit_is_refused(fields, given, words):
     with pytest.raises(ValueError) as error:
         module.init(jax.random.key(0), images(2, 8, 8, 3), jnp.ones(2), **given)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_mean_word_is_told_as_the_time_is():
+    module, x, t = Transformer(**TINY, pool_context=True), images(2, 8, 8, 3), jnp.ones(2)
+    words, mask = images(2, 5, 6), jnp.array([[True] * 3 + [False] * 2, [True] * 5])
+    params = random_params(module, x, t, context=words)
+    out = module.apply({"params": params}, x, t, words, mask)
+    # Without blocks that look at words, any with the same mean give the same; padding counts not.
+    mean = jnp.broadcast_to(words[:1, :3].mean(1, keepdims=True), (1, 5, 6))
+    again = module.apply({"params": params}, x[:1], t[:1], mean)
+    np.testing.assert_allclose(out[:1], again, atol=1e-5)
+    assert np.abs(module.apply({"params": params}, x, t, 2 * words, mask) - out).max() > 1e-2
+    with pytest.raises(ValueError, match="pool_context=True but a context is not given"):
+        module.apply({"params": params}, x, t)

@@ -113,8 +113,7 @@ class Transformer(nn.Module):
             angles = rotary_angles(places, self.width // self.heads, self.registers)
         u = self._with_registers(u)
         c, shared = self._condition(x, t, labels, context, context_mask)
-        if self.cross:
-            context = self._project(context)
+        context = self._project(context) if self.cross else None
         block = nn.remat(Block, policy=REMAT_POLICIES[self.remat]) if self.remat else Block
         for i in range(self.depth):
             make = block(

@@ -60,6 +60,9 @@ def base(task: str) -> ConfigDict:
     config.ema.decay = 0.0  # 0: no average is kept
     config.ema.ramp = False  # LDM's min(decay, (1 + n) / (10 + n))
     config.ema.networks = ()  # which networks are averaged, by name; (): all that are trained
+    # Lengths (fractions of the run) of EDM2's averages to keep as well, (0.05, 0.1) say: `evaluate
+    # --ema_length` makes any between of the checkpoints that are kept (train.keep_every_steps)
+    config.ema.profiles = ()
 
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # "jit" (mesh of data x fsdp) or "pmap" (replicated)

@@ -73,6 +73,7 @@ def define(add: cli.Flags) -> None:
     add.add("list", "guidance_interval", None, "low,high of t, where guidance acts.")
     add.add("integer", "batch_size", None, "Default: the config's sample.batch_size.")
     add.add("enum", "weights", "ema", "Averaged or raw parameters.", ["ema", "raw"])
+    add.add("float", "ema_length", None, "Average of this length, of the run's ema.profiles.")
     add.add("bool", "npz", False, "Write one samples.npz instead of PNGs.")
 
 
@@ -115,9 +116,18 @@ def seeds(values: flags.FlagValues) -> list[int]:
     return found
 
 
+def which_weights(values: flags.FlagValues) -> str:
+    """As `networks.load` names them."""
+    if values.ema_length is None:
+        return values.weights
+    if values["weights"].present:
+        raise ValueError(f"--weights={values.weights} with --ema_length: leave one of them out")
+    return f"ema_{values.ema_length:g}"
+
+
 def open_model(values: flags.FlagValues) -> generate.Model:
     """The run with everything that the flags add to it."""
-    model = generate.load(cli.require(values, "workdir"), values.weights)
+    model = generate.load(cli.require(values, "workdir"), which_weights(values))
     pipeline = model.pipeline
     if values.size:
         pipeline = pipeline.resized(cli.numbers(values, "size", int))
@@ -147,7 +157,7 @@ def described(values: flags.FlagValues, model: generate.Model) -> dict[str, str]
         asked[name] = [_content(pathlib.Path(path)) for path in given]
     return {
         **{name: str(getattr(how, name)) for name in SETTINGS},
-        "weights": values.weights,
+        "weights": which_weights(values),
         "checkpoint": model.checkpoint_hash,
         "step": str(model.step),
         "request": _digest(asked),

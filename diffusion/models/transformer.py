@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         )
 
     def _condition(
-        self, x: Array, t: Array, labels: Array | None, context: Array | None, mask: Array | None
+        self, x: Array, t: Array, labels: Array | None, context: Any, mask: Array | None
     ) -> tuple[Array, Array | None]:
         """Eq. 2; and W silu(c) of eq. 4 where one W serves all blocks."""
         t = jnp.broadcast_to(t, x.shape[:1]).astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         u = make_norm(self.norm, self.epsilon, self.dtype, "norm_out")(u) * (1 + scale) + shift
         return zero_dense(places * self.out_channels, self.dtype, "out")(u)
 
-    def _project(self, context: Array | None) -> Array:
+    def _project(self, context: Any) -> Array:
         dense = functools.partial(Dense, self.width, kernel_init=small_init, dtype=self.dtype)
         hidden = ACTIVATIONS["gelu_tanh"](dense(name="context_1")(context))
         return dense(name="context_2")(hidden)

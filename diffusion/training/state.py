@@ -25,7 +25,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from diffusion.training.ema import Ema
+from diffusion.training.ema import Ema, update_profile
 from diffusion.training.ema import update as averaged
 
 Params = dict[str, Any]  # one entry a network: {"denoiser": ..., "text_encoder": ...}
@@ -39,6 +39,7 @@ class TrainState(flax.struct.PyTreeNode):
     """Everything that a checkpoint holds besides the place in the data.
 
     `params`, `opt_state` and `ema` are keyed by network; which networks have an EMA is config.
+    `profiles` are keyed by length, then network (`ema.py`, equation 4).
     `rng` is the raw data of the run's key, never changed: step and position are folded in.
     `extra` holds what is neither: latent shift and scale, batch statistics, skipped steps.
     Leaves may be arrays, their shapes or their shardings, so the fields say so in words.
@@ -50,6 +51,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: dict[str, Any]
     ema: Params
     extra: dict[str, Any]
+    profiles: dict[str, Params] = dataclasses.field(default_factory=dict)
 
     @property
     def inference_params(self) -> Params:
@@ -97,6 +99,7 @@ def create_state(
             "skipped_in_a_row": jnp.zeros((), jnp.int32),
             **extra,
         },
+        profiles=ema.init_profiles(params),
     )
 
 
@@ -192,10 +195,11 @@ def apply_gradients(
     norm = optax.tree.norm([grads[name] for name in optimizer.transforms if name in grads])
     ok, extra = _judge(state, norm, loss, optimizer)
     done = updates_done(state)
-    decay = ema.decay_at(done + 1)
+    decay, rates = ema.decay_at(done + 1), ema.profile_rates(done + 1)
 
     def update(old):
-        params, opt_state, averages = (dict(part) for part in old)
+        params, opt_state, averages = (dict(part) for part in old[:3])
+        profiles = {length: dict(part) for length, part in old[3].items()}
         clipped = grads
         if optimizer.clip_norm:
             scale = optimizer.clip_norm / jnp.maximum(norm, optimizer.clip_norm)
@@ -207,12 +211,15 @@ def apply_gradients(
             params[name] = optax.apply_updates(params[name], updates)
             if name in averages:
                 averages[name] = averaged(averages[name], params[name], decay)
-        return params, opt_state, averages
+            for length, part in profiles.items():
+                if name in part:
+                    part[name] = update_profile(part[name], params[name], rates[length])
+        return params, opt_state, averages, profiles
 
     # A branch and no `where` over the state: old buffers are then updated in place, where choosing
     # between old and new copies them (experiments/results/speed: a quarter of the time).
-    old = (state.params, state.opt_state, state.ema)
-    params, opt_state, averages = lax.cond(ok, update, lambda old: old, old)
+    old = (state.params, state.opt_state, state.ema, state.profiles)
+    params, opt_state, averages, profiles = lax.cond(ok, update, lambda old: old, old)
     metrics = {
         "grad_norm": norm,
         # Of the new ones: the norm of the old ones would keep them alive.
@@ -222,6 +229,11 @@ def apply_gradients(
         "skipped_in_a_row": extra["skipped_in_a_row"],
     }
     state = state.replace(
-        step=state.step + 1, params=params, opt_state=opt_state, ema=averages, extra=extra
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        ema=averages,
+        extra=extra,
+        profiles=profiles,
     )
     return state, metrics

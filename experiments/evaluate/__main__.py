@@ -9,6 +9,7 @@
     ... --preset=ldm_table1_celebahq            a published row's settings (presets.py)
     ... --sweep_guidance=1,2,4 --sweep_steps=10,25,50      a curve for each, and sweep.png
     ... --every_checkpoint                      a curve against the training step, and curve.png
+    ... --ema_length=0.05,0.1                   averages of such lengths (training/ema.py, eq. 5)
 
 What each metric is stands in `metrics.py`, whose table --help and the README repeat. `--num` is how
 many samples are made, or, for bits_per_dim, how many examples of the evaluation split are read.
@@ -21,7 +22,7 @@ evaluation.json:
     {
       <metric>: ...,              of the averaged weights, or of the one set that was measured
       "intervals": {<metric>: [low, high]},   95 %; beside the numbers that they are of
-      "weights": {"ema": {<metric>: ..., "intervals": ...}, "raw": {...}},    or {"samples": ...}
+      "weights": {"ema": {<metric>: ..., "intervals": ...}, "raw": {...}},  "samples", "ema_0.1"
       "sweep": [{"curve": "guidance_scale"|"steps", "guidance_scale": ..., "steps": ...,
                  "weights": "ema"|"raw", <metric>: ..., "intervals": ...}, ...],
       "checkpoints": [{"curve": "step", "step": ..., "weights": ..., <metric>: ...}, ...],
@@ -144,6 +145,7 @@ def define(add: cli.Flags) -> None:
     add.add("list", "metrics", None, f"Comma-separated. {measures.listed()}")
     add.add("string", "preset", None, f"One of {', '.join(presets.PRESETS)}.")
     add.add("enum", "weights", "both", "Averaged or raw parameters.", ["both", *BOTH])
+    add.add("list", "ema_length", None, "Of averages made of the kept checkpoints' ema.profiles.")
     add.add("integer", "num", 1000, "Samples; of captions, those of pairs seen in training.")
     add.add("integer", "num_held_out", 250, "Samples of captions of held-out pairs.")
     add.add("integer", "seed", 0, "Of prompts and noise.")
@@ -215,16 +217,18 @@ def weights_of(values: flags.FlagValues, subject: Subject, metrics: list[str]) -
     """Which weights to measure; the one that there is, where the run averages none."""
     if subject.samples_path is not None:
         return ("samples",)
-    config = workdir.read_config(subject.run)
-    if values.weights != "both":
-        stage = [name for name in metrics if METRICS[name].of == "first stage"]
-        if stage and values.weights == "raw":
-            raise ValueError(
-                f"--weights=raw with --metrics={stage[0]}: a first stage is measured with its "
-                "averaged weights; leave --weights out"
-            )
-        return (values.weights,)
-    return BOTH if config.ema.decay else ("raw",)
+    config, lengths = workdir.read_config(subject.run), cli.numbers(values, "ema_length", float)
+    if lengths and values.weights != "both":
+        raise ValueError(f"--weights={values.weights} with --ema_length: leave one of them out")
+    both = BOTH if config.ema.decay else ("raw",)
+    which = tuple(f"ema_{x:g}" for x in lengths) or {"both": both}.get(values.weights)
+    stage = [name for name in metrics if METRICS[name].of == "first stage"]
+    if stage and (lengths or values.weights == "raw"):
+        raise ValueError(
+            f"--{'ema_length' if lengths else 'weights=raw'} with --metrics={stage[0]}: a first "
+            "stage is measured with its averaged weights; leave that flag out"
+        )
+    return which or (values.weights,)
 
 
 def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> pathlib.Path:
@@ -232,11 +236,11 @@ def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> pat
     measures.check(metrics)
     if subject.directory is None and not values.samples:
         raise ValueError("--workdir is missing: give --workdir=..., or --samples=...")
-    swept = ("sweep_guidance", "sweep_steps", "every_checkpoint", "checkpoint_step", "keep")
-    given = [name for name in swept if values[name].value]
+    swept = ("sweep_guidance", "sweep_steps", "every_checkpoint")
+    given = [n for n in (*swept, "checkpoint_step", "keep", "ema_length") if values[n].value]
     if values.samples and given:
         raise ValueError(f"--{given[0]} makes samples, but --samples={values.samples} names some")
-    curves = [name for name in given if name not in ("checkpoint_step", "keep")]
+    curves = [name for name in given if name in swept]
     if curves and set(metrics) <= {*measures.of("first stage")}:
         raise ValueError(
             f"--{curves[0]} is of samples, but --metrics={','.join(metrics)} of a first stage"

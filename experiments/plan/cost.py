@@ -88,7 +88,7 @@ def plan(config: ConfigDict, devices: int = 1) -> dict[str, Any]:
         "devices": devices,
         "bytes_per_device": {
             "params": state_bytes(state.params, fsdp),
-            "ema": state_bytes(state.ema, fsdp),
+            "ema": state_bytes((state.ema, state.profiles), fsdp),
             "optimizer": state_bytes(state.opt_state, fsdp),
             "state": state_bytes(state, fsdp),
         },

@@ -119,7 +119,7 @@ def compile_plan(config: ConfigDict, data: int, fsdp: int) -> dict[str, Any]:
         "batch_size": config.train.batch_size,
         "bytes_per_device": {
             "params": shard_bytes(state.params),
-            "ema": shard_bytes(state.ema),
+            "ema": shard_bytes((state.ema, state.profiles)),
             "optimizer": shard_bytes(state.opt_state),
             "state": shard_bytes(state),
             "frozen": shard_bytes(frozen),

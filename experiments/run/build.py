@@ -218,8 +218,14 @@ def ema(config: ConfigDict, networks: tuple[str, ...]) -> Ema:
         raise ValueError(
             f"ema.networks names {unknown[0]!r}, but {', '.join(networks)} are trained"
         )
-    averaged = tuple(config.ema.networks) or networks
-    return Ema(config.ema.decay, config.ema.ramp, averaged if config.ema.decay else ())
+    averaged, profiles = tuple(config.ema.networks) or networks, tuple(config.ema.profiles)
+    with naming("ema"):
+        return Ema(
+            config.ema.decay,
+            config.ema.ramp,
+            averaged if config.ema.decay or profiles else (),
+            profiles,
+        )
 
 
 def image_shape(config: ConfigDict) -> tuple[int, ...]:

@@ -9,12 +9,15 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import weights
+from diffusion import files, manifest, weights
 from diffusion.checkpoint import restore_params
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.models import lora
+from diffusion.training import ema
 from experiments.run import build, data, workdir
 
 FOLDERS = {"autoencoder": "first_stage", "text_encoder": "text_encoder", "denoiser": "denoiser"}
@@ -46,8 +49,9 @@ def load(
     flag: str = "--workdir",
     merged: bool = True,
 ) -> Networks:
-    """A run's newest checkpoint (or that of `step`) and frozen networks; `which`: "ema" or "raw".
+    """A run's newest checkpoint (or that of `step`) and frozen networks.
 
+    which: "raw", "ema", or "ema_0.1": the average of that length, made of the run's checkpoints.
     Not `merged`: low-rank updates stay apart, as params["lora"].
     Raises ValueError for a folder without a run, a checkpoint, or the average asked for.
     """
@@ -57,12 +61,16 @@ def load(
         raise ValueError(
             f"{flag}={directory} holds a run of task={config.task!r}: name one of 'denoiser'"
         )
-    if which not in ("ema", "raw"):
-        raise ValueError(f"--weights={which} is unknown: use ema or raw")
     saved = restore_params(directory / "checkpoints", ("params", "ema", "extra"), step)
-    params = dict(saved.items["params"])
+    params, made_from = dict(saved.items["params"]), saved.hash
     if which == "ema":
         params.update(saved.items["ema"])
+    elif which.startswith("ema_"):
+        length, tracked = float(which.removeprefix("ema_")), tuple(config.ema.profiles)
+        average, made_from = _profile(directory / "checkpoints", tracked, length, saved.step)
+        params.update(average)
+    elif which != "raw":
+        raise ValueError(f"--weights={which} is unknown: use ema or raw")
     first_stage = None
     for name in FOLDERS:
         if name in config.model and name not in params:
@@ -78,8 +86,40 @@ def load(
     path = directory / "tokenizer.json"
     tokenizer = Tokenizer.load(path) if "text_encoder" in config.model else None
     return Networks(
-        config, params, saved.items["extra"], first_stage, tokenizer, saved.hash, saved.step
+        config, params, saved.items["extra"], first_stage, tokenizer, made_from, saved.step
     )
+
+
+def _profile(
+    checkpoints: pathlib.Path, tracked: tuple[float, ...], length: float, step: int
+) -> tuple[dict[str, Any], str]:
+    """The average of `length` at `step`, by network, of the checkpoints up to it; and their hash.
+
+    Read one at a time: as much memory as two. ValueError where the run kept no profiles, or none
+    on both sides of the length.
+    """
+    if not tracked:
+        raise ValueError(
+            f"--ema_length={length:g} is made of averages that were kept while training, but "
+            "ema.profiles=() kept none: train with two, such as (0.05, 0.1)"
+        )
+    steps = [s for s in sorted(manifest.finished(checkpoints.absolute())) if s <= step]
+    extras = [restore_params(checkpoints, ("extra",), s) for s in steps]
+    done = [s - int(x.items["extra"]["skipped_steps"]) for s, x in zip(steps, extras)]
+    snapshots = [(s, n, of) for s, n in zip(steps, done) if n for of in tracked]
+    try:
+        lengths, times = [of for *_, of in snapshots], [n for _, n, _ in snapshots]
+        counts = ema.combination(lengths, times, length, done[-1])
+    except ValueError as error:
+        raise ValueError(f"--ema_{error}") from error
+    total: Any = None
+    for i, (at, _, of) in enumerate(snapshots):
+        if i % len(tracked) == 0:
+            stored = restore_params(checkpoints, ("profiles",), at).items["profiles"]
+        part = jax.tree.map(lambda x, c=counts[i]: c * x, stored[ema.profile_name(of)])
+        total = part if total is None else jax.tree.map(np.add, total, part)
+    found = jax.tree.map(lambda x: x.astype(np.float32), total)
+    return found, files.digest([extra.hash for extra in extras])[:16]
 
 
 def folder(directory: pathlib.Path, name: str) -> pathlib.Path:

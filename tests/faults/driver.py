@@ -40,7 +40,7 @@ from diffusion.training import parallel
 from experiments import train
 from experiments.host import cli, guards
 
-STATE = ("step", "rng", "params", "opt_state", "ema", "extra")
+STATE = ("step", "rng", "params", "opt_state", "ema", "extra", "profiles")
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 

@@ -17,7 +17,7 @@ from diffusion.training import state as ts
 from diffusion.training.ema import Ema
 from experiments.run import data, tasks
 
-LEARNED = ("params", "opt_state", "ema")
+LEARNED = ("params", "opt_state", "ema", "profiles")
 
 
 @functools.cache

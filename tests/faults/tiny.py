@@ -26,6 +26,7 @@ def _series(config):
     config.data.image_size = (16,)
     config.data.channels = 1
     config.ema.decay = 0.9
+    config.ema.profiles = (0.05, 0.2)
     return config
 
 

@@ -30,7 +30,7 @@ def make_task(accumulate=1, remat=None, optimizer="sgd") -> Denoiser:
         objective=losses.objective(schedule, "eps"),
         draw=lambda keys, x0: losses.draw(keys, schedule, x0),
         optimizer=Optimizer({"denoiser": transform}, rate, clip_norm=1.0),
-        ema=Ema(0.9, networks=("denoiser",)),
+        ema=Ema(0.9, networks=("denoiser",), profiles=(0.25,)),
         accumulate=accumulate,
     )
 
@@ -109,6 +109,7 @@ def test_every_way_is_the_plain_step(way, optimizer):
     np.testing.assert_allclose(losses_found, losses_wanted, rtol=1e-6)
     assert distance(state.params, wanted.params) < 1e-6
     assert distance(state.ema, wanted.ema) < 1e-6
+    assert distance(state.profiles, wanted.profiles) < 1e-6
     assert int(state.step) == 3
     start = jax.device_get(single().init(make_task().init, jax.random.key(0)))
     assert distance(wanted.params, start.params) > 1e-4  # the steps did something

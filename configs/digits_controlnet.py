@@ -1,7 +1,8 @@
 """A ControlNet on the default job: digits drawn along given outlines.
 
     python -m experiments.train --config=configs/digits_controlnet.py --workdir=DIR
-    python -m experiments.evaluate.adapters --workdir=DIR --classifier=runs/quickstart/classifier
+    python -m experiments.evaluate --metrics=outline --workdir=DIR \
+        --classifier=runs/quickstart/classifier
 
 Needs the default job's run at `init_from` (`./launch/quickstart.sh`), which stays frozen. The
 condition is the edges of the training picture, white on black, at its 32x32 pixels

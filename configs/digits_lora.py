@@ -1,7 +1,8 @@
 """LoRA on the default job: teaches the trained digits model a colour that it never saw.
 
     python -m experiments.train --config=configs/digits_lora.py --workdir=DIR
-    python -m experiments.evaluate.adapters --workdir=DIR --classifier=runs/quickstart/classifier
+    python -m experiments.evaluate --metrics=colour --workdir=DIR \
+        --classifier=runs/quickstart/classifier
 
 Needs the default job's run at `init_from` (`./launch/quickstart.sh`), which stays frozen: what is
 trained is low-rank updates of the U-Net's attention and of the projections that its pooled caption

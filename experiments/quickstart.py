@@ -25,7 +25,8 @@ from diffusion.data.prepare import prepare
 from diffusion.pictures import Panel, logged
 from experiments.encode_latents import encode
 from experiments.evaluate import __main__ as evaluate
-from experiments.evaluate.metrics import Subject
+from experiments.evaluate.features import Tools
+from experiments.evaluate.samples import Run, Samples, Subject
 from experiments.host import cli
 from experiments.report import __main__ as report
 from experiments.run import generate
@@ -98,13 +99,9 @@ def _train(config: ConfigDict, directory: pathlib.Path) -> float | None:
 
 def _evaluate(root: pathlib.Path, smoke: bool, seed: int) -> dict:
     directory = root / "ldm"
-    subject = Subject(
-        directory,
-        root / "classifier",
-        num=16 if smoke else 1000,
-        num_held_out=8 if smoke else 250,
-        seed=seed,
-    )
+    num, held_out = (16, 8) if smoke else (1000, 250)
+    samples = Samples(Run(directory), num, held_out, seed)
+    subject = Subject(samples, Tools(root / "classifier"))
     found = evaluate.evaluate(subject, ["adherence", "frechet_distance", "psnr"])
     files.write_json(directory / "evaluation.json", found)
     kept = ("adherence", "adherence_held_out", "autoencoder", "frechet_distance", "versions")

@@ -8,8 +8,12 @@
         --out=FILE.json
     ... --preset=ldm_table1_celebahq            a published row's settings (presets.py)
     ... --sweep_guidance=1,2,4 --sweep_steps=10,25,50      a curve for each, and sweep.png
-    ... --every_checkpoint                      a curve against the training step, and curve.png
     ... --ema_length=0.05,0.1                   averages of such lengths (training/ema.py, eq. 5)
+    ... --every_checkpoint                      a curve against the training step, and its picture
+    python -m experiments.evaluate --every_checkpoint --workdir=DIR --out=DIR [--classifier=DIR]
+        of a first stage: results.json, curves.png and grid.png (every_checkpoint.py)
+    python -m experiments.evaluate --workdir=DIR --metrics=colour|outline --classifier=DIR
+        of LoRA's or ControlNet's run: what the adapter changed, and a picture (adapters.py)
 
 What each metric is stands in `metrics.py`, whose table --help and the README repeat. `--num` is how
 many samples are made, or, for bits_per_dim, how many examples of the evaluation split are read.
@@ -33,7 +37,6 @@ evaluation.json:
     }
 """
 
-import importlib.metadata
 import json
 import pathlib
 import sys
@@ -43,56 +46,52 @@ from typing import Any
 import jax
 from absl import flags
 
-from diffusion import files, manifest
+from diffusion import files, pictures
 from diffusion.metrics.frechet import sample_count_warning
 from diffusion.models.inception import PREPROCESSINGS
+from experiments.evaluate import every_checkpoint, plots, presets, sample_sets
 from experiments.evaluate import metrics as measures
-from experiments.evaluate import plots, presets, sample_sets
-from experiments.evaluate.metrics import METRICS, Subject
-from experiments.evaluate.references import code_version
-from experiments.evaluate.tools import Tools
+from experiments.evaluate.features import Tools
+from experiments.evaluate.metrics import METRICS
+from experiments.evaluate.references import Against, versions
+from experiments.evaluate.samples import Run, Samples, Subject
 from experiments.host import cli, cluster
 from experiments.run import workdir
 
 BOTH = ("ema", "raw")
 
 
-def versions() -> dict[str, str]:
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
 def evaluate(
-    subject: Subject,
-    metrics: list[str],
-    which: tuple[str, ...] | None = None,
+    subject: Subject, metrics: list[str], which: tuple[str, ...] | None = None
 ) -> dict[str, Any]:
     """The named metrics of a run, with seeds, sampler, hashes and versions beside them.
 
-    which: the weights to measure; None: the subject's own.
+    which: the weights to measure; None: the subject's own. "sheets": pictures, where there are any.
     """
     started = time.perf_counter()
-    measures.prepare(subject, metrics)
+    subject = measures.prepare(subject, metrics)
     notes = warnings(subject, metrics)
-    found, identity = {}, {}
-    for name in which or (subject.which,):
-        part = subject.changed(which=name)
+    found, identity, sheets = {}, {}, {}
+    for name in which or (subject.run.which,):
+        part = subject if subject.samples.path else subject.changed(which=name)
         # A first stage has its own weights: it is measured once.
         wanted = [m for m in metrics if not found or METRICS[m].of != "first stage"]
         if wanted:
             found[name] = measures.measure(part, wanted)
+            sheets = {**found[name].pop("sheets", {}), **sheets}
             identity = identity or part.identity()
     first = next(iter(found.values()))
     return {
-        "workdir": None if subject.directory is None else subject.directory.name,
-        "seed": subject.seed,
-        "versions": {**versions(), "code": code_version()},
+        "workdir": None if subject.run is None else subject.run.directory.name,
+        "seed": subject.samples.seed,
+        "versions": versions(),
         "device": jax.devices()[0].device_kind,
         **first,
         "weights": found,
         **identity,
         "warnings": notes,
         "seconds": round(time.perf_counter() - started, 1),
+        **({"sheets": sheets} if sheets else {}),
     }
 
 
@@ -105,11 +104,11 @@ def sweep(
         ("guidance_scale", cli.numbers(values, "sweep_guidance", float)),
         ("steps", cli.numbers(values, "sweep_steps", int)),
     ):
-        for value in given:
-            for name in which:
-                keep = subject.keep and subject.keep / f"{curve}_{value:g}"
-                part = subject.changed(which=name, keep=keep, **{curve: value})
-                points.append({"curve": curve, "weights": name, **_point(part, metrics, curve)})
+        points += [
+            _point(subject, metrics, curve, f"{curve}_{value:g}", which=name, **{curve: value})
+            for value in given
+            for name in which
+        ]
     return points
 
 
@@ -117,25 +116,26 @@ def checkpoints(
     subject: Subject, metrics: list[str], which: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """The metrics of every checkpoint that the run keeps."""
-    points = []
-    for step in sorted(manifest.finished((subject.run / "checkpoints").absolute())):
-        for name in which:
-            keep = subject.keep and subject.keep / f"step_{step}"
-            part = subject.changed(which=name, step=step, keep=keep)
-            points.append({"curve": "step", "weights": name, **_point(part, metrics, "step")})
-    return points
+    return [
+        _point(subject, metrics, "step", f"step_{step}", which=name, step=step)
+        for step in every_checkpoint.steps(subject.run.directory)
+        for name in which
+    ]
 
 
-def _point(part: Subject, metrics: list[str], curve: str) -> dict[str, Any]:
+def _point(
+    subject: Subject, metrics: list[str], curve: str, keep: str, **changes: Any
+) -> dict[str, Any]:
+    part = subject.changed(keep, **changes)
     found = measures.measure(part, [m for m in metrics if METRICS[m].of != "first stage"])
-    made_from = part.made_from()
-    sample = made_from["sample"]
-    where = {"guidance_scale": sample["guidance_scale"], "steps": sample["steps"]}
+    found.pop("sheets", None)
+    made_from = part.samples.made_from()
+    where = {key: made_from["sample"][key] for key in ("guidance_scale", "steps")}
     where |= {key: made_from[key] for key in ("step", "checkpoint")}
     shown = {name: float(f"{value[0]:.4g}") for name, value in plots.numbers(found).items()}
     if cluster.is_first():
-        print(f"{curve} {where[curve]:g} {part.which}: {shown}", flush=True)
-    return {**where, **found}
+        print(f"{curve} {where[curve]:g} {part.run.which}: {shown}", flush=True)
+    return {"curve": curve, "weights": part.run.which, **where, **found}
 
 
 def define(add: cli.Flags) -> None:
@@ -170,54 +170,50 @@ def define(add: cli.Flags) -> None:
     add.add("integer", "reference_num", 0, "The first so many images of it; 0: all.")
     add.add("integer", "feature_batch", 50, "Images at a time through Inception.")
     add.add("integer", "replicates", 100, "Of the bootstrap; 0: no intervals of distances.")
-    add.add("string", "out", None, "Default: DIR/evaluation.json.")
+    add.add("string", "out", None, "A .json file or a folder; default: the run's.")
 
 
-def tools(values: flags.FlagValues, preset: presets.Preset | None) -> Tools:
+def subject_of(values: flags.FlagValues, preset: presets.Preset | None) -> Subject:
     def path(name: str) -> pathlib.Path | None:
         return pathlib.Path(values[name].value) if values[name].value else None
 
-    return Tools(
+    tools = Tools(
         path("classifier"),
         values.features or ("inception" if preset else None),
         values.inception_weights,
         values.inception_preprocessing,
         values.clip,
-        path("reference"),
-        preset.split if preset else values.reference_split,
-        values.reference_num,
         values.feature_batch,
     )
-
-
-def subject_of(values: flags.FlagValues, preset: presets.Preset | None) -> Subject:
-    made = Subject(
-        pathlib.Path(values.workdir) if values.workdir else None,
-        num=values.num if preset is None or values["num"].present else preset.num,
-        num_held_out=values.num_held_out,
-        seed=values.seed,
-        tools=tools(values, preset),
-        step=values.checkpoint_step,
-        samples=pathlib.Path(values.samples) if values.samples else None,
-        keep=pathlib.Path(values.keep) if values.keep else None,
-        rounding=preset.rounding if preset else values.rounding,
-        replicates=values.replicates,
-        strict=True,
-        sample=preset.sample if preset else None,
-        sampler=values.sampler,
-        steps=values.steps,
-        guidance_scale=values.guidance_scale,
+    split = preset.split if preset else values.reference_split
+    against = Against(path("reference"), split, values.reference_num)
+    run = None
+    if directory := path("workdir"):
+        options = {name: values[name].value for name in ("sampler", "steps", "guidance_scale")}
+        sample = preset.sample if preset else {}
+        run = Run(directory, "ema", values.checkpoint_step, sample, options)
+    samples = Samples(
+        run,
+        values.num if preset is None or values["num"].present else preset.num,
+        values.num_held_out,
+        values.seed,
+        preset.rounding if preset else values.rounding,
+        path("samples"),
+        path("keep"),
     )
     if preset is not None:
-        presets.check(values.preset, preset, made.image_config, made.directory)
-    return made
+        if run is None:
+            raise ValueError(f"--workdir is missing: --preset={values.preset} is of a run")
+        presets.check(values.preset, preset, run.image_config, run.directory)
+    return Subject(samples, tools, against, values.replicates, strict=True)
 
 
 def weights_of(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> tuple[str, ...]:
     """Which weights to measure; the one that there is, where the run averages none."""
-    if subject.samples_path is not None:
+    if values.samples:
         return ("samples",)
-    config, lengths = workdir.read_config(subject.run), cli.numbers(values, "ema_length", float)
+    config = workdir.read_config(subject.run.directory)
+    lengths = cli.numbers(values, "ema_length", float)
     if lengths and values.weights != "both":
         raise ValueError(f"--weights={values.weights} with --ema_length: leave one of them out")
     both = BOTH if config.ema.decay else ("raw",)
@@ -231,10 +227,10 @@ def weights_of(values: flags.FlagValues, subject: Subject, metrics: list[str]) -
     return which or (values.weights,)
 
 
-def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> pathlib.Path:
-    """Refuses flags that contradict; returns where the results go."""
+def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> None:
+    """Refuses flags that contradict."""
     measures.check(metrics)
-    if subject.directory is None and not values.samples:
+    if subject.run is None and not values.samples:
         raise ValueError("--workdir is missing: give --workdir=..., or --samples=...")
     swept = ("sweep_guidance", "sweep_steps", "every_checkpoint")
     given = [n for n in (*swept, "checkpoint_step", "keep", "ema_length") if values[n].value]
@@ -249,20 +245,25 @@ def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> pat
         raise ValueError(
             f"--metrics={other[0]} needs the run that makes the samples: leave --samples out"
         )
-    if values.out is None and subject.directory is None:
+    if values.out is None and subject.run is None:
         raise ValueError("--out is missing: with --samples alone, name a file for the results")
     cli.numbers(values, "sweep_guidance", float), cli.numbers(values, "sweep_steps", int)
-    return pathlib.Path(values.out or subject.run / "evaluation.json")
 
 
 def warnings(subject: Subject, metrics: list[str]) -> list[str]:
     """What a reader of the numbers has to know; said, and written beside them."""
     if not measures.comparing(metrics, "pool", "spatial"):
         return []
-    found = sample_count_warning(subject.count, subject.network.dim)
+    found = sample_count_warning(subject.samples.count, subject.network.dim)
     if found and cluster.is_first():
         print(f"note: {found}", flush=True)
     return [found] if found else []
+
+
+def place(values: flags.FlagValues, subject: Subject, name: str) -> pathlib.Path:
+    """The file of the results: --out, which may be a folder; else in the run's."""
+    out = pathlib.Path(values.out) if values.out else subject.run.directory
+    return out if out.suffix == ".json" else out / name
 
 
 @cluster.joined
@@ -270,12 +271,16 @@ def main(values: flags.FlagValues) -> None:
     preset = presets.find(values.preset) if values.preset else None
     metrics = list(values.metrics or (preset.metrics if preset else ()))
     subject = subject_of(values, preset)
-    out = check(values, subject, metrics)
+    if values.every_checkpoint and every_checkpoint.takes(subject, metrics):
+        return every_checkpoint.report(subject, place(values, subject, "results.json"))
+    check(values, subject, metrics)
+    out = place(values, subject, "evaluation.json")
     which = weights_of(values, subject, metrics)
-    subject = subject.changed(which=which[0])
-    measures.prepare(subject, metrics)
+    if not values.samples:
+        subject = subject.changed(which=which[0])
+    subject = measures.prepare(subject, metrics)
     results = evaluate(subject, metrics, which)
-    curves = {}
+    curves, sheets = {}, results.pop("sheets", {})
     if values.sweep_guidance or values.sweep_steps:
         curves["sweep"] = sweep(subject, metrics, which, values)
     if values.every_checkpoint:
@@ -286,6 +291,8 @@ def main(values: flags.FlagValues) -> None:
     if not cluster.is_first():
         return
     files.write_json(out, results)
+    for name, sheet in sheets.items():
+        pictures.captioned(out.with_name(f"{out.stem}_{name}.png"), *sheet)
     for name, points in curves.items():
         across = tuple(dict.fromkeys(point["curve"] for point in points))
         if any(plots.numbers(point) for point in points):  # not those of a spectrum, say

@@ -1,142 +1,107 @@
-"""What an adapter did to the default job's model, in numbers and pictures.
+"""What an adapter did to the model that it adapts, the run's `init_from`: numbers and pictures.
 
-    python -m experiments.evaluate.adapters --workdir=DIR --classifier=DIR [--num=500] [--out=DIR]
+    python -m experiments.evaluate --workdir=DIR --classifier=DIR --metrics=colour --num=500
+    python -m experiments.evaluate --workdir=DIR --classifier=DIR --metrics=outline --num=500
 
-DIR is a run of configs/digits_lora.py or configs/digits_controlnet.py; what it adapts is its
-`init_from`. Of LoRA: how often samples are what the prompt says, before and after, for the new
-colour and for the palette. Of a ControlNet: how well the edges of samples agree with the outlines
-that they were given, digits of the test set, with it and without. Writes evaluation.json and
-samples.png to --out (default: the run's folder).
+colour     of a run of LoRA (configs/digits_lora.py): how often samples are what the prompt says,
+           "before" and "after", for the new colour and for the "palette"
+outline    of a run of a ControlNet (configs/digits_controlnet.py): how well the edges of samples
+           agree with the outlines that they were given, digits of the test set, "before", without
+           it, and "after", with it; "originals": the very digits
+
+Both of captioned digits. Each gives a sheet of pictures as well: (pixels, captions, columns).
 """
 
-import json
+import dataclasses
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
-from absl import flags
-from ml_collections import ConfigDict
 
-from diffusion import files, pictures
 from diffusion.data import loader, transforms
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.metrics import adherence as adherence_metric
 from diffusion.metrics import outlines
-from experiments.evaluate import metrics
-from experiments.host import cli
-from experiments.run import data, generate, workdir
+from diffusion.sampling.inputs import Columns
+from experiments.evaluate.features import attributes
+from experiments.evaluate.samples import Samples, Subject
+from experiments.run import data
 
 SHOWN = 8
+KINDS = {"colour": "lora", "outline": "controlnet"}
 
 
-def lora(
-    directory: pathlib.Path, config: ConfigDict, judge: metrics.Judge, num: int, seed: int
-) -> tuple[dict[str, Any], np.ndarray, list[str]]:
-    """Adherence before and after; samples of both and their prompts."""
+def check(subject: Subject, name: str) -> None:
+    """Refuses a run without the adapter that the metric is of."""
+    if (kind := KINDS[name]) not in subject.run.image_config.model:
+        raise ValueError(
+            f"{subject.run} holds a run without an adapter of --metrics="
+            f"{name}: name one of configs/digits_{kind}.py"
+        )
+    _ = subject.judge
+
+
+def _sides(subject: Subject) -> dict[str, Samples]:
+    """Samples without the adapter and with it."""
+    run, after = subject.run, subject.samples
+    base = pathlib.Path(run.image_config.init_from)
+    before = dataclasses.replace(run, directory=base, step=None)
+    return {"before": dataclasses.replace(after, run=before), "after": after}
+
+
+def _made(samples: Samples, texts: list[str], extra: Columns) -> np.ndarray:
+    columns = samples.run.model.pipeline.columns(texts) | extra
+    return np.concatenate(list(samples.drawn(columns, samples.num)))
+
+
+def colour(subject: Subject) -> dict[str, Any]:
+    samples, new = subject.samples, subject.run.image_config.data.colour
     colours = {**compose.COLOURS, **compose.NEW_COLOURS}
-    prompts, wanted = compose.prompts(num, seed, held_out=False)
-    new = list(colours).index(config.data.colour)
-    names = list(compose.COLOURS)
-    renamed = [
-        text.replace(names[i], config.data.colour) for text, i in zip(prompts, wanted["colour"])
-    ]
+    prompts, wanted = compose.prompts(samples.num, samples.seed, held_out=False)
+    names, place = list(compose.COLOURS), list(colours).index(new)
+    renamed = [text.replace(names[i], new) for text, i in zip(prompts, wanted["colour"])]
     sets = {
-        config.data.colour: (renamed, {**wanted, "colour": np.full_like(wanted["colour"], new)}),
+        new: (renamed, {**wanted, "colour": np.full_like(wanted["colour"], place)}),
         "palette": (prompts, wanted),
     }
-    results: dict[str, Any] = {}
-    shown = []
-    for when, where in (("before", config.init_from), ("after", directory)):
-        pipeline = generate.load(where).pipeline
+    results: dict[str, Any] = {"adapter": "lora", "num": samples.num}
+    shown, captions = [], []
+    for when, side in _sides(subject).items():
         for name, (texts, asked) in sets.items():
-            pixels = np.concatenate(list(pipeline.images(pipeline.columns(texts), num, [seed])))
-            found = metrics.attributes(pixels, judge, colours)
-            scores = adherence_metric.adherence(found, asked)
-            results.setdefault(name, {})[when] = scores
-            shown.append(pixels[:SHOWN])
-    order = [shown[0], shown[2], shown[3]]
-    captions = [f"{when}: {t}" for when in ("before", "after") for t in renamed[:SHOWN]]
-    return results, np.concatenate(order), captions + [f"after: {t}" for t in prompts[:SHOWN]]
+            pixels = _made(side, texts, {})
+            found = attributes(pixels, subject.judge, colours)
+            results.setdefault(name, {})[when] = adherence_metric.adherence(found, asked)
+            if (when, name) != ("before", "palette"):
+                shown.append(pixels[:SHOWN])
+                captions += [f"{when}: {text}" for text in texts[:SHOWN]]
+    return {**results, "sheet": (np.concatenate(shown), captions, SHOWN)}
 
 
-def controlnet(
-    directory: pathlib.Path, config: ConfigDict, judge: metrics.Judge, num: int, seed: int
-) -> tuple[dict[str, Any], np.ndarray, list[str]]:
-    """Agreement of outlines and adherence, before and after; conditions, samples and captions."""
-    source, steps = data.open_images(config, "test")
-    index = np.arange(num) % len(source)
-    batch = loader.fetch(source, index, np.full_like(index, seed), index, steps)
-    hint = transforms.edges(batch["image"])
+def outline(subject: Subject) -> dict[str, Any]:
+    samples = subject.samples
+    source, steps = data.open_images(subject.run.image_config, "test")
+    index = np.arange(samples.num) % len(source)
+    batch = loader.fetch(source, index, np.full_like(index, samples.seed), index, steps)
+    hint, texts = transforms.edges(batch["image"]), batch["caption"]
     wanted = hint[..., 0] > 0
     asked = dict(zip(compose.ATTRIBUTES, batch["attributes"].T))
     given = {"hint_0": hint, "hint_scale_0": np.ones(1, np.float32)}
-    results: dict[str, Any] = {"originals": _agreement(batch["image"], wanted)}
+    results: dict[str, Any] = {"adapter": "controlnet", "num": samples.num}
+    results["originals"] = _agreement(batch["image"], wanted)
     shown = [hint[:SHOWN], batch["image"][:SHOWN]]
-    for when, where, extra in (("before", config.init_from, {}), ("after", directory, given)):
-        pipeline = generate.load(where).pipeline
-        made = pipeline.images(pipeline.columns(batch["caption"]) | extra, num, [seed])
-        pixels = np.concatenate(list(made))
-        found = metrics.attributes(pixels, judge)
+    captions = [row for row in ("condition", "original") for _ in texts[:SHOWN]]
+    for when, side in _sides(subject).items():
+        pixels = _made(side, texts, given if when == "after" else {})
+        found = attributes(pixels, subject.judge)
         results[when] = {
             "outline": _agreement(pixels, wanted),
             "adherence": adherence_metric.adherence(found, asked),
         }
         shown.append(pixels[:SHOWN])
-    captions = [
-        f"{row}: {text}" if row in ("before", "after") else row
-        for row in ("condition", "original", "before", "after")
-        for text in batch["caption"][:SHOWN]
-    ]
-    return results, np.concatenate(shown), captions
+        captions += [f"{when}: {text}" for text in texts[:SHOWN]]
+    return {**results, "sheet": (np.concatenate(shown), captions, SHOWN)}
 
 
 def _agreement(pixels: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     scores = outlines.agreement(transforms.edges(pixels)[..., 0] > 0, wanted)
     return {name: round(float(value.mean()), 4) for name, value in scores.items()}
-
-
-def evaluate(
-    directory: pathlib.Path, classifier: pathlib.Path, num: int, seed: int, out: pathlib.Path
-):
-    """Writes both files to `out`; returns the numbers."""
-    config = ConfigDict(workdir.read_config(directory).to_dict())
-    kinds = {"lora": lora, "controlnet": controlnet}
-    kind = next((name for name in kinds if name in config.model), None)
-    if kind is None:
-        raise ValueError(
-            f"--workdir={directory} holds a run without an adapter: name one of "
-            "configs/digits_lora.py or configs/digits_controlnet.py"
-        )
-    results, pixels, captions = kinds[kind](directory, config, metrics.Judge(classifier), num, seed)
-    found = {
-        "adapter": kind,
-        "num": num,
-        "seed": seed,
-        "sample": config.sample.to_dict(),
-        **results,
-    }
-    pictures.captioned(out / "samples.png", pixels, captions, columns=SHOWN)
-    files.write_json(out / "evaluation.json", found)
-    return found
-
-
-def define(add: cli.Flags) -> None:
-    add.add("string", "workdir", None, "A run of an adapter.")
-    add.add("string", "classifier", None, "The digit classifier's run.")
-    add.add("integer", "num", 500, "Samples of each kind.")
-    add.add("integer", "seed", 0, "Of prompts and noise.")
-    add.add("string", "out", None, "Folder of the results.")
-
-
-def main(values: flags.FlagValues) -> None:
-    directory = pathlib.Path(cli.require(values, "workdir"))
-    classifier = pathlib.Path(cli.require(values, "classifier"))
-    if values.num < 1:
-        raise ValueError(f"--num={values.num} must be at least 1")
-    out = pathlib.Path(values.out or directory)
-    print(json.dumps(evaluate(directory, classifier, values.num, values.seed, out), indent=2))
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(define, main))

@@ -38,7 +38,7 @@ def _frechet(subject: Subject, key: str, name: str) -> dict[str, Any]:
     distance = frechet_metric.frechet_distance(found, target)
     ends = _bootstrap(subject, vectors, target)
     known = {name: Estimate(distance, *(ends[1:3] if ends else UNKNOWN))}
-    at = _at_infinity(vectors, target, subject.seed)
+    at = _at_infinity(vectors, target, subject.samples.seed)
     if at is not None:
         half = 1.96 * at.standard_error
         known[f"{name}_at_infinity"] = Estimate(at.value, at.value - half, at.value + half)
@@ -52,7 +52,7 @@ def _bootstrap(subject: Subject, vectors: np.ndarray, target) -> Estimate | None
     if replicates < 2 or len(vectors) <= vectors.shape[1]:
         return None
     return frechet_metric.frechet_interval(
-        vectors, target, replicates=replicates, seed=subject.seed
+        vectors, target, replicates=replicates, seed=subject.samples.seed
     )
 
 
@@ -68,7 +68,7 @@ def _at_infinity(vectors: np.ndarray, target, seed: int):
 def kernel_distance(subject: Subject) -> dict[str, Any]:
     name = subject.network.key("kernel_distance")
     found = kernel.kernel_distance(
-        subject.rows["features"]["pool"], subject.reference.points(), seed=subject.seed
+        subject.rows["features"]["pool"], subject.reference.points(), seed=subject.samples.seed
     )
     size = {f"{name}_std": found.std, f"{name}_subset_size": found.subset_size}
     return {**beside({name: Estimate(found.value, found.low, found.high)}), **size}
@@ -78,7 +78,10 @@ def classifier_score(subject: Subject) -> dict[str, Any]:
     name = subject.network.key("classifier_score")
     logits = subject.rows["features"]["logits"]
     found = inception_score.inception_score(
-        logits, splits=min(10, len(logits)), replicates=subject.replicates, seed=subject.seed
+        logits,
+        splits=min(10, len(logits)),
+        replicates=subject.replicates,
+        seed=subject.samples.seed,
     )
     more = {f"{name}_std": found.std, f"{name}_splits": found.splits}
     return {**beside({name: Estimate(found.value, found.low, found.high)}), **more}

@@ -1,27 +1,26 @@
 """How a first stage came to be: every checkpoint of a run measured, with curves and pictures.
 
-    python -m experiments.evaluate.every_checkpoint --workdir=DIR --out=DIR [--classifier=DIR]
+    python -m experiments.evaluate --every_checkpoint --workdir=DIR --out=DIR [--classifier=DIR]
 
 Writes results.json (each checkpoint's numbers: `reconstructions.py`), curves.png (losses,
 adaptive weight, logits, PSNR, sharpness, Frechet distance against the step, with the step at which
 the discriminator began to count) and grid.png (images, and below each its reconstruction before
-the discriminator counted and at the end).
+the discriminator counted and at the end); beside another name.json, name_curves.png and so on.
 """
 
 import json
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from diffusion import files, pictures, writers
 from diffusion.manifest import finished
 from diffusion.pictures import Panel, logged
-from experiments.evaluate import reconstructions
-from experiments.evaluate.metrics import Judge
-from experiments.host import cli
+from experiments.evaluate import metrics as measures
+from experiments.evaluate import reconstructions, scores
+from experiments.evaluate.samples import Subject
+from experiments.host import cluster
 from experiments.run import networks
 
 SHOWN = 12  # images of the grid
@@ -31,7 +30,7 @@ PANELS = {
     "adaptive weight": ("adaptive_weight",),
     "PSNR (dB), held out": ("eval_psnr",),
     "sharpness, held out": ("eval_sharpness",),
-    "Frechet distance": ("frechet_distance",),
+    "Frechet distance": ("frechet_distance", "rfid"),
 }
 
 
@@ -43,33 +42,45 @@ def counts_from(config: Any) -> int | None:
     return loss.adversarial_start_steps + loss.adversarial_warmup_steps
 
 
-def report(
-    directory: pathlib.Path, out: pathlib.Path, classifier: pathlib.Path | None, num: int
-) -> dict[str, Any]:
-    """Measures and writes; returns what results.json holds."""
-    judge = None if classifier is None else Judge(classifier)
-    steps = sorted(finished(directory / "checkpoints"))
-    if not steps:
+def steps(directory: pathlib.Path) -> list[int]:
+    """Those whose checkpoints a run keeps. ValueError for none."""
+    found = sorted(finished((directory / "checkpoints").absolute()))
+    if not found:
         raise ValueError(f"--workdir={directory} has no finished checkpoint: train it first")
-    stages = {step: networks.load_stage(directory, step) for step in steps}
-    batches = list(reconstructions.test_images(stages[steps[0]], num))
-    features = None if judge is None else lambda images: judge(images)[1]
-    found = {
-        step: reconstructions.measure(stage, batches, features) for step, stage in stages.items()
-    }
-    begins = counts_from(stages[steps[0]].config)
+    return found
+
+
+def takes(subject: Subject, metrics: list[str]) -> bool:
+    """Whether this module's numbers are what is asked for: a first stage's, or no name of one."""
+    if subject.run is None or subject.run.image_config.task != "autoencoder":
+        return False
+    return set(metrics) <= {*measures.of("first stage")}
+
+
+def report(subject: Subject, out: pathlib.Path) -> None:
+    """Measures `samples.num` held-out images; writes `out` and both pictures."""
+    directory = subject.run.directory
+    stages = {step: networks.load_stage(directory, step) for step in steps(directory)}
+    first, last = min(stages), max(stages)
+    batches = list(reconstructions.test_images(stages[first], subject.samples.num))
+    found = {step: scores.of_stage(subject, stage, batches) for step, stage in stages.items()}
+    begins = counts_from(stages[first].config)
     results = {
         "workdir": directory.name,
         "counts_from_step": begins,
-        "classifier": None if judge is None else judge.hash,
+        "classifier": subject.judge.hash if subject.tools.classifier else None,
         "checkpoints": {str(step): values for step, values in found.items()},
         "hashes": {str(step): stage.hash for step, stage in stages.items()},
     }
-    files.write_json(out / "results.json", results)
-    _curves(out / "curves.png", directory, found, begins)
-    before = max((step for step in steps if begins is None or step <= begins), default=steps[0])
-    _grid(out / "grid.png", batches[0][:SHOWN], stages[before], stages[steps[-1]])
-    return results
+    if not cluster.is_first():
+        return
+    files.write_json(out, results)
+    name = "" if out.name == "results.json" else f"{out.stem}_"
+    _curves(out.with_name(f"{name}curves.png"), directory, found, begins)
+    before = max((step for step in stages if begins is None or step <= begins), default=first)
+    shown = stages[before], stages[last]
+    _grid(out.with_name(f"{name}grid.png"), batches[0][:SHOWN], *shown)
+    print(json.dumps({k: v for k, v in found[last].items() if not isinstance(v, list)}, indent=1))
 
 
 def _curves(path: pathlib.Path, directory: pathlib.Path, found: dict, begins: int | None) -> None:
@@ -85,24 +96,3 @@ def _curves(path: pathlib.Path, directory: pathlib.Path, found: dict, begins: in
 def _grid(path: pathlib.Path, images: np.ndarray, *stages: networks.Stage) -> None:
     rows = [images, *(reconstructions.reconstructor(stage)(images)[0] for stage in stages)]
     pictures.save_grid(path, np.concatenate(rows), columns=len(images), scale=3)
-
-
-def define(add: cli.Flags) -> None:
-    add.add("string", "workdir", None, "The run of a first stage.")
-    add.add("string", "out", None, "Where results.json and the pictures go.")
-    add.add("string", "classifier", None, "A classifier's run on the same data, for features.")
-    add.add("integer", "num", 2000, "Held-out images to reconstruct.")
-
-
-def main(values: flags.FlagValues) -> None:
-    directory, out = (pathlib.Path(cli.require(values, name)) for name in ("workdir", "out"))
-    if values.num < 1:
-        raise ValueError(f"--num={values.num} must be at least 1")
-    classifier = pathlib.Path(values.classifier) if values.classifier else None
-    results = report(directory, out, classifier, values.num)
-    last = list(results["checkpoints"].values())[-1]
-    print(json.dumps({k: v for k, v in last.items() if not isinstance(v, list)}, indent=1))
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(define, main))

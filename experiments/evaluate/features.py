@@ -7,9 +7,12 @@ clip         CLIP's image tower (diffusion/models/clip.py): "pool", its vectors
 A number has the name that the field knows ("fid", "kid", ...) on the published Inception weights
 alone, brought there as torch-fidelity does. On any other network, weights or preprocessing it is a
 "frechet_distance", "kernel_distance" and so on, with the network's hash beside it.
+
+One evaluation's networks stand in `Tools`; each is opened when it is first asked for.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -172,6 +175,51 @@ class ClipScorer:
     def network(self) -> FeatureNetwork:
         dim, how = self.clip.image.projection, f"bicubic to {self.clip.image.image_size}, centre"
         return FeatureNetwork("clip", self.hash, how, dim, ("pool",), self.images)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tools:
+    """features: "inception", "classifier" or "clip"; None: the classifier where there is one, else
+    Inception."""
+
+    classifier: pathlib.Path | None = None
+    features: str | None = None
+    inception_weights: str | None = None
+    preprocessing: str = PREPROCESSINGS[0]
+    clip_directory: str | None = None
+    feature_batch: int = 50
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        if self.classifier is None:
+            raise ValueError(
+                "--classifier is missing: adherence and frechet_distance need the run of "
+                "configs/digits_classifier.py, or of another classifier of the same data"
+            )
+        return Judge(self.classifier)
+
+    @functools.cached_property
+    def clip(self) -> ClipScorer:
+        if not self.clip_directory:
+            raise ValueError("--clip is missing: name a Transformers directory of a CLIPModel")
+        return ClipScorer(self.clip_directory)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a feature network was named."""
+        return bool(self.classifier or self.features)
+
+    @property
+    def feature_name(self) -> str:
+        return self.features or ("classifier" if self.classifier else "inception")
+
+    @functools.cached_property
+    def network(self) -> FeatureNetwork:
+        if self.feature_name == "classifier":
+            return self.judge.network()
+        if self.feature_name == "clip":
+            return self.clip.network()
+        return inception(self.inception_weights, self.preprocessing, self.feature_batch)
 
 
 def attributes(

@@ -40,8 +40,8 @@ from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import to_host
 from diffusion.training.state import TrainState
 from diffusion.writers import Writer
-from experiments.evaluate import reconstructions, stream
-from experiments.evaluate.metrics import Judge, Subject, attributes
+from experiments.evaluate import reconstructions, references, stream
+from experiments.evaluate.features import Judge, attributes
 from experiments.host import cluster
 from experiments.run import build, data, generate, networks, training
 
@@ -273,7 +273,7 @@ class Samples(Evaluator):
 
     @functools.cached_property
     def _reference(self) -> frechet.FeatureStatistics:
-        images = Subject(self.directory).data("train", REFERENCE)
+        images = references.unseen(data.images_config(self.run.config), "train", REFERENCE)
         return frechet.feature_statistics(self._judge(images)[1])
 
     def _pipeline(self, state: TrainState, which: str = "ema") -> Pipeline:

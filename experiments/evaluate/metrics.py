@@ -12,20 +12,18 @@ from typing import Any
 from diffusion.metrics import frechet
 from diffusion.metrics.directions import higher_is_better
 from diffusion.process import gaussian
-from experiments.evaluate import distances, scores
-from experiments.evaluate.features import Judge, attributes
+from experiments.evaluate import adapters, distances, scores
 from experiments.evaluate.samples import Subject
 from experiments.run import build, data
-
-__all__ = ["METRICS", "Judge", "Subject", "attributes", "measure"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One name of --metrics: from a subject to numbers by name, with "intervals" beside them.
+    """One name of --metrics: from a subject to numbers by name, "intervals" and a "sheet" beside.
 
     says: what it is. of: "images" of a run or a set; "samples" that a run makes; its "data"; its
-    "first stage", which has its own weights. needs: what `Subject.rows` must hold. compares: with
+    "first stage", which has its own weights. needs: what `Subject.rows` must hold, or
+    another use of the networks. compares: with
     the reference's "pool" or "spatial" statistics, or its "vectors". inception: of that network
     alone. axes: of an example of the data; None: any.
     """
@@ -77,6 +75,21 @@ METRICS: dict[str, Metric] = {
         scores.bits_per_dim,
         "data",
     ),
+    "colour": Metric(
+        "of LoRA on the digits: adherence before and after, in its new colour and in the others",
+        adapters.colour,
+        "samples",
+        "judge",
+        axes=2,
+    ),
+    "outline": Metric(
+        "of ControlNet on the digits: agreement of samples with the outlines given, and adherence, "
+        "before and after",
+        adapters.outline,
+        "samples",
+        "judge",
+        axes=2,
+    ),
     "motion": Metric(
         "straightness and speed of what moves in videos, beside those of the data",
         scores.motion,
@@ -91,12 +104,14 @@ METRICS: dict[str, Metric] = {
         "--features a Frechet distance as well, rfid on Inception",
         scores.reconstruction,
         "first stage",
+        "stage features",
         axes=2,
     ),
     "psnr": Metric(
         "of the first stage's reconstructions of test images", scores.psnr, "first stage", axes=2
     ),
 }
+COMPARED = ("pool", "spatial", "vectors")  # of a reference
 AXES = {1: "series", 2: "images", 3: "videos"}
 
 
@@ -127,70 +142,81 @@ def check(metrics: list[str]) -> None:
         raise ValueError(f"--metrics={','.join(metrics)} must name some of {', '.join(METRICS)}")
 
 
-def prepare(subject: Subject, metrics: list[str]) -> None:
-    """Refuses what can be refused before any sample is made; opens networks and the reference."""
+def prepare(subject: Subject, metrics: list[str]) -> Subject:
+    """The subject with what the metrics need: networks and the reference are opened.
+
+    Refuses what can be refused before any sample is made.
+    """
     check(metrics)
     for name in metrics:
-        if subject.directory is not None:
+        if subject.run is not None:
             _check_run(subject, name)
         if name in CHECKS:
-            CHECKS[name](subject)
-    subject.needs = tuple(sorted({METRICS[name].needs for name in metrics} - {""}))
-    subject.tools.spatial |= bool(comparing(metrics, "spatial"))
-    subject.tools.vectors |= bool(comparing(metrics, "vectors"))
-    if "features" in subject.needs:
+            CHECKS[name](subject, name)
+    every = [METRICS[name] for name in metrics]
+    needs = {part for metric in every for part in (metric.needs, metric.compares)} - {""}
+    if any(_sampled(metric, subject) for metric in every):
+        needs |= {"model"}
+    subject = dataclasses.replace(subject, needs=frozenset(needs))
+    if "features" in needs:
         _check_network(subject, metrics)
-    for name in comparing(metrics, "pool", "spatial"):
-        subject.reference.of(METRICS[name].compares)
-    if comparing(metrics, "vectors"):
-        subject.reference.points()
+    if not needs & {*COMPARED}:
+        return subject
+    reference = subject.reference or subject.compared()
+    for key in needs & {"pool", "spatial"}:
+        reference.of(key)
+    if "vectors" in needs:
+        reference.points()
+    return dataclasses.replace(subject, reference=reference)
+
+
+def _sampled(metric: Metric, subject: Subject) -> bool:
+    """Whether it is of a denoiser."""
+    return metric.of in ("samples", "data") or (metric.of == "images" and not subject.samples.path)
 
 
 def _check_run(subject: Subject, name: str) -> None:
     """Whether the run has what the metric is of."""
-    metric, config = METRICS[name], subject.image_config
+    metric, config = METRICS[name], subject.run.image_config
     axes = data.known(config.data.name).axes
     if metric.axes not in (None, axes):
         raise ValueError(
-            f"--metrics={name} is of {AXES[metric.axes]}, but --workdir={subject.directory} is of "
+            f"--metrics={name} is of {AXES[metric.axes]}, but {subject.run} is of "
             f"{AXES[axes]} (data.name={config.data.name!r}): name another metric or run"
         )
     if metric.of == "first stage" and "autoencoder" not in config.model:
         raise ValueError(
-            f"--metrics={name} needs a first stage, and --workdir={subject.directory} has none: "
+            f"--metrics={name} needs a first stage, and {subject.run} has none: "
             "name a run of one, or of latent diffusion"
         )
-    samples = metric.of in ("samples", "data") or (metric.of == "images" and not subject.sample_set)
-    if samples and config.task != "denoiser":
+    if _sampled(metric, subject) and config.task != "denoiser":
         raise ValueError(
-            f"--metrics={name} is of denoisers, but --workdir={subject.directory} holds a run of "
+            f"--metrics={name} is of denoisers, but {subject.run} holds a run of "
             f"task={config.task!r}: name one of 'denoiser'"
         )
 
 
-def _check_digits(subject: Subject) -> None:
-    if not data.known(subject.image_config.data.name).judged or not subject.captioned:
+def _check_digits(subject: Subject, name: str) -> None:
+    if not data.known(subject.run.image_config.data.name).judged or not subject.run.captioned:
         raise ValueError(
-            "--metrics=adherence is for denoisers of captioned digits that read captions, not "
-            f"--workdir={subject.directory}"
+            f"--metrics={name} is for denoisers of captioned digits that read captions, not "
+            f"{subject.run}"
         )
-    if subject.num_held_out < 1:
-        raise ValueError(f"--num_held_out={subject.num_held_out} must be at least 1")
+    if subject.samples.num_held_out < 1:
+        raise ValueError(f"--num_held_out={subject.samples.num_held_out} must be at least 1")
     _ = subject.judge
 
 
-def _check_captions(subject: Subject) -> None:
-    if not subject.captioned:
-        raise ValueError(
-            f"--metrics=clip_score needs captions, and --workdir={subject.directory} reads none"
-        )
+def _check_captions(subject: Subject, name: str) -> None:
+    if not subject.run.captioned:
+        raise ValueError(f"--metrics={name} needs captions, and {subject.run} reads none")
     _ = subject.tools.clip
 
 
-def _check_bound(subject: Subject) -> None:
+def _check_bound(subject: Subject, name: str) -> None:
     """That the model has a bound on the bits of its pixels."""
-    config, start = subject.image_config, "--metrics=bits_per_dim is of "
-    end = f"--workdir={subject.directory}"
+    config, start = subject.run.image_config, f"--metrics={name} is of "
+    end = subject.run
     if "autoencoder" in config.model:
         raise ValueError(f"{start}pixels, but {end} diffuses latents: name a pixel-space run")
     if data.known(config.data.name).axes == 1:
@@ -210,10 +236,15 @@ def _check_bound(subject: Subject) -> None:
     try:
         gaussian.posterior_tables(build.schedule(config))
     except ValueError as error:
-        raise ValueError(f"--metrics=bits_per_dim, {end}: {error}") from error
+        raise ValueError(f"--metrics={name}, {end}: {error}") from error
 
 
-CHECKS = {"adherence": _check_digits, "clip_score": _check_captions, "bits_per_dim": _check_bound}
+CHECKS = {
+    "adherence": _check_digits,
+    "clip_score": _check_captions,
+    "bits_per_dim": _check_bound,
+    **dict.fromkeys(adapters.KINDS, adapters.check),
+}
 
 
 def _check_network(subject: Subject, metrics: list[str]) -> None:
@@ -231,16 +262,18 @@ def _check_network(subject: Subject, metrics: list[str]) -> None:
             )
     for name in comparing(metrics, "pool", "spatial"):
         dim = 2023 if METRICS[name].compares == "spatial" else subject.network.dim
-        frechet.sample_count_warning(subject.count, dim, strict=subject.strict)
+        frechet.sample_count_warning(subject.samples.count, dim, strict=subject.strict)
     _ = subject.network
 
 
 def measure(subject: Subject, metrics: list[str]) -> dict[str, Any]:
-    """Numbers by name, with "intervals" of those that have one."""
+    """Numbers by name, with "intervals" of those that have one, and "sheets" of pictures."""
     results: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
+    sheets: dict[str, Any] = {}
     for name in metrics:
         found = METRICS[name].function(subject)
         intervals |= found.pop("intervals", {})
+        sheets |= {name: found.pop("sheet")} if "sheet" in found else {}
         results |= found
-    return {**results, "intervals": intervals}
+    return {**results, "intervals": intervals, **({"sheets": sheets} if sheets else {})}

@@ -38,125 +38,104 @@ class Preset:
     note: str = ""
 
 
-def _ddim(steps: int, eta: float, scale: float = 1.0) -> dict[str, Any]:
+FID_AND_IS = ("fid", "inception_score")
+TRIPLE = ("fid", "precision", "recall")
+
+
+def _ldm(config: str, row: str, data: str, sample: tuple, published: dict, **more: Any) -> Preset:
+    """sample: DDIM's (steps, eta, guidance scale)."""
+    steps, eta, scale = sample
     options = {"eta": eta, "spacing": "stride", "steps_offset": 1}
-    return {"sampler": "ddim", "steps": steps, "guidance_scale": scale, "options": options}
-
-
-def _ldm(config: str, row: str, data: str, sample: dict, published: dict, **more: Any) -> Preset:
+    given = {"sampler": "ddim", "steps": steps, "guidance_scale": scale, "options": options}
     more = {"metrics": ("fid", "precision_recall"), "rounding": "truncate", **more}
-    return Preset(f"configs/{config}", row, data, 256, sample=sample, published=published, **more)
+    row = f"LDM table {row}"
+    return Preset(f"configs/{config}", row, data, 256, sample=given, published=published, **more)
 
 
-def _pixels(config: str, row: str, data: str, published: dict, size: int = 256, **more: Any):
+def _pixels(config: str, row: str, data: str, published: dict, **more: Any) -> Preset:
     sample = {"sampler": "ddpm", "steps": 1000, "guidance_scale": 1.0, **more.pop("sample", {})}
+    size = 32 if data == "cifar10" else 256
     more = {"metrics": ("fid",), **more}
     return Preset(f"configs/{config}", row, data, size, sample=sample, published=published, **more)
 
 
-BEST_OF_THREE = "published is the least of three sets of 50,000"
+def _cifar(config: str, row: str, fid: float, **more: Any) -> Preset:
+    return _pixels(config, row, "cifar10", {"fid": fid, **more.pop("and_", {})}, **more)
+
+
+def _lsun(name: str, fid: float, data: str = "") -> Preset:
+    config, data = f"ddpm_lsun256.py:{name}", f"lsun/{data or name}"
+    return _pixels(config, "DDPM table 3", data, {"fid": fid})
+
+
+def _table_1(config: str, data: str, steps: int, eta: float, *numbers: float, **more: Any):
+    return _ldm(config, "1", data, (steps, eta, 1.0), dict(zip(TRIPLE, numbers)), **more)
+
+
 PRESETS: dict[str, Preset] = {
-    "ddpm_table1_cifar10": _pixels(
+    "ddpm_table1_cifar10": _cifar(
         "ddpm_cifar10.py",
         "DDPM table 1, L_simple",
-        "cifar10",
-        {"fid": 3.17, "inception_score": 9.46},
-        32,
-        metrics=("fid", "inception_score"),
+        3.17,
+        and_={"inception_score": 9.46},
+        metrics=FID_AND_IS,
     ),
-    "ddpm_table1_cifar10_test": _pixels(
-        "ddpm_cifar10.py",
-        "DDPM section 4.1, against the test images",
-        "cifar10",
-        {"fid": 5.24},
-        32,
-        split="test",
+    "ddpm_table1_cifar10_test": _cifar(
+        "ddpm_cifar10.py", "DDPM section 4.1, against the test images", 5.24, split="test"
     ),
-    "ddpm_lsun_church": _pixels(
-        "ddpm_lsun256.py:church", "DDPM table 3", "lsun/church_outdoor", {"fid": 7.89}
+    "ddpm_lsun_church": _lsun("church", 7.89, "church_outdoor"),
+    "ddpm_lsun_bedroom": _lsun("bedroom", 6.36),
+    "ddpm_lsun_cat": _lsun("cat", 19.75),
+    "iddpm_cifar10_simple": _cifar(
+        "iddpm_cifar10.py:simple", "Improved DDPM table 2", 2.90, sample={"steps": 4000}
     ),
-    "ddpm_lsun_bedroom": _pixels(
-        "ddpm_lsun256.py:bedroom", "DDPM table 3", "lsun/bedroom", {"fid": 6.36}
+    "iddpm_cifar10_hybrid": _cifar(
+        "iddpm_cifar10.py:hybrid", "Improved DDPM table 2", 3.19, sample={"steps": 4000}
     ),
-    "ddpm_lsun_cat": _pixels("ddpm_lsun256.py:cat", "DDPM table 3", "lsun/cat", {"fid": 19.75}),
-    "iddpm_cifar10_simple": _pixels(
-        "iddpm_cifar10.py:simple",
-        "Improved DDPM table 2",
-        "cifar10",
-        {"fid": 2.90},
-        32,
-        sample={"steps": 4000},
-    ),
-    "iddpm_cifar10_hybrid": _pixels(
-        "iddpm_cifar10.py:hybrid",
-        "Improved DDPM table 2",
-        "cifar10",
-        {"fid": 3.19},
-        32,
-        sample={"steps": 4000},
-    ),
-    "edm_cifar10": _pixels(
+    "edm_cifar10": _cifar(
         "edm_cifar10.py",
         "EDM table 2, unconditional, VP",
-        "cifar10",
-        {"fid": 1.97},
-        32,
+        1.97,
         sample={"sampler": "heun", "steps": 18},
-        note=BEST_OF_THREE,
+        note="published is the least of three sets of 50,000",
     ),
-    "ldm_table1_celebahq": _ldm(
+    "ldm_table1_celebahq": _table_1(
         "ldm_celebahq256.py",
-        "LDM table 1",
         "celeb_a_hq/256",
-        _ddim(200, 0.0),
-        {"fid": 5.11, "precision": 0.72, "recall": 0.49},
+        *(200, 0.0, 5.11, 0.72, 0.49),
         note="the paper's text says 500 steps, its repository 200",
     ),
-    "ldm_table1_ffhq": _ldm(
-        "ldm_ffhq256.py",
-        "LDM table 1",
-        "ffhq",
-        _ddim(200, 1.0),
-        {"fid": 4.98, "precision": 0.73, "recall": 0.50},
+    "ldm_table1_ffhq": _table_1("ldm_ffhq256.py", "ffhq", 200, 1.0, 4.98, 0.73, 0.50),
+    "ldm_table1_churches": _table_1(
+        "ldm_lsun256.py:churches", "lsun/church_outdoor", 400, 0.0, 4.02, 0.64, 0.52
     ),
-    "ldm_table1_churches": _ldm(
-        "ldm_lsun256.py:churches",
-        "LDM table 1",
-        "lsun/church_outdoor",
-        _ddim(400, 0.0),
-        {"fid": 4.02, "precision": 0.64, "recall": 0.52},
-    ),
-    "ldm_table1_bedrooms": _ldm(
-        "ldm_lsun256.py:beds",
-        "LDM table 1",
-        "lsun/bedroom",
-        _ddim(200, 1.0),
-        {"fid": 2.95, "precision": 0.66, "recall": 0.48},
+    "ldm_table1_bedrooms": _table_1(
+        "ldm_lsun256.py:beds", "lsun/bedroom", 200, 1.0, 2.95, 0.66, 0.48
     ),
     "ldm_table3_imagenet_guided": _ldm(
         "ldm_imagenet256.py:f4",
-        "LDM table 3, LDM-4-G",
+        "3, LDM-4-G",
         "imagenet2012",
-        _ddim(250, 1.0, 1.5),
+        (250, 1.0, 1.5),
         {"fid": 3.60, "inception_score": 247.67, "precision": 0.87, "recall": 0.48},
-        metrics=("fid", "inception_score", "precision_recall"),
+        metrics=(*FID_AND_IS, "precision_recall"),
         note="eta is not in the table; a user's check with 1 gave FID 3.54 and IS 249.59",
     ),
     "ldm_table3_imagenet": _ldm(
         "ldm_imagenet256.py:f4",
-        "LDM table 3, LDM-4",
+        "3, LDM-4",
         "imagenet2012",
-        _ddim(250, 1.0),
+        (250, 1.0, 1.0),
         {"fid": 10.56, "inception_score": 103.5},
-        metrics=("fid", "inception_score"),
+        metrics=FID_AND_IS,
     ),
     "ldm_table2_coco": _ldm(
         "ldm_text.py",
-        "LDM table 2, LDM-KL-8-G",
+        "2, LDM-KL-8-G",
         "captioned_images",
-        _ddim(250, 0.0, 1.5),
+        (250, 0.0, 1.5),
         {"fid": 12.63, "inception_score": 30.29},
-        metrics=("fid", "inception_score"),
+        metrics=FID_AND_IS,
         num=30_000,
         split="validation",
         note="of MS-COCO, whose images and captions are the user's to prepare",

@@ -16,12 +16,13 @@ results.
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import pathlib
 import subprocess
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,11 +36,20 @@ from experiments.evaluate.features import FeatureNetwork
 from experiments.host import cluster
 from experiments.run import data
 
-UNSEEN_EPOCH = 10**6  # compositions that no training run reads
+UNSEEN_EPOCH = 10**6
 VECTORS = 10_000  # kept for distances between single vectors: as many as guided-diffusion's
 BATCH = 250
 SUFFIX = {"pool": "", "spatial": "_s"}
 ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Against(NamedTuple):
+    """What is to be compared with: `path`, which is made where it is missing (None: made and not
+    kept), of the first `num` images (0: of all) of `split`."""
+
+    path: pathlib.Path | None = None
+    split: str = "train"
+    num: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +98,18 @@ def data_identity(config: ConfigDict, split: str) -> dict[str, Any]:
     return {"data": config.data.name, "split": split, "preprocessing": preprocessing(config)}
 
 
+def fetch(source: Any, steps: list, index: np.ndarray) -> np.ndarray:
+    """Images in compositions that no training run reads."""
+    epoch = np.full_like(index, UNSEEN_EPOCH)
+    return loader.fetch(source, index, epoch, index, steps)["image"]
+
+
+def unseen(config: ConfigDict, split: str, num: int = 0) -> np.ndarray:
+    """The first `num` images of the data set, or all."""
+    source, steps = data.open_images(config, split)
+    return fetch(source, steps, np.arange(min(num or len(source), len(source))))
+
+
 def images(config: ConfigDict, split: str, num: int = 0) -> tuple[int, str, stream.Stream]:
     """(count, hash of the data, this process's rows) of the first `num` images; 0: of all."""
     source, steps = data.open_images(config, split)
@@ -99,8 +121,7 @@ def images(config: ConfigDict, split: str, num: int = 0) -> tuple[int, str, stre
             own = np.arange(first, min(first + BATCH, count))
             own = own[jax.process_index() :: jax.process_count()]
             if len(own):
-                epoch = np.full_like(own, UNSEEN_EPOCH)
-                yield own, loader.fetch(source, own, epoch, own, steps)["image"]
+                yield own, fetch(source, steps, own)
 
     return count, str(source.provenance.get("sha256", "unknown")), rows()
 
@@ -148,6 +169,12 @@ def code_version() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the numbers."""
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {**{name: importlib.metadata.version(name) for name in names}, "code": code_version()}
 
 
 # -- files ---------------------------------------------------------------------------------------

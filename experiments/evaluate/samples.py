@@ -1,12 +1,12 @@
-"""What is evaluated: a run's samples, or a set of images, with what several metrics need of them.
+"""What is measured, in three plain things: `Run` and `Samples`, what is sampled; `Tools` and
+`references.Against`, what that is seen with and compared with; `Subject`, both, and what the
+networks said.
 
-Everything is made once, when it is first asked for. Images go by in batches (`stream.py`), and each
-network that the metrics asked for sees every batch while it is there: vectors, labels and scores
-are kept, images are not. What does not depend on weights or sampler (feature networks, the
-reference) stands in `Tools`, and one command's subjects share it.
+None of them changes; what is costly is made once, when it is first asked for. Images go by in
+batches (`stream.py`), and each network that the metrics asked for sees every batch while it is
+there: vectors, labels and scores are kept, images are not.
 """
 
-import copy
 import dataclasses
 import functools
 import json
@@ -18,102 +18,41 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.data import loader
 from diffusion.data.builders.captioned_digits import compose
+from diffusion.sampling.inputs import Columns
 from diffusion.wording import Progress
 from experiments.evaluate import references, sample_sets, stream
-from experiments.evaluate.features import FeatureNetwork, Judge, attributes
-from experiments.evaluate.tools import Tools
+from experiments.evaluate.features import FeatureNetwork, Judge, Tools, attributes
 from experiments.host import cluster
 from experiments.run import data, generate, kept, workdir
 
 
-class Subject:
-    """`num` samples of the run in `directory`, or the images at `samples`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A run's "ema" or "raw" weights, of checkpoint `step` (None: the newest).
 
-    which: "ema" or "raw" weights, of checkpoint `step` (None: the newest). strict: refuse what
-    would be singular (`frechet.sample_count_warning`). keep: a folder for the samples, from which
-    an interrupted evaluation goes on. sample: keys that replace those of the config's `sample`.
-    options: sampler, steps, guidance_scale; None: the config's.
+    sample: keys that replace those of the config's `sample`. options: sampler, steps,
+    guidance_scale; None: the config's.
     """
 
-    def __init__(
-        self,
-        directory: pathlib.Path | None,
-        classifier: pathlib.Path | None = None,
-        num: int = 1000,
-        num_held_out: int = 250,
-        seed: int = 0,
-        which: str = "ema",
-        *,
-        tools: Tools | None = None,
-        step: int | None = None,
-        samples: pathlib.Path | None = None,
-        keep: pathlib.Path | None = None,
-        rounding: str = "nearest",
-        replicates: int = 100,
-        strict: bool = False,
-        sample: Mapping[str, Any] | None = None,
-        **options: Any,
-    ):
-        if num < 1:
-            raise ValueError(f"--num={num} must be at least 1")
-        self.directory, self.which, self.step = directory, which, step
-        self.num, self.num_held_out, self.seed = num, num_held_out, seed
-        self.tools = tools or Tools(classifier)
-        self.samples_path, self.keep, self.rounding = samples, keep, rounding
-        self.replicates, self.strict = replicates, strict
-        self.sample, self.options = dict(sample or {}), options
-        self.needs: tuple[str, ...] = ()
+    directory: pathlib.Path
+    which: str = "ema"
+    step: int | None = None
+    sample: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def changed(self, **changes: Any) -> "Subject":
-        """The same with other weights, step or options; nothing that depends on them is shared."""
-        if set(changes) == {"which"} and changes["which"] == self.which:
-            return self
-        made = copy.copy(self)
-        made.options = {**self.options}
-        for name in [k for k in made.__dict__ if isinstance(getattr(Subject, k, None), _LAZY)]:
-            del made.__dict__[name]
-        for key, value in changes.items():
-            if key in ("which", "step", "keep"):
-                setattr(made, key, value)
-            else:
-                made.options[key] = value
-        return made
-
-    # -- the run ---------------------------------------------------------------------------------
+    def __str__(self) -> str:  # as errors name it
+        return f"--workdir={self.directory}"
 
     @functools.cached_property
     def model(self) -> generate.Model:
-        model = generate.load(self.run, self.which, self.step, self.sample)
+        model = generate.load(self.directory, self.which, self.step, self.sample)
         return dataclasses.replace(model, pipeline=model.pipeline.changed(**self.options))
-
-    @property
-    def run(self) -> pathlib.Path:
-        if self.directory is None:
-            raise ValueError("--workdir is missing: this metric needs a run, not samples alone")
-        return self.directory
 
     @functools.cached_property
     def image_config(self) -> ConfigDict:
-        """The run's config, its data that of the images which its latents were made of."""
-        return data.images_config(workdir.read_config(self.run))
-
-    @property
-    def judge(self) -> Judge:
-        judge = self.tools.judge
-        if self.directory is not None and judge.data != self.image_config.data.name:
-            raise ValueError(
-                f"--classifier={self.tools.classifier} was trained on {judge.data!r}, but "
-                f"--workdir={self.directory} on {self.image_config.data.name!r}: name one of that"
-            )
-        return judge
-
-    @property
-    def network(self) -> FeatureNetwork:
-        if self.tools.features in (None, "classifier") and self.tools.classifier:
-            _ = self.judge  # refuses one of other data
-        return self.tools.network
+        """The config, its data that of the images which its latents were made of."""
+        return data.images_config(workdir.read_config(self.directory))
 
     @property
     def captioned(self) -> bool:
@@ -121,173 +60,218 @@ class Subject:
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:
-        """(height, width, channels) of the run's images; None where they are no squares."""
+        """(height, width, channels) of its images; None where they are no squares."""
         size = self.image_config.data.image_size
         return (size, size, self.image_config.data.channels) if isinstance(size, int) else None
 
-    # -- the samples -----------------------------------------------------------------------------
+    def made_from(self) -> dict[str, Any]:
+        """What samples depend on, but for their seed and rounding."""
+        sample, how = self.model.config.sample, self.model.pipeline.how
+        chosen = {name: getattr(how, name) for name in ("sampler", "steps", "guidance_scale")}
+        if "options" in sample and how.sampler == sample.sampler:  # they are one sampler's
+            chosen["options"] = sample.options.to_dict()
+        return {
+            "step": self.model.step,
+            "checkpoint": self.model.checkpoint_hash,
+            "sample": chosen,
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """`num` samples of a run, or all images at `path`.
+
+    keep: a folder for the samples, from which an interrupted evaluation goes on. compiled: the
+    samplers, which all that were made of this by `dataclasses.replace` share.
+    """
+
+    run: Run | None
+    num: int = 1000
+    num_held_out: int = 250
+    seed: int = 0
+    rounding: str = "nearest"
+    path: pathlib.Path | None = None
+    keep: pathlib.Path | None = None
+    compiled: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if self.num < 1:
+            raise ValueError(f"--num={self.num} must be at least 1")
 
     @functools.cached_property
-    def sample_set(self) -> sample_sets.SampleSet | None:
-        return sample_sets.open_samples(self.samples_path, None) if self.samples_path else None
+    def set(self) -> sample_sets.SampleSet | None:
+        return sample_sets.open_samples(self.path, None) if self.path else None
 
     @property
     def count(self) -> int:
-        return self.num if self.sample_set is None else self.sample_set.count
+        return self.num if self.set is None else self.set.count
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """(height, width, channels), where that is known before any is made."""
+        return self.set.shape if self.set is not None else self.run and self.run.image_shape
 
     def prompts(self, num: int, held_out: bool = False) -> tuple[list[str] | None, dict]:
         """Captions for `num` samples, and the attributes they ask for (of digits alone)."""
-        if not self.captioned:
+        if not self.run.captioned:
             return None, {}
-        if data.known(self.image_config.data.name).prompts:
+        if data.known(self.run.image_config.data.name).prompts:
             return compose.prompts(num, self.seed, held_out)
-        return data.captions(self.image_config, num), {}
+        return data.captions(self.run.image_config, num), {}
+
+    def drawn(self, columns: Columns, num: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Batches of uint8, from sample `start` on."""
+        images = self.run.model.pipeline.images(columns, num, [self.seed], start, self._sampler)
+        for batch in images:
+            yield sample_sets.to_uint8(batch, self.rounding, start)
+            start += len(batch)
+
+    @property
+    def _sampler(self) -> Any:
+        """Averaged and raw weights, and all checkpoints, go through one compiled function."""
+        model = self.run.model
+        extra = {k: v for k, v in model.pipeline.extra.items() if k.startswith("latent_")}
+        known = [workdir.to_json(model.config), dict(self.run.options)]
+        key = json.dumps([*known, jax.tree.map(np.ndarray.tolist, extra)])
+        if key not in self.compiled:
+            self.compiled[key] = model.pipeline.compiled(rounded=False)
+        return self.compiled[key]
 
     def batches(self, num: int, held_out: bool = False) -> Iterator[np.ndarray]:
         """Samples as they are made, or as they stand in the set."""
-        if self.sample_set is not None:
-            yield from _shown(self.sample_set.batches(), self.count)
+        if self.set is not None:
+            yield from _shown(self.set.batches(), self.count)
             return
-        prompts, _ = self.prompts(num, held_out)
-        pipeline = self.model.pipeline
-        size, columns = pipeline.at_a_time(num), pipeline.columns(prompts)
-
-        def make(start: int) -> Iterator[np.ndarray]:
-            for batch in pipeline.images(columns, num, [self.seed], start, self.sampler):
-                yield sample_sets.to_uint8(batch, self.rounding, start)
-                start += len(batch)
-
+        pipeline = self.run.model.pipeline
+        columns = pipeline.columns(self.prompts(num, held_out)[0])
+        make = functools.partial(self.drawn, columns, num)
         if self.keep is None:
-            yield from _shown(make(0), num)
+            yield from _shown(make(), num)
         else:
-            made_from = {**self.made_from(), "weights": self.which, "held_out": held_out}
-            folder = self.keep / f"{self.which}{'_held_out' * held_out}"
-            batches = kept.kept(folder, make, num, size, made_from)
+            which = self.run.which
+            made_from = {**self.made_from(), "weights": which, "held_out": held_out}
+            folder = self.keep / f"{which}{'_held_out' * held_out}"
+            batches = kept.kept(folder, make, num, pipeline.at_a_time(num), made_from)
             yield from _shown(batches, num)
 
     def images(self, num: int, held_out: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Samples in memory, and what their prompts asked for (nothing where there are none)."""
         return np.concatenate(list(self.batches(num, held_out))), self.prompts(num, held_out)[1]
 
-    @property
-    def sampler(self) -> Any:
-        """Averaged and raw weights, and all checkpoints, go through one compiled function."""
-        model = self.model
-        extra = {k: v for k, v in model.pipeline.extra.items() if k.startswith("latent_")}
-        known = [
-            workdir.to_json(model.config),
-            self.options,
-            jax.tree.map(np.ndarray.tolist, extra),
-        ]
-        key = json.dumps(known)
-        if key not in self.tools.samplers:
-            self.tools.samplers[key] = model.pipeline.compiled(rounded=False)
-        return self.tools.samplers[key]
+    def made_from(self) -> dict[str, Any]:
+        """What the samples depend on."""
+        found = self.run.made_from()
+        sample = {**found.pop("sample"), "rounding": self.rounding}
+        return {**found, "seed": self.seed, "sample": sample}
 
-    @functools.cached_property
-    def samples(self) -> np.ndarray:
-        return self.images(self.num)[0]
+
+AGAINST = references.Against()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """Samples with what measures them, and what the networks said of them.
+
+    strict: refuse what would be singular (`frechet.sample_count_warning`). needs, reference: what
+    the metrics asked for use, filled in by `metrics.prepare`: of `rows`, "features", "attributes",
+    "clip"; of the reference, "pool", "spatial", "vectors"; the "model", the "judge" by itself, and
+    "stage features" of a first stage's pictures.
+    """
+
+    samples: Samples
+    tools: Tools = dataclasses.field(default_factory=Tools)
+    against: references.Against = AGAINST
+    replicates: int = 100
+    strict: bool = False
+    needs: frozenset[str] = frozenset()
+    reference: references.Reference | None = None
+
+    def changed(self, keep: str = "", **changes: Any) -> "Subject":
+        """With another "which" or "step", or other options; samples are kept in `keep` of the
+        folder."""
+        own = {k: changes.pop(k) for k in ("which", "step") if k in changes}
+        run = dataclasses.replace(self.run, **own, options={**self.run.options, **changes})
+        folder = self.samples.keep and self.samples.keep / keep
+        samples = dataclasses.replace(self.samples, run=run, keep=folder)
+        return dataclasses.replace(self, samples=samples)
+
+    @property
+    def run(self) -> Run | None:
+        return self.samples.run
+
+    @property
+    def judge(self) -> Judge:
+        judge = self.tools.judge
+        if self.run is not None and judge.data != (name := self.run.image_config.data.name):
+            raise ValueError(
+                f"--classifier={self.tools.classifier} was trained on {judge.data!r}, but "
+                f"{self.run} on {name!r}: name one of that"
+            )
+        return judge
+
+    @property
+    def network(self) -> FeatureNetwork:
+        if self.tools.feature_name == "classifier":
+            _ = self.judge  # refuses one of other data
+        return self.tools.network
 
     @functools.cached_property
     def rows(self) -> dict[str, stream.Rows]:
         """What each of the networks in `needs` says of every sample: one pass over them."""
-        prompts = self.prompts(self.num)[0] if "clip" in self.needs else None
+        samples, scorer = self.samples, self.tools
+        prompts = samples.prompts(samples.num)[0] if "clip" in self.needs else None
         networks = {
             "features": lambda images, _: self.network.run(images),
             "attributes": lambda images, _: attributes(images, self.judge),
             "clip": lambda images, index: {  # image i is of the prompt whose turn it was
-                "score": self.tools.clip.scores(images, [prompts[i % len(prompts)] for i in index])
+                "score": scorer.clip.scores(images, [prompts[i % len(prompts)] for i in index])
             },
         }
-        wanted = {name: networks[name] for name in self.needs}
-        return stream.through(stream.split(self.batches(self.num)), wanted)
+        wanted = {name: network for name, network in networks.items() if name in self.needs}
+        return stream.through(stream.split(samples.batches(samples.num)), wanted)
 
-    # -- what they are compared with -------------------------------------------------------------
-
-    def data(self, split: str, num: int | None = None) -> np.ndarray:
-        """Images of the data set, in compositions that no training run reads."""
-        source, steps = data.open_images(self.image_config, split)
-        index = np.arange(min(num or len(source), len(source)))
-        epoch = np.full_like(index, references.UNSEEN_EPOCH)
-        return loader.fetch(source, index, epoch, index, steps)["image"]
-
-    @property
-    def reference(self) -> references.Reference:
+    def compared(self) -> references.Reference:
         """Read, or made of the run's training data (and kept, where a file is named)."""
-        tools = self.tools
-        if tools.made is not None:
-            return tools.made
-        path = tools.reference
+        run, given, (path, split, num) = self.run, self.samples.set, self.against
+        config = None if run is None else run.image_config
         if path is not None and path.is_file():
-            shape = None if self.sample_set is None else self.sample_set.shape
-            expected = {}
-            if self.directory is not None:
-                expected = references.data_identity(self.image_config, tools.reference_split)
-                shape = shape or self.image_shape
-            tools.made = references.read(path, self.network, expected, shape, tools.vectors)
-            return tools.made
-        if self.directory is None:
+            expected = {} if config is None else references.data_identity(config, split)
+            vectors = "vectors" in self.needs
+            return references.read(path, self.network, expected, self.samples.shape, vectors)
+        if config is None:
             raise ValueError(
                 "--reference is missing: name an .npz of statistics, or --workdir, whose data it "
                 "is made of"
             )
-        if self.sample_set is not None:
-            _check_size(self.sample_set, self.image_shape)
-        made = references.of_data(
-            self.image_config,
-            tools.reference_split,
-            self.network,
-            tools.reference_num,
-            tools.spatial,
-        )
+        if given is not None and (shape := run.image_shape) and given.shape[:2] != shape[:2]:
+            raise ValueError(
+                f"--samples={given.path} are {given.shape[:2]} pixels, the data of the run "
+                f"{shape[:2]}: compare images of one size"
+            )
+        made = references.of_data(config, split, self.network, num, "spatial" in self.needs)
         if path is not None:
             references.write(path, made)
-        tools.made = made
         return made
 
-    def made_from(self) -> dict[str, Any]:
-        """What the samples depend on."""
-        sample = self.model.config.sample
-        chosen = {k: v if v is not None else sample.get(k) for k, v in self.options.items()}
-        if "options" in sample:
-            chosen["options"] = sample.options.to_dict()
-        return {
-            "step": self.model.step,
-            "checkpoint": self.model.checkpoint_hash,
-            "seed": self.seed,
-            "sample": {**chosen, "rounding": self.rounding},
-        }
-
     def identity(self) -> dict[str, Any]:
-        """What the numbers depend on, of the parts that were used."""
-        found: dict[str, Any] = {}
-        if "judge" in self.tools.__dict__:
-            found["classifier"] = self.tools.judge.hash
-        if "network" in self.tools.__dict__:
-            found["features"] = self.tools.network.identity()
-        if self.tools.made is not None:
-            found["reference"] = self.tools.made.identity
-        if "clip" in self.tools.__dict__:
-            found["clip"] = self.tools.clip.hash
-        if "model" in self.__dict__:
-            found |= {**self.made_from(), "samples": self.num}
-        if self.sample_set is not None:
-            described = self.sample_set.described
-            found |= {"samples": self.count, "samples_from": self.sample_set.path.name}
-            found |= {"samples_made_from": described} if described else {}
+        """What the numbers depend on, of the parts that `needs` says were used."""
+        tools, found = self.tools, {}
+        seen = "features" in self.needs or ("stage features" in self.needs and tools.chosen)
+        if self.needs & {"attributes", "judge"} or (seen and tools.feature_name == "classifier"):
+            found["classifier"] = tools.judge.hash
+        if seen:
+            found["features"] = tools.network.identity()
+        if self.reference is not None:
+            found["reference"] = self.reference.identity
+        if "clip" in self.needs or (seen and tools.feature_name == "clip"):
+            found["clip"] = tools.clip.hash
+        if "model" in self.needs:
+            found |= {**self.samples.made_from(), "samples": self.samples.num}
+        if (given := self.samples.set) is not None:
+            found |= {"samples": given.count, "samples_from": given.path.name}
+            found |= {"samples_made_from": given.described} if given.described else {}
         return found
-
-
-_LAZY = functools.cached_property
 
 
 def _shown(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
     return Progress("samples", count, silent=not cluster.is_first()).over(batches)
-
-
-def _check_size(found: sample_sets.SampleSet, shape: tuple[int, ...] | None) -> None:
-    if shape is not None and found.shape[:2] != shape[:2]:
-        raise ValueError(
-            f"--samples={found.path} are {found.shape[:2]} pixels, the data of the run "
-            f"{shape[:2]}: compare images of one size"
-        )

@@ -1,6 +1,7 @@
 """Metrics that are no distances between sets of images, each from a `Subject` to numbers."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,15 +15,16 @@ from diffusion.metrics.intervals import beside, mean_interval
 from diffusion.process import likelihood
 from diffusion.process.keys import numbered
 from diffusion.training import codec
-from experiments.evaluate import reconstructions
+from experiments.evaluate import reconstructions, references
 from experiments.evaluate.features import attributes
 from experiments.evaluate.samples import Subject
 from experiments.run import data, networks
 
 
 def adherence(subject: Subject) -> dict[str, Any]:
-    wanted = subject.prompts(subject.num)[1]
-    images, held_out = subject.images(subject.num_held_out, held_out=True)
+    samples = subject.samples
+    wanted = samples.prompts(samples.num)[1]
+    images, held_out = samples.images(samples.num_held_out, held_out=True)
     found = attributes(images, subject.judge)
     return {
         "adherence": adherence_metric.adherence(subject.rows["attributes"], wanted),
@@ -35,18 +37,18 @@ def clip_score(subject: Subject) -> dict[str, Any]:
 
 
 def bits_per_dim(subject: Subject) -> dict[str, Any]:
-    model = subject.model
+    model, num, seed = subject.run.model, subject.samples.num, subject.samples.seed
     how = model.pipeline.how.changed(clip=True, dynamic_threshold=0.0, guidance_scale=1.0)
 
     @jax.jit
     def bound(params, image, index):
-        keys = numbered(jax.random.key(subject.seed), index)
+        keys = numbered(jax.random.key(seed), index)
         denoise = how.denoise(functools.partial(model.pipeline.task.predict, params), {})
         x0 = codec.signed(image)
         return likelihood.bits_per_dim(denoise, how.schedule, x0, keys, how.variance)
 
     source, steps = data.open_images(model.config, model.config.data.eval_split)
-    count, size = min(subject.num, len(source)), min(64, subject.num)
+    count, size = min(num, len(source)), min(64, num)
     parts = []
     for batch in loader.one_pass(source, size, steps, stop=count):
         found = bound(model.pipeline.params, batch["image"], batch["index"].astype(np.int32))
@@ -64,9 +66,17 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
     }
 
 
+def _both(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    """Samples, and as many of the data's test split."""
+    samples = subject.samples
+    real = references.unseen(subject.run.image_config, "test", samples.num)
+    return samples.images(samples.num)[0], real
+
+
 def motion(subject: Subject) -> dict[str, Any]:
-    videos = {"samples": subject.samples, "data": subject.data("test", subject.num)}
-    rng = np.random.default_rng(subject.seed)
+    made, real = _both(subject)
+    videos = {"samples": made, "data": real}
+    rng = np.random.default_rng(subject.samples.seed)
     videos["data_shuffled"] = rng.permuted(videos["data"], axis=1)
     results = {}
     for name, video in videos.items():
@@ -89,11 +99,11 @@ def spectrum(subject: Subject) -> dict[str, Any]:
         a, b = mean_power(a), mean_power(b)
         return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
-    real = subject.data("test", subject.num)
+    made, real = _both(subject)
     half = len(real) // 2
     return {
         "spectrum": {
-            "relative_error": error(subject.samples, real),
+            "relative_error": error(made, real),
             # What two halves of the data differ by: the error of a perfect model is about half.
             "between_halves": error(real[:half], real[half:]),
         }
@@ -101,8 +111,9 @@ def spectrum(subject: Subject) -> dict[str, Any]:
 
 
 def psnr(subject: Subject) -> dict[str, Any]:
-    reconstruct = reconstructions.reconstructor(networks.load_stage(subject.run, subject.step))
-    source, steps = data.open_images(subject.image_config, "test")
+    stage = networks.load_stage(subject.run.directory, subject.run.step)
+    reconstruct = reconstructions.reconstructor(stage)
+    source, steps = data.open_images(subject.run.image_config, "test")
     values = []
     for batch in loader.one_pass(source, 250, steps):
         pixels, _ = reconstruct(batch["image"])
@@ -113,11 +124,18 @@ def psnr(subject: Subject) -> dict[str, Any]:
 
 
 def reconstruction(subject: Subject) -> dict[str, Any]:
-    stage, tools = networks.load_stage(subject.run, subject.step), subject.tools
-    network = subject.network if tools.classifier or tools.features else None
+    stage = networks.load_stage(subject.run.directory, subject.run.step)
+    found = of_stage(subject, stage, reconstructions.test_images(stage, subject.samples.num))
+    return {"reconstruction": found, "first_stage": stage.hash, "first_stage_step": stage.step}
+
+
+def of_stage(
+    subject: Subject, stage: networks.Stage, batches: Iterable[np.ndarray]
+) -> dict[str, Any]:
+    """`reconstructions.measure` with the feature network that was chosen, if any."""
+    network = subject.network if subject.tools.chosen else None
     features = None if network is None else lambda images: network.run(images)["pool"]
-    batches = reconstructions.test_images(stage, subject.num)
     found = reconstructions.measure(stage, batches, features)
     if network is not None and network.public:
         found["rfid"] = found.pop("frechet_distance")
-    return {"reconstruction": found, "first_stage": stage.hash, "first_stage_step": stage.step}
+    return found

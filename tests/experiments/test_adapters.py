@@ -5,13 +5,15 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from diffusion.checkpoint import restore_params
 from diffusion.data import loader, transforms
-from diffusion.metrics import outlines
+from diffusion.data.builders.captioned_digits import compose
 from experiments import sample, train
 from experiments.convert import __main__ as convert
+from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import adapters
 from experiments.host import cli
 from experiments.run import data, generate, networks, workdir
@@ -32,7 +34,23 @@ def same(a, b):
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
 
 
-def test_lora_trains_updates_alone_and_writes_diffusers_file(job, tmp_path, capsys):
+def square(text):
+    """A large square of the colour that a text names, on black."""
+    (colour,) = (v for k, v in (compose.COLOURS | compose.NEW_COLOURS).items() if k in text.split())
+    picture = np.zeros((32, 32, 3), np.uint8)
+    picture[6:26, 6:26] = colour
+    return picture
+
+
+def near(found, wanted):
+    """Precision, recall and F of edges within one pixel: every pair of pixels compared."""
+    e, w = np.argwhere(found), np.argwhere(wanted)
+    close = np.abs(e[:, None] - w[None]).max(-1) <= 1
+    precision, recall = close.any(1).mean(), close.any(0).mean()
+    return precision, recall, 2 * precision * recall / (precision + recall)
+
+
+def test_lora_trains_updates_alone_and_writes_diffusers_file(job, tmp_path, monkeypatch):
     target = tmp_path / "lora"
     assert trained(job, target, "digits_lora") == 0
     saved = restore_params(target / "checkpoints").items["params"]
@@ -61,10 +79,30 @@ def test_lora_trains_updates_alone_and_writes_diffusers_file(job, tmp_path, caps
         assert run(sample, *argv, f"--out={tmp_path}/{name}", "--steps=4") == 0
     a, b = (np.load(tmp_path / name / "samples.npz")["images"].astype(int) for name in "ab")
     assert np.abs(a - b).max() <= 1
-    assert run(adapters, f"--workdir={target}", f"--classifier={job}/classifier", "--num=8") == 0
+    judged = (f"--workdir={target}", f"--classifier={job}/classifier", "--metrics=colour")
+    judged += ("--num=30", "--steps=2", "--weights=ema")
+    assert run(evaluate, *judged) == 0
     results = json.loads((target / "evaluation.json").read_text())
-    assert {"before", "after"} <= results["yellow"].keys() == results["palette"].keys()
-    assert (target / "samples.png").exists()
+    assert results["adapter"] == "lora" and results["sample"]["steps"] == 2
+    assert results["yellow"].keys() == results["palette"].keys() == {"before", "after"}
+    with Image.open(target / "evaluation_colour.png") as picture:
+        assert min(picture.size) > 100
+    # What is said of pictures that are known: red ones before, those asked for after.
+    asked = []
+
+    def painted(samples, texts, extra):
+        after = samples.run.directory == target
+        asked.append((after, texts))
+        return np.stack([square(text if after else "red") for text in texts])
+
+    monkeypatch.setattr(adapters, "_made", painted)
+    assert run(evaluate, *judged, f"--out={tmp_path}/known.json") == 0
+    known = json.loads((tmp_path / "known.json").read_text())
+    red = np.mean(["red" in text.split() for text in asked[1][1]])
+    assert known["yellow"]["before"]["colour"] == 0 < red < 1
+    assert known["yellow"]["after"]["colour"] == 1 == known["palette"]["after"]["colour"]
+    assert known["palette"]["before"]["colour"] == pytest.approx(red)
+    assert all("yellow" in text for _, texts in asked[::2] for text in texts)
     # The same command again has nothing to do.
     assert trained(job, target, "digits_lora") == 0
 
@@ -78,9 +116,11 @@ def test_a_controlnet_starts_from_the_unet_and_steers(job, tmp_path):
     steps = np.abs(saved["controlnet"]["conv_in"]["kernel"] - base["conv_in"]["kernel"])
     assert steps.max() < 0.05  # a few steps away from the U-Net's
     assert np.abs(saved["controlnet"]["zero_mid"]["kernel"]).max() > 0
-    assert run(adapters, f"--workdir={target}", f"--classifier={job}/classifier", "--num=8") == 0
-    results = json.loads((target / "evaluation.json").read_text())
-    assert results["originals"]["f"] == 1.0
+    argv = (f"--workdir={target}", f"--classifier={job}/classifier", "--metrics=outline")
+    assert run(evaluate, *argv, "--num=8", "--weights=ema", f"--out={tmp_path}/out") == 0
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    with Image.open(tmp_path / "out" / "evaluation_outline.png") as picture:
+        assert min(picture.size) > 100
     # What it says of both models, from samples made here.
     config = workdir.read_config(target)
     source, steps = data.open_images(config, "test")
@@ -92,9 +132,11 @@ def test_a_controlnet_starts_from_the_unet_and_steers(job, tmp_path):
         pipeline = generate.load(where).pipeline
         columns = pipeline.columns(batch["caption"]) | more
         pixels = np.concatenate(list(pipeline.images(columns, 8)))
-        scores = outlines.agreement(transforms.edges(pixels)[..., 0] > 0, hint[..., 0] > 0)
-        wanted = {name: pytest.approx(value.mean(), abs=2e-3) for name, value in scores.items()}
-        assert results[when]["outline"] == wanted
+        found, asked = (edges[..., 0] > 0 for edges in (transforms.edges(pixels), hint))
+        scores = np.mean([near(e, w) for e, w in zip(found, asked)], axis=0)
+        wanted = dict(zip(("precision", "recall", "f"), scores))
+        assert results[when]["outline"] == pytest.approx(wanted, abs=2e-3)
+        assert min(scores) < 0.99  # not edges compared with themselves
     # The run's ControlNet beside the base's U-Net is the run.
     pipeline = generate.load(target).pipeline
     assert len(pipeline.task.controlnets) == 1
@@ -128,8 +170,11 @@ def test_what_does_not_fit_is_refused(job, tmp_path, capsys, name, argv, words):
 
 
 def test_a_run_without_an_adapter_is_refused(job, capsys):
-    assert run(adapters, f"--workdir={job}/ldm", f"--classifier={job}/classifier") == 2
-    assert "without an adapter" in capsys.readouterr().err
+    argv = (f"--workdir={job}/ldm", f"--classifier={job}/classifier")
+    for name, kind in (("colour", "lora"), ("outline", "controlnet")):
+        assert run(evaluate, *argv, f"--metrics={name}") == 2
+        error = capsys.readouterr().err
+        assert "without an adapter" in error and f"configs/digits_{kind}.py" in error
 
 
 def test_a_config_from_before_a_key_was_there_still_opens(job, tmp_path):

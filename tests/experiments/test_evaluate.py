@@ -23,7 +23,7 @@ from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import presets, references, sample_sets
 from experiments.evaluate.features import Judge
 from experiments.evaluate.metrics import METRICS, described
-from experiments.evaluate.samples import Subject
+from experiments.evaluate.samples import Run, Samples, Subject
 from experiments.host import cli
 from experiments.run import kept as kept_samples
 
@@ -274,11 +274,11 @@ def test_each_picture_is_scored_with_the_caption_it_was_made_of(monkeypatch, tmp
             seen.extend(zip(images[:, 0, 0, 0].tolist(), texts))
             return np.zeros(len(images))
 
-    subject = Subject(tmp_path, num=8, tools=types.SimpleNamespace(clip=Scorer()))
     pictures = np.arange(8).repeat(12).reshape(8, 2, 2, 3)
-    monkeypatch.setattr(Subject, "prompts", lambda *_: (captions, {}))
-    monkeypatch.setattr(Subject, "batches", lambda *_: iter((pictures[:5], pictures[5:])))
-    subject.needs = ("clip",)
+    monkeypatch.setattr(Samples, "prompts", lambda *_: (captions, {}))
+    monkeypatch.setattr(Samples, "batches", lambda *_: iter((pictures[:5], pictures[5:])))
+    tools = types.SimpleNamespace(clip=Scorer())
+    subject = Subject(Samples(Run(tmp_path), num=8), tools, needs=frozenset({"clip"}))
     assert subject.rows["clip"]["score"].shape == (8,)
     assert seen == list(enumerate("abcabcab"))
 

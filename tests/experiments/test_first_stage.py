@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from experiments import encode_latents, train
 from experiments.convert import __main__ as convert
 from experiments.convert import reading
 from experiments.evaluate import __main__ as evaluate
-from experiments.evaluate import every_checkpoint
 from experiments.evaluate.features import Judge
 from experiments.host import cli
 from experiments.run import build, data, networks
@@ -153,8 +153,8 @@ def test_reconstructions_are_measured(adversarial, job, tmp_path):
 
 
 def test_a_report_is_written(adversarial, tmp_path):
-    argv = (f"--workdir={adversarial[0]}", f"--out={tmp_path}/report", "--num=20")
-    assert run(every_checkpoint, *argv) == 0
+    argv = ("--every_checkpoint", f"--workdir={adversarial[0]}", "--num=20")
+    assert run(evaluate, *argv, f"--out={tmp_path}/report") == 0
     found = json.loads((tmp_path / "report" / "results.json").read_text())
     assert list(found["checkpoints"]) == ["2", "4"] and found["counts_from_step"] == 2
     for name in ("curves.png", "grid.png"):
@@ -335,8 +335,12 @@ def test_training_a_first_stage_refuses(job, tmp_path, capsys, argv, words):
 
 
 def test_a_report_of_nothing_is_refused(job, tmp_path, capsys):
-    argv = (f"--workdir={job}/autoencoder", f"--out={tmp_path}/out")
-    assert run(every_checkpoint, *argv, "--num=0") == 2
+    (tmp_path / "bare").mkdir()
+    shutil.copy(job / "autoencoder" / "config.json", tmp_path / "bare")
+    argv = ("--every_checkpoint", f"--out={tmp_path}/out")
+    assert run(evaluate, *argv, f"--workdir={job}/autoencoder", "--num=0") == 2
     refused(capsys, "--num=0")
-    assert run(every_checkpoint, f"--workdir={tmp_path}/none", f"--out={tmp_path}/out") == 2
+    for name, word in (("none", "no run"), ("bare", "no finished checkpoint")):
+        assert run(evaluate, *argv, f"--workdir={tmp_path}/{name}") == 2
+        refused(capsys, f"--workdir={tmp_path}/{name}", word)
     assert not (tmp_path / "out").exists()

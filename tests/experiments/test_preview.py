@@ -13,8 +13,9 @@ from diffusion.metrics import adherence, frechet
 from diffusion.sampling.pipeline import Pipeline
 from diffusion.writers import Multi, Writer
 from experiments import train
-from experiments.evaluate import in_loop
-from experiments.evaluate.metrics import Judge, Subject, attributes
+from experiments.evaluate import in_loop, references
+from experiments.evaluate.features import Judge, attributes
+from experiments.evaluate.samples import Run
 from experiments.run import generate
 
 SAMPLES = 4
@@ -90,7 +91,8 @@ def test_looking_changes_nothing_and_is_heard_by_every_writer(watched, job, tmp_
 
     # The same numbers, from the checkpoint of that step.
     judge = Judge(job / "classifier")
-    real = frechet.feature_statistics(judge(Subject(directory).data("train"))[1])
+    images = references.unseen(Run(directory).image_config, "train")
+    real = frechet.feature_statistics(judge(images)[1])
     prompts, asked = compose.prompts(SAMPLES, 0, held_out=False)
     for which in ("ema", "raw"):
         pipeline = generate.load(directory, which).pipeline

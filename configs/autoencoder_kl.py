@@ -23,8 +23,7 @@ STEPS = {"f4": 176_991, "f8": 246_803, "f16": 442_998, "f32": 406_763}
 def get_config(arg=None):
     stage, smoke = common.parse(arg, ("f8", "f4", "f16", "f32"))
     config = common_ldm.ldm_first_stage(f"kl_{stage}")
-    config.loss.adversarial_weight = 0.5
-    config.loss.adversarial_start_steps = 50_001
+    config.loss.update(adversarial_weight=0.5, adversarial_start_steps=50_001)
     config.train.steps = STEPS[stage]
     config.train.batch_size = 24  # LDM: 12 images on one GPU, in 2 accumulated batches
     config.train.accumulate = 2

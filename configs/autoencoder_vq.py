@@ -35,11 +35,9 @@ def get_config(arg=None):
     stage, smoke = common.parse(arg, tuple(SETTINGS))
     config = common_ldm.ldm_first_stage(f"vq_{stage}")
     steps, start, weight, layers = SETTINGS[stage]
-    config.loss.adversarial_weight = weight
-    config.loss.adversarial_start_steps = start
+    config.loss.update(adversarial_weight=weight, adversarial_start_steps=start)
     config.model.discriminator.layers = layers
-    config.train.steps = steps
-    config.train.batch_size = 14
+    config.train.update(steps=steps, batch_size=14)
     # LDM's rule: 4.5e-6 times the images of a step, here 14. It is not applied to other batches.
     config.optim.learning_rate = 6.3e-5
     return common_ldm.smoke_first_stage(config) if smoke else config

@@ -17,8 +17,7 @@ def get_config(arg=None):
     config.data.image_size = 256
     config.data.eval_split = "train[:1%]"  # there is no other split
     config.model.denoiser = common_ddpm.ddpm_unet_256()
-    config.train.steps = 500_000
-    config.train.batch_size = 64
+    config.train.update(steps=500_000, batch_size=64)
     config.optim.learning_rate = 2e-5
     config.process.variance = "fixed_small"
     return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -18,8 +18,7 @@ def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common_ddpm.ddpm("cifar10", flip=True)
     config.model.denoiser = common_ddpm.ddpm_unet()
-    config.train.steps = 800_000
-    config.train.batch_size = 128
+    config.train.update(steps=800_000, batch_size=128)
     config.optim.learning_rate = 2e-4
     config.process.variance = "fixed_large"
     return common_ddpm.smoke_ddpm(config) if smoke else config

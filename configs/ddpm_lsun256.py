@@ -22,11 +22,9 @@ def get_config(arg=None):
     scene, smoke = common.parse(arg, tuple(SCENES))
     name, steps = SCENES[scene]
     config = common_ddpm.ddpm(f"lsun/{name}", flip=scene != "cat")
-    config.data.image_size = 256
-    config.data.eval_split = "train[:1%]" if scene == "cat" else "validation"
+    config.data.update(image_size=256, eval_split="train[:1%]" if scene == "cat" else "validation")
     config.model.denoiser = common_ddpm.ddpm_unet_256()
-    config.train.steps = steps
-    config.train.batch_size = 64
+    config.train.update(steps=steps, batch_size=64)
     config.optim.learning_rate = 2e-5
     config.process.variance = "fixed_small"
     return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -22,12 +22,8 @@ def get_config(arg=None):
         "groups": 8,
         "dropout": 0.1,
     }
-    config.train.steps = 3000
-    config.train.batch_size = 32
-    config.train.log_every_steps = 100
-    config.optim.learning_rate = 5e-4
-    config.optim.warmup_steps = 200
-    config.optim.clip_norm = 1.0
+    config.train.update(steps=3000, batch_size=32, log_every_steps=100)
+    config.optim.update(learning_rate=5e-4, warmup_steps=200, clip_norm=1.0)
     config.ema.decay = 0.999
     config.sample.clip = True
     if smoke:

@@ -37,7 +37,5 @@ def get_config(arg=None):
     config.optim.clip_norm = 0.0
     config.ema.decay = 0.5 ** (BATCH / 500_000)
     config.ema.ramp = True  # EDM's own ramp is 5% of the images seen
-    config.sample.sampler = "heun"
-    config.sample.steps = 18
-    config.sample.clip = False
+    config.sample.update(sampler="heun", steps=18, clip=False)
     return common_ddpm.smoke_ddpm(config) if smoke else config

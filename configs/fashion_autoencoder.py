@@ -15,10 +15,7 @@ from configs import common
 def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common.first_stage("kl")
-    config.data.name = "fashion_mnist"
-    config.data.dir = "runs/data"
-    config.data.channels = 1
-    config.data.fit = "pad"
+    config.data.update(name="fashion_mnist", dir="runs/data", channels=1, fit="pad")
     config.model.dtype = "float32"
     config.model.autoencoder = {
         "name": "kl",
@@ -32,23 +29,12 @@ def get_config(arg=None):
         "groups": 16,
     }
     config.model.discriminator.update({"channels": 16, "layers": 2, "groups": 8})
-    config.loss.kl_weight = 1e-3
-    config.loss.adversarial = "hinge"
-    config.loss.adversarial_weight = 0.25
-    config.loss.adversarial_start_steps = 1000
-    config.loss.adversarial_warmup_steps = 50
-    config.train.steps = 2000
-    config.train.batch_size = 16
-    config.train.log_every_steps = 10
-    config.train.save_every_steps = 250
-    config.train.keep_checkpoints = 20
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 50
-    config.optim.b1 = 0.5
-    config.optim.b2 = 0.9
-    config.evaluation.every_steps = 100
-    config.evaluation.examples = 500
-    config.evaluation.preview = 16
+    config.loss.update(kl_weight=1e-3, adversarial="hinge", adversarial_weight=0.25)
+    config.loss.update(adversarial_start_steps=1000, adversarial_warmup_steps=50)
+    config.train.update(steps=2000, batch_size=16, log_every_steps=10)
+    config.train.update(save_every_steps=250, keep_checkpoints=20)
+    config.optim.update(learning_rate=1e-3, warmup_steps=50, b1=0.5, b2=0.9)
+    config.evaluation.update(every_steps=100, examples=500, preview=16)
     if smoke:
         config.model.autoencoder.update({"channels": 8, "groups": 4})
         config.model.discriminator.update({"channels": 8, "groups": 4})

@@ -11,25 +11,15 @@ from configs import common
 def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common.base("classifier")
-    config.data.name = "fashion_mnist"
-    config.data.dir = "runs/data"
-    config.data.channels = 1
-    config.data.fit = "pad"
+    config.data.update(name="fashion_mnist", dir="runs/data", channels=1, fit="pad")
     config.model.classifier = {
         "widths": (32, 64, 96),
         "feature_dim": 64,
         "dropout": 0.3,
         "window": 0,
     }
-    config.train.steps = 3000
-    config.train.batch_size = 64
-    config.train.log_every_steps = 100
-    config.train.save_every_steps = 1500
-    config.optim.name = "adamw"
-    config.optim.learning_rate = 2e-3
-    config.optim.warmup_steps = 50
-    config.optim.decay = "cosine"
-    config.optim.decay_steps = 3000
-    config.optim.weight_decay = 1e-2
+    config.train.update(steps=3000, batch_size=64, log_every_steps=100, save_every_steps=1500)
+    config.optim.update(name="adamw", learning_rate=2e-3, warmup_steps=50)
+    config.optim.update(decay="cosine", decay_steps=3000, weight_decay=1e-2)
     config.evaluation.every_steps = 1500
     return common.smoke(config) if smoke else config

@@ -17,10 +17,7 @@ def get_config(arg=None):
     config.model.denoiser = common_ddpm.ddpm_unet()
     config.process.prediction = "velocity"
     config.process.schedule = {"name": "flow"}
-    config.train.steps = 400_000
-    config.train.batch_size = 128
+    config.train.update(steps=400_000, batch_size=128)
     config.optim.learning_rate = 2e-4
-    config.sample.sampler = "euler"
-    config.sample.steps = 100
-    config.sample.clip = False
+    config.sample.update(sampler="euler", steps=100, clip=False)
     return common_ddpm.smoke_ddpm(config) if smoke else config

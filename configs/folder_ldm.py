@@ -38,13 +38,10 @@ def get_config(arg=None):
         "causal": False,
     }
     config.process.schedule.update({"beta_start": 0.00085, "beta_end": 0.012})
-    config.train.steps = 100_000
-    config.train.batch_size = 32
-    config.optim.learning_rate = 1e-4
-    config.optim.warmup_steps = 1000
+    config.train.update(steps=100_000, batch_size=32)
+    config.optim.update(learning_rate=1e-4, warmup_steps=1000)
     config.ema.networks = ()
-    config.sample.steps = 50
-    config.sample.guidance_scale = 5.0
+    config.sample.update(steps=50, guidance_scale=5.0)
     if smoke:
         common_ldm.latent_smoke(config)
         config.model.text_encoder.update({"vocab_size": 512, "width": 32, "layers": 1, "heads": 2})

@@ -37,10 +37,7 @@ def get_config(arg=None):
     if kind == "vlb":
         config.process.objective.weighting = "vlb"
         config.process.times = "second_moment"
-    config.train.steps = 500_000
-    config.train.batch_size = 128
-    config.optim.learning_rate = 1e-4
-    config.optim.warmup_steps = 0
-    config.optim.clip_norm = 0.0
+    config.train.update(steps=500_000, batch_size=128)
+    config.optim.update(learning_rate=1e-4, warmup_steps=0, clip_norm=0.0)
     config.sample.steps = 4000
     return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -24,7 +24,6 @@ def get_config(arg=None):
             "head_dim": 32,
         }
     )
-    config.train.steps = 410_000
-    config.train.batch_size = 48
+    config.train.update(steps=410_000, batch_size=48)
     config.optim.learning_rate = 9.6e-5
     return common_ldm.latent_smoke(config) if smoke else config

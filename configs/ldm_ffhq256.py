@@ -25,8 +25,7 @@ def get_config(arg=None):
             "head_dim": 32,
         }
     )
-    config.train.steps = 635_000
-    config.train.batch_size = 42
+    config.train.update(steps=635_000, batch_size=42)
     config.optim.learning_rate = 8.4e-5
     config.sample.options.eta = 1.0
     return common_ldm.latent_smoke(config) if smoke else config

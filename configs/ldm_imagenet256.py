@@ -32,11 +32,9 @@ def get_config(arg=None):
                 "heads": 1,
             }
         )
-        config.train.steps = 178_000
-        config.train.batch_size = 1200
+        config.train.update(steps=178_000, batch_size=1200)
         config.optim.learning_rate = 1e-4
-        config.sample.steps = 250
-        config.sample.guidance_scale = 1.5
+        config.sample.update(steps=250, guidance_scale=1.5)
     else:
         config.model.denoiser.update(
             {
@@ -46,8 +44,7 @@ def get_config(arg=None):
                 "head_dim": 32,
             }
         )
-        config.train.steps = 4_800_000
-        config.train.batch_size = 64
+        config.train.update(steps=4_800_000, batch_size=64)
         config.optim.learning_rate = 6.4e-5
     if smoke:
         config.model.class_embedder.width = 16

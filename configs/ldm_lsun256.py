@@ -35,8 +35,7 @@ def _beds():
             "head_dim": 32,
         }
     )
-    config.train.steps = 1_900_000
-    config.train.batch_size = 48
+    config.train.update(steps=1_900_000, batch_size=48)
     config.optim.learning_rate = 9.6e-5
     config.sample.options.eta = 1.0
     return config
@@ -57,9 +56,7 @@ def _churches():
     config.latents.update({"scaling": "std", "scaling_examples": 96})
     config.process.schedule.beta_end = 0.0155
     config.process.objective.norm = "l1"
-    config.train.steps = 500_000
-    config.train.batch_size = 96
-    config.optim.learning_rate = 5e-5
-    config.optim.warmup_steps = 10_000
+    config.train.update(steps=500_000, batch_size=96)
+    config.optim.update(learning_rate=5e-5, warmup_steps=10_000)
     config.sample.steps = 400
     return config

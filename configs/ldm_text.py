@@ -43,11 +43,9 @@ def get_config(arg=None):
     }
     config.conditioning.drop = 0.1
     config.process.schedule.update({"beta_start": 0.00085, "beta_end": 0.012})
-    config.train.steps = 390_000
-    config.train.batch_size = 680
+    config.train.update(steps=390_000, batch_size=680)
     config.optim.learning_rate = 1e-4
-    config.sample.steps = 250
-    config.sample.guidance_scale = 1.5
+    config.sample.update(steps=250, guidance_scale=1.5)
     if smoke:
         config.model.text_encoder.update({"vocab_size": 512, "width": 32, "layers": 2})
         config.model.text_encoder.update({"heads": 2, "head_dim": 16, "max_length": 16})

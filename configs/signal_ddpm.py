@@ -14,8 +14,7 @@ def get_config(arg=None):
     config = common.denoiser()
     config.data.name = "signals"
     del config.data.image_size  # a number, of images
-    config.data.image_size = (256,)
-    config.data.channels = 1
+    config.data.update(image_size=(256,), channels=1)
     config.model.dtype = "float32"
     config.model.denoiser = {
         "kind": "unet",
@@ -27,16 +26,11 @@ def get_config(arg=None):
         "groups": 8,
     }
     config.process.schedule = {"name": "cosine", "num_steps": 1000}
-    config.train.steps = 1500
-    config.train.batch_size = 32
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 100
-    config.optim.clip_norm = 1.0
+    config.train.update(steps=1500, batch_size=32)
+    config.optim.update(learning_rate=1e-3, warmup_steps=100, clip_norm=1.0)
     config.ema.decay = 0.995
     config.ema.ramp = True  # in so few steps, the weights of the first would stay in it
     config.process.variance = "fixed_small"
-    config.sample.sampler = "ddpm"
-    config.sample.steps = 250
-    config.sample.clip = True
+    config.sample.update(sampler="ddpm", steps=250, clip=True)
     config.evaluation.preview = 4
     return common_ddpm.smoke_ddpm(config) if smoke else config

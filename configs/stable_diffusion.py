@@ -65,12 +65,9 @@ def get_config(arg=None):
         config.process.prediction = "v"
     config.conditioning.train_text_encoder = False
     config.process.schedule.update({"beta_start": 0.00085, "beta_end": 0.012})
-    config.train.steps = 20_000
-    config.train.batch_size = 8
-    config.optim.learning_rate = 1e-5
-    config.optim.warmup_steps = 500
-    config.sample.steps = 50
-    config.sample.guidance_scale = 7.5
+    config.train.update(steps=20_000, batch_size=8)
+    config.optim.update(learning_rate=1e-5, warmup_steps=500)
+    config.sample.update(steps=50, guidance_scale=7.5)
     if "lora" in switches:
         common_ldm.lora(config, rank=4)
     if "controlnet" in switches:

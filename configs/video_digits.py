@@ -14,11 +14,9 @@ from configs import common, common_ddpm
 def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common.denoiser()
-    config.data.name = "moving_digits"
-    config.data.dir = "runs/data"
+    config.data.update(name="moving_digits", dir="runs/data")
     del config.data.image_size  # a number, of images
-    config.data.image_size = (8, 16, 16)
-    config.data.channels = 1
+    config.data.update(image_size=(8, 16, 16), channels=1)
     config.model.dtype = "float32"
     config.model.denoiser = {
         "kind": "unet",
@@ -30,16 +28,11 @@ def get_config(arg=None):
         "groups": 8,
     }
     config.process.schedule = {"name": "cosine", "num_steps": 1000}
-    config.train.steps = 600
-    config.train.batch_size = 16
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 100
-    config.optim.clip_norm = 1.0
+    config.train.update(steps=600, batch_size=16)
+    config.optim.update(learning_rate=1e-3, warmup_steps=100, clip_norm=1.0)
     config.ema.decay = 0.995
     config.ema.ramp = True  # in so few steps, the weights of the first would stay in it
     config.process.variance = "fixed_small"
-    config.sample.sampler = "ddpm"
-    config.sample.steps = 100
-    config.sample.clip = True
+    config.sample.update(sampler="ddpm", steps=100, clip=True)
     config.evaluation.preview = 4
     return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -32,13 +32,18 @@ KINDS = {"colour": "lora", "outline": "controlnet"}
 
 
 def check(subject: Subject, name: str) -> None:
-    """Refuses a run without the adapter that the metric is of."""
+    """Refuses a run without the adapter that the metric is of, and a judge of other pictures."""
     if (kind := KINDS[name]) not in subject.run.image_config.model:
         raise ValueError(
             f"{subject.run} holds a run without an adapter of --metrics="
             f"{name}: name one of configs/digits_{kind}.py"
         )
-    _ = subject.judge
+    judge = subject.tools.judge
+    if not data.known(judge.data).judged:
+        raise ValueError(
+            f"--classifier={subject.tools.classifier} was trained on {judge.data!r}: name a run of "
+            "configs/digits_classifier.py"
+        )
 
 
 def _sides(subject: Subject) -> dict[str, Samples]:
@@ -69,7 +74,7 @@ def colour(subject: Subject) -> dict[str, Any]:
     for when, side in _sides(subject).items():
         for name, (texts, asked) in sets.items():
             pixels = _made(side, texts, {})
-            found = attributes(pixels, subject.judge, colours)
+            found = attributes(pixels, subject.tools.judge, colours)
             results.setdefault(name, {})[when] = adherence_metric.adherence(found, asked)
             if (when, name) != ("before", "palette"):
                 shown.append(pixels[:SHOWN])
@@ -92,7 +97,7 @@ def outline(subject: Subject) -> dict[str, Any]:
     captions = [row for row in ("condition", "original") for _ in texts[:SHOWN]]
     for when, side in _sides(subject).items():
         pixels = _made(side, texts, given if when == "after" else {})
-        found = attributes(pixels, subject.judge)
+        found = attributes(pixels, subject.tools.judge)
         results[when] = {
             "outline": _agreement(pixels, wanted),
             "adherence": adherence_metric.adherence(found, asked),

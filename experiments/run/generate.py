@@ -33,12 +33,8 @@ def load(
     `sample`: keys that replace those of the config's `sample`. Raises ValueError for a workdir
     without a run, a checkpoint, or the average asked for.
     """
-    found = networks.load(directory, which, step)
+    found = networks.load(directory, which, step, tasks=("denoiser",))
     config, tokens = ConfigDict(found.config.to_dict()), ()
-    if config.task != "denoiser":
-        raise ValueError(
-            f"--workdir={directory} holds a run of task={config.task!r}: name one of 'denoiser'"
-        )
     if "denoiser" not in config.model:
         raise ValueError(
             f"--workdir={directory} holds a text encoder alone: name a run of a denoiser, or give "

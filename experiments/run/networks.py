@@ -48,6 +48,7 @@ def load(
     step: int | None = None,
     flag: str = "--workdir",
     merged: bool = True,
+    tasks: tuple[str, ...] = ("denoiser", "autoencoder"),
 ) -> Networks:
     """A run's newest checkpoint (or that of `step`) and frozen networks.
 
@@ -57,9 +58,10 @@ def load(
     """
     directory = pathlib.Path(directory)
     config = workdir.read_config(directory, flag)
-    if config.task not in ("denoiser", "autoencoder"):
+    if config.task not in tasks:
+        wanted = " or ".join(map(repr, tasks))
         raise ValueError(
-            f"{flag}={directory} holds a run of task={config.task!r}: name one of 'denoiser'"
+            f"{flag}={directory} holds a run of task={config.task!r}: name one of {wanted}"
         )
     saved = restore_params(directory / "checkpoints", ("params", "ema", "extra"), step)
     params, made_from = dict(saved.items["params"]), saved.hash

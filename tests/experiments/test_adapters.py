@@ -184,3 +184,13 @@ def test_a_config_from_before_a_key_was_there_still_opens(job, tmp_path):
     found = workdir.read_config(tmp_path)
     assert found.init_from == "" and found.conditioning.concat == ""
     assert found.process.schedule.to_dict() == config["process"]["schedule"]
+
+
+def test_a_run_of_another_task_is_refused_with_those_that_are_taken(job, tmp_path, capsys):
+    given = f"--config.init_from={job}/classifier"
+    assert trained(job, tmp_path / "run", "digits_lora", given) == 2
+    assert "task='classifier': name one of 'denoiser' or 'autoencoder'" in capsys.readouterr().err
+    argv = (f"--workdir={job}/autoencoder", f"--out={tmp_path}/out", "--num=1")
+    assert run(sample, *argv) == 2
+    error = capsys.readouterr().err
+    assert "task='autoencoder': name one of 'denoiser'" in error and "or 'auto" not in error

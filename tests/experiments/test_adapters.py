@@ -36,7 +36,8 @@ def same(a, b):
 
 def square(text):
     """A large square of the colour that a text names, on black."""
-    (colour,) = (v for k, v in (compose.COLOURS | compose.NEW_COLOURS).items() if k in text.split())
+    colours = compose.COLOURS | compose.NEW_COLOURS
+    (colour,) = (colours[w] for w in text.replace(",", " ").split() if w in colours)
     picture = np.zeros((32, 32, 3), np.uint8)
     picture[6:26, 6:26] = colour
     return picture
@@ -98,7 +99,7 @@ def test_lora_trains_updates_alone_and_writes_diffusers_file(job, tmp_path, monk
     monkeypatch.setattr(adapters, "_made", painted)
     assert run(evaluate, *judged, f"--out={tmp_path}/known.json") == 0
     known = json.loads((tmp_path / "known.json").read_text())
-    red = np.mean(["red" in text.split() for text in asked[1][1]])
+    red = np.mean([" red " in text.replace(",", " ") for text in asked[1][1]])
     assert known["yellow"]["before"]["colour"] == 0 < red < 1
     assert known["yellow"]["after"]["colour"] == 1 == known["palette"]["after"]["colour"]
     assert known["palette"]["before"]["colour"] == pytest.approx(red)

@@ -1,7 +1,9 @@
 """A wrong input ends with one sentence naming key, value and remedy, status 2, nothing changed."""
 
+import gc
 import hashlib
 import shutil
+import sys
 
 import pytest
 
@@ -221,3 +223,15 @@ def test_a_list_of_numbers_is_read_or_refused_with_an_example(kind, such, capsys
     assert found == [[], [3, 4]] and type(found[1][0]) is kind
     assert cli.run(define, main, ["--sizes=3,many"]) == 2
     refused(capsys, "--sizes=3,many", f"--sizes={such}")
+
+
+def test_only_a_process_of_its_own_collects_seldom(monkeypatch):
+    before, found = gc.get_threshold(), []
+    monkeypatch.setattr(sys, "argv", ["command"])
+    try:
+        gc.set_threshold(700, 10, 10)
+        for argv in ([], None):
+            assert cli.run(lambda add: None, lambda _: found.append(gc.get_threshold()), argv) == 0
+    finally:
+        gc.set_threshold(*before)
+    assert found == [(700, 10, 10), (50_000, 20, 20)]

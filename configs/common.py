@@ -45,7 +45,7 @@ def base(task: str) -> ConfigDict:
     config.model = ConfigDict()
 
     config.optim = ConfigDict()
-    config.optim.name = "adam"  # "adam", "adamw" or "sgd"
+    config.optim.name = "adam"  # "adam", "adamw", "sgd", or "muon" with AdamW for what is no matrix
     config.optim.learning_rate = 2e-4  # the one used: never scaled by batch or devices
     config.optim.warmup_steps = 0  # linear, from 0
     config.optim.decay = "constant"  # "constant", "cosine", "linear" or "inverse_sqrt"
@@ -53,6 +53,7 @@ def base(task: str) -> ConfigDict:
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.eps = 1e-8
+    config.optim.momentum = 0.95  # of "muon"'s matrices
     config.optim.weight_decay = 0.0
     config.optim.clip_norm = 0.0  # bound of the gradient's global norm; 0: off
 

@@ -5,9 +5,12 @@ number of devices (LDM's `main.py` does; its configs here hold the product).
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array
 
 Rate = Callable[..., Array]  # step -> learning rate
@@ -56,8 +59,14 @@ def make_transform(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    momentum: float = 0.95,
 ) -> optax.GradientTransformation:
-    """Adam, AdamW or SGD with a scheduled rate. Raises ValueError for another name."""
+    """Adam, AdamW, SGD or Muon with a scheduled rate. Raises ValueError for another name.
+
+    "muon" (Jordan et al. 2024, as scaled by Moonlight, arXiv:2502.16982): orthogonalised momentum
+    for matrices, their updates of AdamW's usual size, so that one rate serves both; AdamW for what
+    is no matrix (biases, norms, convolutions, tables of embeddings).
+    """
     if name == "adam":
         if weight_decay:
             raise ValueError(
@@ -69,4 +78,22 @@ def make_transform(
         return optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if name == "sgd":
         return optax.sgd(rate, momentum=b1 or None)
-    raise ValueError(f"optim.name={name!r} is unknown: use 'adam', 'adamw' or 'sgd'")
+    if name == "muon":
+        if not 0 <= momentum < 1:
+            raise ValueError(f"optim.momentum={momentum} must lie in [0, 1): Muon's is 0.95")
+        muon = optax.contrib.muon(
+            rate, beta=momentum, weight_decay=weight_decay, consistent_rms=0.2
+        )
+        adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+        return optax.partition({"muon": muon, "adamw": adamw}, _kinds)
+    raise ValueError(f"optim.name={name!r} is unknown: use 'adam', 'adamw', 'sgd' or 'muon'")
+
+
+def _kinds(params: Any) -> Any:
+    """ "muon" for the kernels of dense layers, "adamw" for all else."""
+
+    def kind(path, leaf):
+        dense = leaf.ndim == 2 and path[-1] == jax.tree_util.DictKey("kernel")
+        return "muon" if dense else "adamw"
+
+    return jax.tree_util.tree_map_with_path(kind, params)

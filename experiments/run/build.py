@@ -201,9 +201,8 @@ def optimizer(config: ConfigDict, networks: tuple[str, ...], clip_apart: bool = 
     rate = optim.learning_rate(
         section.learning_rate, section.warmup_steps, section.decay_steps, section.decay
     )
-    make = optim.make_transform(
-        rate, section.name, section.b1, section.b2, section.eps, section.weight_decay
-    )
+    names = ("name", "b1", "b2", "eps", "weight_decay", "momentum")
+    make = optim.make_transform(rate, **{name: section[name] for name in names})
     if clip_apart and section.clip_norm:
         make = optax.chain(optax.clip_by_global_norm(section.clip_norm), make)
     clip_norm = 0.0 if clip_apart else section.clip_norm

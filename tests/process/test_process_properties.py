@@ -53,7 +53,10 @@ SAMPLER_ROWS = {
     "euler_ancestral": ({}, 6),
     "heun": ({}, 11),
     "heun churn": ({"churn": 2}, 11),
+    "euler_maruyama": ({"last_step_size": 0.2}, 6),
+    "dopri5": ({"rtol": 10}, 37),  # at most
 }
+OF_FLOW = {"euler_maruyama", "dopri5"}
 # samplers that work in sigma/alpha, which has no value at zero terminal SNR
 NEED_SIGNAL = {"plms", "pndm", "heun churn"}
 
@@ -132,7 +135,11 @@ def test_sampler(name, schedule_name):
     options, evaluations = SAMPLER_ROWS[name]
     schedule = SCHEDULES[schedule_name]
     make = functools.partial(SAMPLERS[name.split()[0]], schedule, steps=6, **options)
-    if schedule_name in ("zero_terminal_snr", "flow"):
+    if name in OF_FLOW and schedule_name != "flow":
+        with pytest.raises(ValueError, match="of rectified flow's path"):
+            make()
+        return
+    if name not in OF_FLOW and schedule_name in ("zero_terminal_snr", "flow"):
         make = functools.partial(make, spacing="trailing")
         if name in NEED_SIGNAL:
             with pytest.raises(ValueError, match="infinite at the first time"):
@@ -150,7 +157,13 @@ def test_sampler(name, schedule_name):
 
     keys = jax.random.split(jax.random.key(2), 4)
     x = s.prior_std * ks.normal(keys, (4, 3, 2))
-    run = jax.jit(lambda x, keys: sample(s, guidance.clip_x0(denoise), x, keys, trajectory=True))
+    bounded, steps = guidance.clip_x0(denoise), name != "dopri5"  # which keeps none
+
+    @jax.jit
+    def run(x, keys):
+        found = sample(s, bounded, x, keys, trajectory=steps)
+        return found if steps else (found, jnp.stack([x] * 6 + [found]))
+
     out, xs = run(x, keys)
     assert len(traces) == 1, "the denoiser is in the program once, however many stages"
     run(x + 1, keys)
@@ -165,7 +178,7 @@ def test_sampler(name, schedule_name):
     other, _ = run(x, jax.random.split(jax.random.key(9), 4))
     assert np.array_equal(other, out) != s.stochastic
     # without jit, and alone: noise and all, an example knows nothing of its batch
-    alone = sample(s, guidance.clip_x0(denoise), x[2:3], keys[2:3])
+    alone = sample(s, bounded, x[2:3], keys[2:3])
     np.testing.assert_allclose(alone, out[2:3], rtol=1e-4, atol=1e-5)
 
 

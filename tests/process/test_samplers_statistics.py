@@ -30,6 +30,8 @@ CASES = [
     ("pndm", COSINE, {"steps": 250}),
     ("euler", FLOW, {"steps": 400}),
     ("heun", FLOW, {"steps": 50}),
+    ("euler_maruyama", FLOW, {"steps": 200, "last_step_size": 0.005}),
+    ("dopri5", FLOW, {}),
     ("euler_ancestral", EDM, {"steps": 400}),
     ("heun", EDM, {"steps": 40}),
     ("heun", EDM, {"steps": 100, "churn": 30, "churn_min": 0.01, "churn_max": 10}),

@@ -44,6 +44,35 @@ def test_adamw_decays_the_weights_and_adam_refuses_to():
         optim.make_transform(lambda step: 0.1, "adam", weight_decay=0.5)
 
 
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
+    transform = optim.make_transform(lambda step: 0.1, "muon", weight_decay=0.5)
+    plain = optim.make_transform(lambda step: 0.1, "adamw", weight_decay=0.5)
+    rng = np.random.default_rng(0)
+    names = {"kernel": (8, 24), "bias": (24,), "embedding": (8, 24), "table": (6, 4)}
+    params, grads = (
+        {"d": {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in names.items()}}
+        | {"conv": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 4)), jnp.float32)}}
+        for _ in range(2)
+    )
+    params["d"]["kernel"] *= 0
+    updates, _ = transform.update(grads, transform.init(params), params)
+    expected, _ = plain.update(grads, plain.init(params), params)
+    kernel = updates["d"].pop("kernel")
+    expected["d"].pop("kernel")
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    # The first momentum is the gradient: its singular vectors, all values near one.
+    u, s, v = np.linalg.svd(np.asarray(kernel) / -0.1 / 0.2 / np.sqrt(24))
+    assert 0.6 < s.min() < s.max() < 1.3
+    left, _, right = np.linalg.svd(np.asarray(grads["d"]["kernel"]), full_matrices=False)
+    np.testing.assert_allclose(
+        u @ np.diag(s) @ v[:8],
+        left @ np.diag(np.diag(left.T @ (u @ np.diag(s) @ v[:8]) @ right.T)) @ right,
+        atol=2e-2,
+    )
+    with pytest.raises(ValueError, match=r"optim.momentum=1.0 must lie in \[0, 1\)"):
+        optim.make_transform(lambda step: 0.1, "muon", momentum=1.0)
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -73,7 +73,8 @@ def sample(
 
     denoise(x_t, t (batch,)) -> x_0 estimate, or (x_0, variance output). ``keys`` give each
     example's step noise. With ``trajectory``, (x_0, xs) with xs (steps+1, batch, ...), x first.
-    Raises ValueError where a learned variance is asked of a denoiser that has none.
+    An adaptive sampler has ``integrate`` in place of rows. Raises ValueError where a learned
+    variance is asked of a denoiser that has none, or an adaptive sampler for its trajectory.
     """
 
     def evaluate(x_t: Array, t: Any) -> tuple[Array, Any]:
@@ -85,6 +86,11 @@ def sample(
                 "denoise returns x0 alone: choose fixed_large or fixed_small"
             )
         return x0.astype(x_t.dtype), variance
+
+    if (integrate := getattr(sampler, "integrate", None)) is not None:
+        if trajectory:
+            raise ValueError("sampler='dopri5' chooses its steps, and keeps none: use heun")
+        return integrate(lambda x_t, t: evaluate(x_t, t)[0], x)
 
     def body(carry: tuple[Array, Memory], row: Row) -> tuple[tuple[Array, Memory], Any]:
         x_t, memory = carry

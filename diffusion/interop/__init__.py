@@ -3,7 +3,9 @@
 from diffusion.interop.autoencoder import load_autoencoder, save_autoencoder
 from diffusion.interop.controlnet import load_controlnet, save_controlnet
 from diffusion.interop.lora import load_lora, save_lora
+from diffusion.interop.t5 import load_t5
 from diffusion.interop.text_encoder import load_text_encoder, save_text_encoder
+from diffusion.interop.text_transformer import load_pixart, load_sd3, save_pixart, save_sd3
 from diffusion.interop.transformer import load_dit, load_transformer, save_transformer
 from diffusion.interop.unet import load_unet, save_unet
 
@@ -12,12 +14,17 @@ __all__ = [
     "load_controlnet",
     "load_dit",
     "load_lora",
+    "load_pixart",
+    "load_sd3",
+    "load_t5",
     "load_text_encoder",
     "load_transformer",
     "load_unet",
     "save_autoencoder",
     "save_controlnet",
     "save_lora",
+    "save_pixart",
+    "save_sd3",
     "save_text_encoder",
     "save_transformer",
     "save_unet",

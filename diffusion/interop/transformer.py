@@ -147,6 +147,8 @@ def _config(module: Transformer, params: Mapping[str, Any]) -> dict[str, Any]:
         "freq_shift": 1,
         "epsilon": 1e-6,
         "interpolate": False,
+        "position_scale": 1,
+        "pool_context": False,
     }
     for key, value in needed.items():
         if getattr(module, key) != value:

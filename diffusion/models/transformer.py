@@ -50,7 +50,8 @@ class Transformer(nn.Module):
 
     patch: places an axis of a patch, one number or one an axis. size: places an axis that the
     network is made for: another is refused, or with `interpolate` its positions are stretched to
-    those of `size`; None: any size, positions count patches.
+    those of `size`; None: any size, positions count patches. position_scale: what places
+    are divided by (PixArt).
     modulation: "zero" (eq. 3) or "single" (eq. 4). cross: looks at `context`, of `context_width`
     after a projection (two dense layers). pool_context: adds a projection of the mean context token
     to c, as the U-Net does. num_classes: labels, the null class counted.
@@ -70,6 +71,7 @@ class Transformer(nn.Module):
     mult: int | float = 4
     size: int | tuple[int, ...] | None = None
     interpolate: bool = False
+    position_scale: int | float = 1
     num_classes: int | None = None
     modulation: str = "zero"
     cross: bool = False
@@ -206,9 +208,10 @@ class Transformer(nn.Module):
     def _places(self, grid: tuple[int, ...], patch: tuple[int, ...]) -> list[np.ndarray]:
         """Of each axis its patches' places, in patches of the size that the network is made for."""
         if self.size is None:
-            return [np.arange(n, dtype=np.float64) for n in grid]
+            return [np.arange(n) / self.position_scale for n in grid]
         sizes = per_axis("size", self.size, len(grid))
-        return [np.arange(n) * (size / p / n) for n, size, p in zip(grid, sizes, patch)]
+        scale = self.position_scale
+        return [np.arange(n) * (s / p / n / scale) for n, s, p in zip(grid, sizes, patch)]
 
     def _check(self, context: Array | None, labels: Array | None, residuals: Any) -> None:
         for key, allowed in (

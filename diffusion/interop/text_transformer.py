@@ -1,0 +1,300 @@
+"""PixArt and Stable Diffusion 3's MMDiT of Diffusers, both ways.
+
+PixArt (alpha at 512, sigma) is `models/transformer.py` with adaLN-single and cross-attention; alpha
+at 1024 is told of resolution and aspect ratio as well, which is refused. MMDiT's norms at the ends
+have scale and shift in the other order than everywhere else: they are swapped.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.interop import files
+from diffusion.models.mmdit import MMDiT
+from diffusion.models.positions import sincos_positions
+from diffusion.models.transformer import Transformer
+
+STEM = "diffusion_pytorch_model"
+PATCHES, POSITIONS = "pos_embed.proj.weight", "pos_embed.pos_embed"
+SHARED: files.Rules = (
+    (r"^/patches/", "/pos_embed/proj/"),
+    (r"^/out/", "/proj_out/"),
+    (r"^/blocks_(\d+)/", r"/transformer_blocks/\1/"),
+    (r"/(ff\w*)/proj_in/", r"/\1/net/0/proj/"),
+    (r"/(ff\w*)/proj_out/", r"/\1/net/2/"),
+    (r"/to_out/", "/to_out/0/"),
+)
+
+
+def _read(
+    directory: str | os.PathLike, module: Any, in_channels: int, rules: files.Rules, told: Any
+) -> dict[str, Any]:
+    """Parameters; patches are one dense layer where PyTorch has a convolution."""
+    weights = files.read_weights(directory, STEM)
+    tensors = dict(weights.tensors)
+    if tensors.get(PATCHES, np.zeros(())).ndim == 4:
+        tensors[PATCHES] = np.moveaxis(tensors[PATCHES], 1, -1).reshape(len(tensors[PATCHES]), -1)
+    if isinstance(module, MMDiT):
+        for name in filter(_swapped(module).match, tensors):
+            tensors[name] = np.concatenate(np.split(tensors[name], 2)[::-1])
+        stored = tensors.pop(POSITIONS, _grid(module))
+        if stored.shape != _grid(module).shape or np.abs(stored - _grid(module)).max() > 1e-5:
+            raise ValueError(
+                f"{directory}: {POSITIONS} is not that of {module.grid} patches a side"
+            )
+    x = jnp.zeros((1, module.size, module.size, in_channels))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, jnp.zeros(1), **told))
+    named = {name: weights.files[name] for name in tensors}
+    found = files.Weights(tensors, named, weights.directory)
+    found = found.renamed([(r"scale_shift_table$", "table")])
+    return files.to_params(found, shapes["params"], rules)
+
+
+def _write(
+    directory: str | os.PathLike,
+    module: Any,
+    params: Mapping[str, Any],
+    config: dict[str, Any],
+    rules: files.Rules,
+) -> None:
+    tensors = files.to_tensors(params, rules)
+    tensors = {re.sub(r"\btable$", "scale_shift_table", name): a for name, a in tensors.items()}
+    patch = module.patch
+    kernel = tensors[PATCHES].reshape(module.width, patch, patch, -1)
+    tensors[PATCHES] = np.ascontiguousarray(np.moveaxis(kernel, -1, 1))
+    if isinstance(module, MMDiT):
+        for name in filter(_swapped(module).match, tensors):
+            tensors[name] = np.concatenate(np.split(tensors[name], 2)[::-1])
+        tensors[POSITIONS] = _grid(module)
+    files.write_directory(directory, config, tensors, STEM)
+
+
+def _channels(module: Any, params: Mapping[str, Any]) -> int:
+    return params["patches"]["kernel"].shape[0] // module.patch**2
+
+
+def _same(module: Any, wanted: Mapping[str, Any], cls: str) -> None:
+    for key, value in wanted.items():
+        if (found := getattr(module, key)) != value:
+            raise ValueError(
+                f"model.denoiser.{key}={found!r} cannot be written for Diffusers, whose {cls} has "
+                f"{value!r}"
+            )
+
+
+# -- PixArt ----------------------------------------------------------------------------------------
+
+PIXART = "PixArtTransformer2DModel"
+PIXART_RULES: files.Rules = (
+    (r"^/time_(\d)/", r"/adaln_single/emb/timestep_embedder/linear_\1/"),
+    (r"^/modulation/", "/adaln_single/linear/"),
+    (r"^/context_(\d)/", r"/caption_projection/linear_\1/"),
+    *SHARED,
+)
+PIXART_ONLY: dict[str, tuple[Any, ...]] = {
+    "activation_fn": ("gelu-approximate",),
+    "attention_bias": (True,),
+    "attention_type": ("default", None),
+    "dropout": (0.0,),
+    "norm_elementwise_affine": (False,),
+    "norm_type": ("ada_norm_single",),
+    "upcast_attention": (False, True),  # scores are float32 here
+}
+PIXART_FREE = ("norm_num_groups", "num_embeds_ada_norm")  # nothing is made of them
+PIXART_NUMBERS = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "cross_attention_dim": 1152,
+    "sample_size": 128,
+    "patch_size": 2,
+    "norm_eps": 1e-6,
+    "interpolation_scale": None,
+    "use_additional_conditions": None,
+    "caption_channels": None,
+}
+PIXART_IS = {
+    "modulation": "single",
+    "cross": True,
+    "pool_context": False,
+    "positions": "sincos",
+    "norm": "layer",
+    "qk_norm": False,
+    "registers": 0,
+    "mult": 4,
+    "freq_shift": 0,
+    "num_classes": None,
+    "activation": "gelu_tanh",
+    "mlp_epsilon": None,
+}
+
+
+def load_pixart(directory: str | os.PathLike) -> tuple[Transformer, dict[str, Any]]:
+    """`(module, params)` of a Diffusers directory, parameters in float32; other sizes than its own
+    are interpolated, as Diffusers does. ValueError naming the key for what is not expressed here.
+    """
+    config, path = files.read_config(directory, {PIXART}), Path(directory) / "config.json"
+    files.refuse_unknown(config, {*PIXART_ONLY, *PIXART_FREE, *PIXART_NUMBERS}, path)
+    files.require(config, PIXART_ONLY, path)
+    given = {**PIXART_NUMBERS, **config}
+    heads, size = given["num_attention_heads"], given["sample_size"]
+    width = heads * given["attention_head_dim"]
+    told = given["use_additional_conditions"]
+    if told or (told is None and size == 128):
+        raise ValueError(
+            f"{path}: use_additional_conditions={told} with sample_size={size} tells the network "
+            "of resolution and aspect ratio, which is not read here: use PixArt-sigma, or alpha at "
+            "512"
+        )
+    if given["caption_channels"] is None or given["cross_attention_dim"] != width:
+        raise ValueError(
+            f"{path}: caption_channels={given['caption_channels']}, cross_attention_dim="
+            f"{given['cross_attention_dim']}: captions must be projected to the width {width}"
+        )
+    module = Transformer(
+        out_channels=given["out_channels"] or given["in_channels"],
+        patch=given["patch_size"],
+        width=width,
+        depth=given["num_layers"],
+        heads=heads,
+        size=size,
+        interpolate=True,
+        position_scale=given["interpolation_scale"] or max(size // 64, 1),
+        modulation="single",
+        cross=True,
+        epsilon=given["norm_eps"],
+    )
+    words = {"context": jnp.zeros((1, 1, given["caption_channels"]))}
+    return module, _read(directory, module, given["in_channels"], PIXART_RULES, words)
+
+
+def save_pixart(
+    directory: str | os.PathLike, module: Transformer, params: Mapping[str, Any]
+) -> None:
+    """Writes a directory that Diffusers loads. ValueError where it has no such network."""
+    _same(module, PIXART_IS, PIXART)
+    if not isinstance(module.patch, int) or not isinstance(module.size, int):
+        raise ValueError(
+            f"patch={module.patch} and size={module.size} cannot be written for Diffusers: its "
+            f"{PIXART} has one number for both axes"
+        )
+    config = {
+        "_class_name": PIXART,
+        "attention_head_dim": module.width // module.heads,
+        "caption_channels": params["context_1"]["kernel"].shape[0],
+        "cross_attention_dim": module.width,
+        "in_channels": _channels(module, params),
+        "interpolation_scale": module.position_scale,
+        "norm_eps": module.epsilon,
+        "num_attention_heads": module.heads,
+        "num_layers": module.depth,
+        "out_channels": module.out_channels,
+        "patch_size": module.patch,
+        "sample_size": module.size,
+        "use_additional_conditions": False,
+    }
+    _write(directory, module, params, config, PIXART_RULES)
+
+
+# -- Stable Diffusion 3 ----------------------------------------------------------------------------
+
+SD3 = "SD3Transformer2DModel"
+SD3_RULES: files.Rules = (
+    (r"^/time_(\d)/", r"/time_text_embed/timestep_embedder/linear_\1/"),
+    (r"^/pooled_(\d)/", r"/time_text_embed/text_embedder/linear_\1/"),
+    (r"^/context/", "/context_embedder/"),
+    (r"^/out_modulation/", "/norm_out/linear/"),
+    (r"/modulation/", "/norm1/linear/"),
+    (r"/context_modulation/", "/norm1_context/linear/"),
+    *SHARED,
+)
+SD3_NUMBERS: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 18,
+    "attention_head_dim": 64,
+    "num_attention_heads": 18,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1152,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+    "pos_embed_max_size": 96,
+    "dual_attention_layers": (),
+    "qk_norm": None,
+}
+
+
+def _swapped(module: MMDiT) -> re.Pattern[str]:
+    last = rf"transformer_blocks\.{module.depth - 1}\.norm1_context"
+    return re.compile(rf"^(norm_out|{last})\.linear\.(weight|bias)$")
+
+
+def _grid(module: MMDiT) -> np.ndarray:
+    places = np.arange(module.grid) * (module.size // module.patch / module.grid)
+    return sincos_positions([places] * 2, module.width)[None].astype(np.float32)
+
+
+def load_sd3(directory: str | os.PathLike) -> tuple[MMDiT, dict[str, Any]]:
+    """`(module, params)` of a Diffusers directory (3 and 3.5), parameters in float32.
+
+    ValueError naming the file and the key for what the module cannot express.
+    """
+    config, path = files.read_config(directory, {SD3}), Path(directory) / "config.json"
+    files.refuse_unknown(config, SD3_NUMBERS, path)
+    files.require(config, {"qk_norm": (None, "rms_norm")}, path)
+    given = {**SD3_NUMBERS, **config}
+    heads, dual = given["num_attention_heads"], list(given["dual_attention_layers"])
+    width = heads * given["attention_head_dim"]
+    if given["caption_projection_dim"] != width or dual != list(range(len(dual))):
+        raise ValueError(
+            f"{path}: caption_projection_dim={given['caption_projection_dim']} must be the width "
+            f"{width}, and dual_attention_layers={dual} the first ones"
+        )
+    module = MMDiT(
+        out_channels=given["out_channels"] or given["in_channels"],
+        patch=given["patch_size"],
+        width=width,
+        depth=given["num_layers"],
+        heads=heads,
+        size=given["sample_size"],
+        grid=given["pos_embed_max_size"],
+        qk_norm=given["qk_norm"] is not None,
+        dual=len(dual),
+    )
+    told = {
+        "context": jnp.zeros((1, 1, given["joint_attention_dim"])),
+        "pooled": jnp.zeros((1, given["pooled_projection_dim"])),
+    }
+    return module, _read(directory, module, given["in_channels"], SD3_RULES, told)
+
+
+def save_sd3(directory: str | os.PathLike, module: MMDiT, params: Mapping[str, Any]) -> None:
+    """Writes a directory that Diffusers loads. ValueError where it has no such network."""
+    wanted = {"mult": 4, "activation": "gelu_tanh", "epsilon": 1e-6, "pool": "given"}
+    _same(module, wanted, SD3)
+    config = {
+        "_class_name": SD3,
+        "attention_head_dim": module.width // module.heads,
+        "caption_projection_dim": module.width,
+        "dual_attention_layers": list(range(module.dual)),
+        "in_channels": _channels(module, params),
+        "joint_attention_dim": params["context"]["kernel"].shape[0],
+        "num_attention_heads": module.heads,
+        "num_layers": module.depth,
+        "out_channels": module.out_channels,
+        "patch_size": module.patch,
+        "pooled_projection_dim": params["pooled_1"]["kernel"].shape[0],
+        "pos_embed_max_size": module.grid,
+        "qk_norm": "rms_norm" if module.qk_norm else None,
+        "sample_size": module.size,
+    }
+    _write(directory, module, params, config, SD3_RULES)

@@ -39,6 +39,10 @@ def base(task: str) -> ConfigDict:
     config.data.flip = False  # mirror half of the training images
     config.data.max_bad_images = 0  # files of "folder" to skip that are no image, before an error
     config.data.examples = 20_000  # of "signals", which are made as they are read
+    # Of a measured series: values that a window's future is told of, values of the end that are not
+    # trained on, values after those that are left out (to choose settings without them), a year's
+    config.data.past, config.data.held_out, config.data.left_out = 0, 0, 0
+    config.data.season = 12
     config.data.compose_held_out = False  # of digits: whether held-out (digit, colour) pairs count
     config.data.colour = ""  # of "recoloured_digits": that of every other picture
 
@@ -111,7 +115,8 @@ def denoiser() -> ConfigDict:
     config.conditioning.mask_padding = False  # hide padding tokens from cross-attention
     config.conditioning.train_text_encoder = True  # False: frozen, as `init_from` holds it
     config.conditioning.control = ""  # what a ControlNet reads: "edges" of the image; "": nothing
-    # What joins x_t's channels: "inpaint" (mask and masked image), "low_resolution"; "": nothing
+    # What joins x_t's channels: "inpaint" (mask and masked image), "low_resolution", "past" (of a
+    # series); "": nothing
     config.conditioning.concat = ""
     config.init_networks = ()  # which of its networks to take; (): all that it has
     config.init_from = ""  # workdir whose networks the run starts from or keeps frozen; "": none

@@ -7,8 +7,8 @@ Settings: willisma/SiT, train.py and its default transport: DiT's network and re
 path, the velocity, t uniform. Here t = 1 is noise and the velocity points to it, where the authors
 count the other way; and their network puts out twice the channels, of which half are used. Heun's
 method of 125 steps, 250 evaluations less one; their ODE sampler is `sample.sampler=dopri5`, their
-SDE `euler_maruyama` of 250 steps. The paper's FID-50K of XL/2 without guidance after 400,000 steps: 17.2. Not trained here: time not
-measured.
+SDE `euler_maruyama` of 250 steps. The paper's FID-50K of XL/2 without guidance after 400,000 steps:
+17.2. Not trained here: time not measured.
 """
 
 from configs import common, common_dit, common_ldm

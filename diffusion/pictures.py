@@ -76,11 +76,13 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Lines in one frame; `settings` are those of matplotlib's `Axes.set`, `mark` an x to rule."""
+    """Lines in one frame; `settings` are those of matplotlib's `Axes.set`, `mark` an x to rule,
+    `bands` areas (x, low, high) to shade."""
 
     lines: Sequence[Line]
     settings: Mapping[str, Any]
     mark: float | None = None
+    bands: Sequence[tuple[Any, Any, Any]] = ()
 
 
 def logged(rows: Sequence[Mapping[str, Any]], key: str) -> Line:
@@ -112,9 +114,11 @@ def figure(
 
 
 def _draw(axis: Any, panel: Panel) -> None:
+    for band in panel.bands:
+        axis.fill_between(*band, alpha=0.2, color="grey", linewidth=0)
     for line, dash in zip(panel.lines, itertools.cycle(("-", "--", "-.", ":"))):
         style: dict[str, Any] = {"label": line.label, "linestyle": dash, "linewidth": 1}
-        if line.low:
+        if len(line.low):
             spans = [np.subtract(line.y, line.low), np.subtract(line.high, line.y)]
             style |= {"yerr": np.maximum(spans, 0), "marker": "o", "markersize": 3, "capsize": 2}
         if any(isinstance(x, str) for x in line.x):

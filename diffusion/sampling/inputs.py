@@ -74,6 +74,11 @@ class Slots:
         """
         if mask and not image:
             raise ValueError(f"mask={mask} needs the --image that it covers")
+        if self.concat == "past":
+            raise ValueError(
+                "the model goes on from a window of past values, which no flag gives: use "
+                "`python -m experiments.evaluate.forecast`"
+            )
         if self.concat and not (image and (mask or self.concat != "inpaint")):
             needs = "--image and --mask" if self.concat == "inpaint" else "--image"
             trained = f"the model was trained with conditioning.concat={self.concat!r}"

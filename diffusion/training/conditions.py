@@ -116,6 +116,26 @@ class Hints:
         return {}
 
 
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """A column "past" (batch, k length, channels), what came before the window, as channels that
+    join x_t's: at each place the values of that place k windows ago, .. , one window ago.
+    length: of a window.
+    """
+
+    length: int
+
+    def init(self, key):
+        return {}, {}
+
+    def encode(self, params, batch, keys=None):
+        past = batch["past"].reshape(len(batch["past"]), -1, self.length, batch["past"].shape[2])
+        return {"concat": jnp.moveaxis(past, 1, 2).reshape(len(past), self.length, -1)}
+
+    def null(self, params, batch):
+        return {}
+
+
 def null(conditions: Mapping[str, Condition], params: Params, batch: Batch) -> dict[str, Array]:
     """The columns of every condition that say nothing."""
     return {k: v for c in conditions.values() for k, v in c.null(params, batch).items()}

@@ -184,6 +184,11 @@ def _check_run(subject: Subject, name: str) -> None:
             f"--metrics={name} is of {AXES[metric.axes]}, but {subject.run} is of "
             f"{AXES[axes]} (data.name={config.data.name!r}): name another metric or run"
         )
+    if config.task == "denoiser" and config.conditioning.concat == "past":
+        raise ValueError(
+            f"--metrics={name} is of samples, but --workdir={subject.directory} goes on from past "
+            "values: use `python -m experiments.evaluate.forecast`"
+        )
     if metric.of == "first stage" and "autoencoder" not in config.model:
         raise ValueError(
             f"--metrics={name} needs a first stage, and {subject.run} has none: "

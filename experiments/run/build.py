@@ -17,6 +17,7 @@ from diffusion.models.autoencoder import AutoencoderKL, VQModel
 from diffusion.models.controlnet import ControlNet
 from diffusion.models.layers import ClassEmbedder
 from diffusion.models.lora import Lora
+from diffusion.models.mmdit import MMDiT
 from diffusion.models.text_encoder import TextTransformer
 from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
@@ -34,7 +35,7 @@ SCHEDULES: dict[str, Callable[..., schedules.Schedule]] = {
     "edm": schedules.edm,
     "flow": schedules.flow,
 }
-DENOISERS: dict[str, Any] = {"unet": UNet, "transformer": Transformer}
+DENOISERS: dict[str, Any] = {"unet": UNet, "transformer": Transformer, "mmdit": MMDiT}
 AUTOENCODERS: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel}
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
@@ -184,6 +185,8 @@ def told(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> dict[str, con
     found: dict[str, conditions.Condition] = {"hint": conditions.Hints()}
     if "text_encoder" in config.model:
         found["text"] = text(config, null_tokens)
+    if config.conditioning.concat == "past":
+        found["past"] = conditions.Past(sample_shape(config)[0])
     if (null := null_label(config)) is not None:
         known = config.conditioning.null_label
         if not known and config.conditioning.drop:

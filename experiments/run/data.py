@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.data import folder, loader, sources, synthetic, tokenizer_files, tokenizers
+from diffusion.data import folder, loader, series, sources, synthetic, tokenizer_files, tokenizers
 from diffusion.data import transforms as ts
 from diffusion.data.tokenizers import Tokenizer
 from experiments.run import build
@@ -76,6 +76,12 @@ def _series(config: ConfigDict, split: str) -> sources.Source:
     return synthetic.signals(config.data.examples, length, config.seed, split)
 
 
+def _measured(config: ConfigDict, split: str) -> sources.Source:
+    future, _ = build.image_shape(config)
+    given = {key: config.data[key] for key in ("past", "held_out", "left_out")}
+    return series.windows(config.data.name, future=future, split=split, **given)
+
+
 def _digits(config: ConfigDict, split: str) -> sources.Source:
     return sources.open_source("captioned_digits", config.data.dir, split)
 
@@ -118,6 +124,15 @@ DATA_SETS = {
     "signals": DataSet(
         "series that this project makes; no person's",
         _series,
+        _nothing,
+        prepared_as=None,
+        axes=1,
+        captions=False,
+        labels=False,
+    ),
+    "sea_surface_temperature": DataSet(
+        "monthly sea surface temperatures of NOAA (public domain), as statsmodels ships them",
+        _measured,
         _nothing,
         prepared_as=None,
         axes=1,

@@ -29,6 +29,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     if "controlnet" in config.model and config.data.flip:
         raise ValueError("data.flip=True would not mirror a ControlNet's hints: set it to False")
     joined = {"": 0, "inpaint": 1 + shape[-1], "low_resolution": config.data.channels}
+    joined["past"] = _years(config, shape)
     objective = build.construct(
         losses.objective,
         config.process.objective,
@@ -63,6 +64,17 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         flip=config.data.flip,
         accumulate=config.train.accumulate,
     )
+
+
+def _years(config: ConfigDict, shape: tuple[int, ...]) -> int:
+    """How many channels the past of a window becomes."""
+    if config.conditioning.concat == "past" and (len(shape) != 2 or config.data.past % shape[0]):
+        raise ValueError(
+            f"conditioning.concat='past' is of series whose past is some windows long, but "
+            f"data.past={config.data.past} and data.image_size={config.data.image_size}: give a "
+            "multiple of the window"
+        )
+    return config.data.past // shape[0] * shape[-1]
 
 
 def _check_output(config: ConfigDict, channels: int) -> None:

@@ -142,7 +142,7 @@ def _ends(config: ConfigDict, tokenizer: Tokenizer | None, length: int) -> list:
         _check_hints(config)
         kinds = {"edges": transforms.Edges()}
         ends.append(build.choose(kinds, config.conditioning.control, "conditioning.control"))
-    return [*ends, transforms.Keep(("image", "label", "tokens", "hint"))]
+    return [*ends, transforms.Keep(("image", "label", "tokens", "hint", "past"))]
 
 
 def _check_hints(config: ConfigDict) -> None:

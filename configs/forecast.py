@@ -1,0 +1,56 @@
+"""The next year of a measured series, given the years before: samples, and with them quantiles.
+
+    pip install -r requirements-forecast.txt
+    python -m experiments.train --config=configs/forecast.py --workdir=DIR
+    python -m experiments.evaluate.forecast --workdir=DIR
+
+Monthly sea surface temperature (`diffusion/data/series.py`), a transformer over its twelve months
+(`models/transformer.py`), the same months of three years before as channels beside x_t; the linear
+path of rectified flow. Time, CRPS and coverage of the last eleven years, against seasonal-naive
+and exponential smoothing: experiments/results/forecast/README.md.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    _, smoke = common.parse(arg)
+    config = common.denoiser()
+    config.data.name = "sea_surface_temperature"
+    del config.data.image_size  # a number, of images
+    config.data.image_size = (12,)
+    config.data.channels = 1
+    config.data.past = 36
+    config.data.held_out = 132
+    config.conditioning.concat = "past"
+    config.model.dtype = "float32"
+    config.model.denoiser = {
+        "kind": "transformer",
+        "out_channels": 1,
+        "size": 12,
+        "patch": 1,
+        "width": 64,
+        "depth": 3,
+        "heads": 4,
+        "positions": "sincos",
+    }
+    config.process.schedule = {"name": "flow", "time_scale": 1000.0}
+    config.process.prediction = "velocity"
+    config.train.steps = 2000
+    config.train.batch_size = 64
+    config.train.log_every_steps = 100
+    config.train.save_every_steps = 500
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 100
+    config.optim.decay = "cosine"
+    config.optim.decay_steps = 2000
+    config.optim.weight_decay = 0.1
+    config.optim.clip_norm = 1.0
+    config.ema.decay = 0.99
+    config.ema.ramp = True
+    config.sample.sampler = "heun"
+    config.sample.steps = 20
+    config.sample.batch_size = 1210  # 100 futures of about twelve windows
+    config.evaluation.preview = 0
+    return common.smoke(config) if smoke else config

@@ -30,6 +30,7 @@ DIT = {"xl2": 674_834_720, "s2": 32_865_056, "b2": 130_315_808, "l2": 457_840_67
 DIT["b4"] = 130_426_496
 SIT_WIDTHS = {"xl": 1152, "l": 1024, "b": 768, "s": 384}
 DIGITS_TRANSFORMER = 2_307_596
+FORECAST = 253_377
 # Every network of every config and argument (after a colon; the first argument is the default).
 # Those of DDPM, LDM, Stable Diffusion, its adapters and text encoders, and of PatchGAN are the
 # published counts; the others are this project's own networks, written down so as not to drift.
@@ -74,6 +75,7 @@ PARAMETERS = {
     "fashion_classifier": {"classifier": 174_122},
     "flow_cifar10": {"denoiser": 35_746_307},
     "folder_ldm": {"denoiser": 138_259_716, "text_encoder": 23_149_056, "autoencoder": KL_F8},
+    "forecast": {"denoiser": FORECAST},
     "iddpm_cifar10:hybrid": {"denoiser": 52_542_979 + 3 * (9 * 128 + 1)},  # a variance beside eps
     "iddpm_cifar10:simple": {"denoiser": 52_542_979},
     "iddpm_cifar10:vlb": {"denoiser": 52_542_979 + 3 * (9 * 128 + 1)},

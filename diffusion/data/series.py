@@ -19,7 +19,7 @@ Values = Float[np.ndarray, "times"]
 
 def _sea_surface_temperature() -> Values:
     try:
-        from statsmodels.datasets import elnino
+        from statsmodels.datasets import elnino  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             "data.name='sea_surface_temperature' is read from the package statsmodels, which is "

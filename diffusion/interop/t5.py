@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.interop import files
+from diffusion.interop.weight_files import read_weights
 from diffusion.models.t5 import T5Encoder
 
 STEM = "model"
@@ -49,7 +50,7 @@ def load_t5(directory: str | os.PathLike, dtype: Any = None) -> tuple[T5Encoder,
     module = T5Encoder(**sizes, activation=activation, gated=gated, dtype=dtype)
     tokens = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
-    weights = files.read_weights(directory, STEM).without(r"^(decoder\.|lm_head\.)")
+    weights = read_weights(directory, STEM).without(r"^(decoder\.|lm_head\.)")
     embedding = r"^encoder\.embed_tokens\.weight$"
     if "shared.weight" in weights.tensors:
         weights = weights.without(embedding)  # the same again

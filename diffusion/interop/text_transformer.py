@@ -1,9 +1,8 @@
 """PixArt and Stable Diffusion 3's MMDiT of Diffusers, both ways.
 
 PixArt (alpha at 512, sigma) is `models/transformer.py` with adaLN-single and cross-attention; alpha
-at 1024 is told of resolution and aspect ratio as well, which is refused. MMDiT's norms at the ends
-have scale and shift in the other order than everywhere else: they are swapped.
-"""
+at 1024, told of resolution and aspect ratio, is refused. MMDiT's norms at the ends have scale and
+shift in the other order than everywhere else: they are swapped."""
 
 import os
 import re
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion.interop import files
+from diffusion.interop.weight_files import read_weights
 from diffusion.models.mmdit import MMDiT
 from diffusion.models.positions import sincos_positions
 from diffusion.models.transformer import Transformer
@@ -36,7 +36,7 @@ def _read(
     directory: str | os.PathLike, module: Any, in_channels: int, rules: files.Rules, told: Any
 ) -> dict[str, Any]:
     """Parameters; patches are one dense layer where PyTorch has a convolution."""
-    weights = files.read_weights(directory, STEM)
+    weights = read_weights(directory, STEM)
     tensors = dict(weights.tensors)
     if tensors.get(PATCHES, np.zeros(())).ndim == 4:
         tensors[PATCHES] = np.moveaxis(tensors[PATCHES], 1, -1).reshape(len(tensors[PATCHES]), -1)
@@ -50,8 +50,7 @@ def _read(
             )
     x = jnp.zeros((1, module.size, module.size, in_channels))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, jnp.zeros(1), **told))
-    named = {name: weights.files[name] for name in tensors}
-    found = files.Weights(tensors, named, weights.directory)
+    found = files.Weights(tensors, {k: weights.files[k] for k in tensors}, weights.directory)
     found = found.renamed([(r"scale_shift_table$", "table")])
     return files.to_params(found, shapes["params"], rules)
 
@@ -106,7 +105,6 @@ PIXART_ONLY: dict[str, tuple[Any, ...]] = {
     "norm_type": ("ada_norm_single",),
     "upcast_attention": (False, True),  # scores are float32 here
 }
-PIXART_FREE = ("norm_num_groups", "num_embeds_ada_norm")  # nothing is made of them
 PIXART_NUMBERS = {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -120,6 +118,8 @@ PIXART_NUMBERS = {
     "interpolation_scale": None,
     "use_additional_conditions": None,
     "caption_channels": None,
+    "norm_num_groups": 32,  # of this and the next nothing is made
+    "num_embeds_ada_norm": 1000,
 }
 PIXART_IS = {
     "modulation": "single",
@@ -142,7 +142,7 @@ def load_pixart(directory: str | os.PathLike) -> tuple[Transformer, dict[str, An
     are interpolated, as Diffusers does. ValueError naming the key for what is not expressed here.
     """
     config, path = files.read_config(directory, {PIXART}), Path(directory) / "config.json"
-    files.refuse_unknown(config, {*PIXART_ONLY, *PIXART_FREE, *PIXART_NUMBERS}, path)
+    files.refuse_unknown(config, {*PIXART_ONLY, *PIXART_NUMBERS}, path)
     files.require(config, PIXART_ONLY, path)
     given = {**PIXART_NUMBERS, **config}
     heads, size = given["num_attention_heads"], given["sample_size"]

@@ -79,9 +79,10 @@ class MMDiT(nn.Module):
         u = Dense(self.width, dtype=self.dtype, name="patches")(patches(x, patch))
         u = u.reshape(len(x), -1, self.width)
         u = u + jnp.asarray(sincos_positions(places, self.width), u.dtype)[None]
-        pooled = mean_token(context, context_mask) if self.pool == "mean" else pooled
+        words: Any = context
+        pooled = mean_token(words, context_mask) if self.pool == "mean" else pooled
         c = self._condition(x, t, pooled)
-        words: Any = Dense(self.width, dtype=self.dtype, name="context")(context)
+        words = Dense(self.width, dtype=self.dtype, name="context")(words)
         block = JointBlock
         if self.remat:
             block = nn.remat(JointBlock, policy=REMAT_POLICIES[self.remat])
@@ -183,7 +184,7 @@ class JointBlock(nn.Module):
         if self.last:
             return u, None
         _, _, g1, b2, s2, g2 = of_words
-        words = words + g1 * y_words
+        words = words + g1 * y_words  # pyright: ignore[reportOperatorIssue]
         h = norm(name="norm2_context")(words) * (1 + s2) + b2
         return u, words + g2 * feed_forward(name="ff_context")(h)
 

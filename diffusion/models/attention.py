@@ -26,7 +26,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from diffusion.models import target
-from diffusion.models.layers import Conv, Dense, GroupNorm, default_init, zero_init
+from diffusion.models.group_norm import GroupNorm
+from diffusion.models.layers import Conv, Dense, GatedDense, default_init, zero_init
 from diffusion.models.positions import rotate
 from diffusion.models.tpu import tpu_applies, tpu_attention
 
@@ -161,12 +162,11 @@ class FeedForward(nn.Module):
                 f"{', '.join(ACTIVATIONS)}"
             )
         width, inner = x.shape[-1], int(x.shape[-1] * self.mult)
-        h = Dense(inner * (2 if gated else 1), dtype=self.dtype, name="proj_in")(x)
         if gated:
-            h, gate = jnp.split(h, 2, axis=-1)
+            h, gate = GatedDense(inner, self.dtype, name="proj_in")(x)
             h = h * ACTIVATIONS["gelu"](gate) if self.activation == "geglu" else nn.silu(h) * gate
         else:
-            h = ACTIVATIONS[self.activation](h)
+            h = ACTIVATIONS[self.activation](Dense(inner, dtype=self.dtype, name="proj_in")(x))
         return Dense(width, dtype=self.dtype, name="proj_out")(h)
 
 

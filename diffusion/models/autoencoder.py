@@ -28,7 +28,8 @@ from jaxtyping import Array, Float, Key
 
 from diffusion.models.attention import AttentionBlock
 from diffusion.models.bottleneck import LOGVAR_RANGE, Code, Posterior, Quantized, quantize
-from diffusion.models.layers import Conv, Downsample, GroupNorm, ResBlock, Upsample
+from diffusion.models.group_norm import GroupNorm
+from diffusion.models.layers import Conv, Downsample, ResBlock, Upsample
 from diffusion.models.positions import patches, unpatch
 
 EPSILON = 1e-6
@@ -58,7 +59,7 @@ class _Stage(nn.Module):
         return self._res(h.shape[-1], "mid_res_1")(h)
 
     def _finish(self, h: Array, features: int) -> Array:
-        h = nn.silu(GroupNorm(self.groups, EPSILON, self.dtype, name="norm_out")(h))
+        h = GroupNorm(self.groups, EPSILON, self.dtype, name="norm_out")(h, silu=True)
         return Conv(features, dtype=self.dtype, name="conv_out")(h)
 
     def _res(self, features: int, name: str) -> nn.Module:

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from diffusion.models.layers import Conv, GroupNorm
+from diffusion.models.group_norm import GroupNorm
+from diffusion.models.layers import Conv
 
 NORMS = ("batch", "group")
 STATISTICS = "batch_stats"  # the collection of the running statistics

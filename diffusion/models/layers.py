@@ -8,15 +8,11 @@ Sinusoidal time embedding (DDPM, https://arxiv.org/abs/2006.11239, appendix B), 
 
 DDPM has freq_shift = 1 and this order; ADM, LDM and Stable Diffusion freq_shift = 0 and [cos, sin].
 
-Group normalisation (https://arxiv.org/abs/1803.08494, eq. 1), over space and a group's channels:
-
-    (2)  y = (x - mean) / sqrt(var + epsilon) * scale + bias
-
 Residual block (DDPM; the scale-shift variant is ADM's, https://arxiv.org/abs/2105.05233, eq. 3):
 
-    (3)  h   = conv1(resample(silu(norm1(x))))
-    (4)  h   = norm2(h + W silu(temb))   or   norm2(h) * (1 + a) + b,  [a, b] = W silu(temb)
-    (5)  out = shortcut(resample(x)) + conv2(dropout(silu(h)))
+    (2)  h   = conv1(resample(silu(norm1(x))))
+    (3)  h   = norm2(h + W silu(temb))   or   norm2(h) * (1 + a) + b,  [a, b] = W silu(temb)
+    (4)  out = shortcut(resample(x)) + conv2(dropout(silu(h)))
 """
 
 import functools
@@ -30,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key, Num
 
-from diffusion.models import convolution
+from diffusion.models import convolution, target
+from diffusion.models.group_norm import GroupNorm
 
 Padding = int | tuple[int, int] | None
 
@@ -81,45 +77,25 @@ class Conv(nn.Module):
         return (padding, padding) if isinstance(padding, int) else padding
 
 
-class GroupNorm(nn.Module):
-    """Group normalisation, eq. 2; in promote_types(dtype, float32), output in the compute dtype.
+class GatedDense(nn.Module):
+    """The two halves of a dense layer of 2 `features`: [a, g] of `attention.FeedForward`.
 
-    ValueError where `groups` does not divide the channels.
+    For GPUs two products and not one that is split: that one's gradient is the halves' written side
+    by side, once more as much memory as the layer itself.
     """
 
-    groups: int = 32
-    epsilon: float = 1e-5
+    features: int
     dtype: Any = None
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch *space channels"]
-    ) -> Float[Array, "batch *space channels"]:
-        batch, channels = x.shape[0], x.shape[-1]
-        if channels % self.groups:
-            raise ValueError(
-                f"groups={self.groups} does not divide {channels} channels: choose a multiple of "
-                "groups, or fewer groups"
-            )
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        out_dtype = self.dtype or jnp.result_type(x, scale)
-        x, scale, bias = promote_dtype(
-            x, scale, bias, dtype=jnp.promote_types(out_dtype, jnp.float32)
-        )
-        # Space first, then a group's channels: two plain reductions in a channels-last layout.
-        space = tuple(range(1, x.ndim - 1))
-        moments = jnp.stack([x.mean(space), jnp.square(x).mean(space)])
-        mean, square = moments.reshape(2, batch, self.groups, -1).mean(-1)
-        inverse = lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon)
-        mean, inverse = (jnp.repeat(m, channels // self.groups, axis=-1) for m in (mean, inverse))
-        y = (x - _over_space(mean, x)) * _over_space(inverse * scale[None], x)
-        return (y + _over_space(bias[None], x)).astype(out_dtype)
-
-
-def _over_space(v: Num[Array, "batch channels"], x: Num[Array, "..."]) -> Num[Array, "..."]:
-    """`v` with singleton spatial axes, to be broadcast against `x`."""
-    return jnp.expand_dims(v, tuple(range(1, x.ndim - 1)))
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> tuple[Array, Array]:
+        kernel = self.param("kernel", default_init, (x.shape[-1], 2 * self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (2 * self.features,), jnp.float32)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if target.current().platform == "gpu":
+            kernels, biases = jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2)
+            return tuple(x @ w + b[None, None] for w, b in zip(kernels, biases))  # pyright: ignore
+        return tuple(jnp.split(x @ kernel + bias[None, None], 2, axis=-1))  # pyright: ignore
 
 
 class Dropout(nn.Module):
@@ -214,7 +190,7 @@ RESAMPLE = {None: lambda x: x, "up": upsample, "down": average_pool}
 
 
 class ResBlock(nn.Module):
-    """Residual block, eqs. 3-5.
+    """Residual block, eqs. 2-4.
 
     features: output channels; a 1x1 convolution is the shortcut where the input has others.
     scale_shift: the time embedding scales and shifts after norm2 (ADM), or is added before it.
@@ -241,26 +217,24 @@ class ResBlock(nn.Module):
         norm = functools.partial(GroupNorm, self.groups, self.epsilon, self.dtype)
         conv = functools.partial(Conv, self.features, dtype=self.dtype)
         resample = RESAMPLE[self.resample]
-        h = conv(name="conv1")(resample(nn.silu(norm(name="norm1")(x))))
+        h = conv(name="conv1")(resample(norm(name="norm1")(x, silu=True)))
         h = self._condition(h, temb, norm(name="norm2"))
-        h = Dropout(self.dropout, name="dropout")(nn.silu(h), keys)
+        h = Dropout(self.dropout, name="dropout")(h, keys)
         h = conv(kernel_init=zero_init if self.zero_conv else default_init, name="conv2")(h)
         x = resample(x)
         if x.shape[-1] != self.features:
             x = conv(kernel_size=1, name="conv_shortcut")(x)
         return x + h
 
-    def _condition(self, h: Array, temb: Array | None, norm: nn.Module) -> Array:
-        """Eq. 4."""
+    def _condition(self, h: Array, temb: Array | None, norm: Any) -> Array:
+        """silu of eq. 3."""
         if temb is None:
-            return norm(h)
+            return norm(h, silu=True)
         width = self.features * (2 if self.scale_shift else 1)
-        project = Dense(width, dtype=self.dtype, name="time_emb_proj")
-        shift = _over_space(project(nn.silu(temb)), h)
+        shift = Dense(width, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
         if not self.scale_shift:
-            return norm(h + shift)
-        scale, shift = jnp.split(shift, 2, axis=-1)
-        return norm(h) * (1 + scale) + shift
+            return norm(h, shift, silu=True)
+        return norm(h, scale_shift=tuple(jnp.split(shift, 2, axis=-1)), silu=True)
 
 
 class ClassEmbedder(nn.Module):

@@ -32,11 +32,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from diffusion.models.attention import AttentionBlock, SpatialTransformer, mean_token
+from diffusion.models.group_norm import GroupNorm
 from diffusion.models.layers import (
     Conv,
     Dense,
     Downsample,
-    GroupNorm,
     Padding,
     ResBlock,
     Upsample,
@@ -116,7 +116,7 @@ class UNet(nn.Module):
             skips = [skip + r for skip, r in zip(skips, residuals[:-1])]
             h = h + residuals[-1]
         h = self._up(h, skips, temb, context, context_mask, keys)
-        h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm_out")(h))
+        h = GroupNorm(self.groups, self.epsilon, self.dtype, name="norm_out")(h, silu=True)
         h = Conv(self.out_channels, kernel_init=zero_init, dtype=self.dtype, name="conv_out")(h)
         return h.astype(jnp.promote_types(x.dtype, jnp.float32))
 

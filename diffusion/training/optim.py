@@ -14,6 +14,7 @@ import optax.contrib
 from jaxtyping import Array
 
 Rate = Callable[..., Array]  # step -> learning rate
+BY_ELEMENT = ("adam", "adamw", "sgd")  # which do not look at a leaf's shape
 
 
 def learning_rate(

@@ -25,6 +25,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from diffusion.models import target
 from diffusion.training.ema import Ema, update_profile
 from diffusion.training.ema import update as averaged
 
@@ -32,6 +33,8 @@ Params = dict[str, Any]  # one entry a network: {"denoiser": ..., "text_encoder"
 Metrics = dict[str, Array]
 
 LOSSES = "loss_statistics"  # in `extra`: m_n and v_n of equation 2
+SMALL = 2**12  # elements of a leaf whose kernel takes as long to start as to run
+ROWS = 1024  # at most, to which a larger one is summed: some for each multiprocessor
 SPIKE_STEPS = 100  # 1 / a_n at most, and how many steps equation 1 waits for
 
 
@@ -64,13 +67,15 @@ class Optimizer:
     """One optax transformation for each network, and what surrounds the update.
 
     `clip_norm` bounds the global norm over all networks of one `apply_gradients` (0: off);
-    `max_loss_deviations` is k of equation 1 (0: off).
+    `max_loss_deviations` is k of equation 1 (0: off). by_element: the transforms do not look at a
+    leaf's shape.
     """
 
     transforms: Mapping[str, optax.GradientTransformation]
     learning_rate: Callable[[Array], Array]
     clip_norm: float = 0.0
     max_loss_deviations: float = 0.0
+    by_element: bool = False
 
     def __post_init__(self):
         if not self.max_loss_deviations >= 0:
@@ -182,6 +187,55 @@ def updates_done(state: TrainState) -> Int[Array, ""]:
     return state.step - state.extra["skipped_steps"]
 
 
+def _by_lines(optimizer: Optimizer) -> bool:
+    """Whether leaves are updated as lines of numbers: on GPUs, where they are not split.
+
+    A convolution's gradient lies otherwise than its kernel. As lines it is written once as the
+    kernel lies; else XLA transposes kernels, moments and averages to meet it, and back.
+    """
+    aim = target.current()
+    split = aim.mesh is not None and aim.mesh.shape.get("fsdp", 1) > 1
+    return aim.platform == "gpu" and not split and optimizer.by_element
+
+
+def _lines(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.reshape(-1) if x.ndim else x, tree)
+
+
+def _norm(trees: list[Any], lines: bool) -> Float[Array, ""]:
+    """The norm of all leaves of all trees.
+
+    XLA makes two kernels of a large leaf's sum on GPUs and one of a small one's, which there cost
+    as much as they weigh: small ones are joined there, large ones summed to rows, and all of that
+    once (the barrier keeps XLA from taking it apart again).
+    """
+    if not lines:
+        return optax.tree.norm(trees)
+    leaves = jax.tree.leaves(trees)
+    small = [leaf.reshape(-1) for leaf in leaves if leaf.size < SMALL]
+    parts = [jnp.square(jnp.concatenate(small))] if small else []
+    for leaf in leaves:
+        if leaf.size >= SMALL:
+            rows = max(n for n in range(1, ROWS + 1) if leaf.size % n == 0)
+            parts.append(jnp.square(leaf).reshape(rows, -1).sum(1))
+    return jnp.sqrt(lax.optimization_barrier(jnp.concatenate(parts)).sum())
+
+
+def _taken(ok: Bool[Array, ""], update: Callable[[Any], Any], old: Any, lines: bool) -> Any:
+    """`update(old)` where `ok`, else `old`.
+
+    On CPUs by a branch: old buffers are then updated in place, where choosing between old and new
+    copies them (experiments/results/speed: a quarter of the time). On GPUs a branch copies them,
+    four a leaf, and waits for the host; there the choice is part of the update's own kernels
+    (experiments/results/targets).
+    """
+    if target.current().platform != "gpu":
+        return lax.cond(ok, update, lambda old: old, old)
+    before = _lines(old) if lines else old
+    new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), update(before), before)
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), new, old)
+
+
 def apply_gradients(
     state: TrainState, grads: Params, loss: Float[Array, ""], optimizer: Optimizer, ema: Ema
 ) -> tuple[TrainState, Metrics]:
@@ -191,8 +245,11 @@ def apply_gradients(
     parameter, optimiser state or average: it is counted in `extra["skipped_steps"]` and
     `extra["skipped_in_a_row"]`.
     """
+    lines = _by_lines(optimizer)
+    if lines:
+        grads = lax.optimization_barrier(_lines(grads))
     # In the optimiser's order and not by name: a sum of floats depends on it.
-    norm = optax.tree.norm([grads[name] for name in optimizer.transforms if name in grads])
+    norm = _norm([grads[name] for name in optimizer.transforms if name in grads], lines)
     ok, extra = _judge(state, norm, loss, optimizer)
     done = updates_done(state)
     decay, rates = ema.decay_at(done + 1), ema.profile_rates(done + 1)
@@ -216,14 +273,12 @@ def apply_gradients(
                     part[name] = update_profile(part[name], params[name], rates[length])
         return params, opt_state, averages, profiles
 
-    # A branch and no `where` over the state: old buffers are then updated in place, where choosing
-    # between old and new copies them (experiments/results/speed: a quarter of the time).
     old = (state.params, state.opt_state, state.ema, state.profiles)
-    params, opt_state, averages, profiles = lax.cond(ok, update, lambda old: old, old)
+    params, opt_state, averages, profiles = _taken(ok, update, old, lines)
     metrics = {
         "grad_norm": norm,
         # Of the new ones: the norm of the old ones would keep them alive.
-        "param_norm": optax.tree.norm([params[name] for name in optimizer.transforms]),
+        "param_norm": _norm([params[name] for name in optimizer.transforms], lines),
         "learning_rate": optimizer.learning_rate(done),
         "skipped_steps": extra["skipped_steps"],
         "skipped_in_a_row": extra["skipped_in_a_row"],

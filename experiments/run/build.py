@@ -210,7 +210,8 @@ def optimizer(config: ConfigDict, networks: tuple[str, ...], clip_apart: bool = 
         make = optax.chain(optax.clip_by_global_norm(section.clip_norm), make)
     clip_norm = 0.0 if clip_apart else section.clip_norm
     spikes = config.train.max_loss_deviations
-    return Optimizer({name: make for name in networks}, rate, clip_norm, spikes)
+    by_element = section.name in optim.BY_ELEMENT
+    return Optimizer({name: make for name in networks}, rate, clip_norm, spikes, by_element)
 
 
 def ema(config: ConfigDict, networks: tuple[str, ...]) -> Ema:

@@ -1,10 +1,13 @@
 """Learning-rate schedules, optimisers and averages against closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.models import target
 from diffusion.training import optim
 from diffusion.training import state as ts
 from diffusion.training.ema import Ema
@@ -139,3 +142,33 @@ def test_flips_mirror_the_last_spatial_axis_of_about_half():
     mirrored = (flipped[:, 0, 0, 0] == 3).sum()
     assert 70 < mirrored < 130
     np.testing.assert_array_equal(np.sort(flipped, axis=2), np.asarray(x))
+
+
+@pytest.mark.parametrize("loss", [1.0, float("nan")])
+def test_a_gpu_takes_and_skips_the_same_steps(loss):
+    """Its norm is summed in another order, and its guard is a choice and no branch."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    shapes = {"w": (3, 3, 32, 48), "b": (48,), "odd": (4099,), "scale": (7,), "one": ()}
+    params = {"net": {k: jax.random.normal(next(keys), s) for k, s in shapes.items()}}
+    grads = jax.tree.map(lambda p: 3 * jnp.cos(p), params)
+    optimizer = ts.Optimizer(
+        {"net": optim.make_transform(lambda step: jnp.float32(0.1), "adamw", weight_decay=0.1)},
+        learning_rate=lambda step: jnp.float32(0.1),
+        clip_norm=1.0,
+        by_element=True,
+    )
+    ema = Ema(0.5, networks=("net",))
+    state = ts.create_state(jax.random.key(1), params, optimizer, ema, {})
+    step = functools.partial(ts.apply_gradients, optimizer=optimizer, ema=ema)
+    plain, metrics = step(state, grads, jnp.float32(loss))
+    with target.handed(target.Target("gpu")):
+        text = str(jax.make_jaxpr(step)(state, grads, jnp.float32(loss)))
+        other, found = jax.jit(step)(state, grads, jnp.float32(loss))
+    assert " cond[" not in text and text.count("reduce_sum") == 2 * 3  # two rows, and their sum
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, metrics
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), other, plain)
+    assert int(other.extra["skipped_steps"]) == int(np.isnan(loss))
+    if np.isnan(loss):
+        jax.tree.map(np.testing.assert_array_equal, other.params, params)

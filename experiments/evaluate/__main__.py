@@ -49,7 +49,7 @@ from absl import flags
 from diffusion import files, pictures
 from diffusion.metrics.frechet import sample_count_warning
 from diffusion.models.inception import PREPROCESSINGS
-from experiments.evaluate import every_checkpoint, plots, presets, sample_sets
+from experiments.evaluate import curves, every_checkpoint, presets, sample_sets
 from experiments.evaluate import metrics as measures
 from experiments.evaluate.features import Tools
 from experiments.evaluate.metrics import METRICS
@@ -59,6 +59,7 @@ from experiments.host import cli, cluster
 from experiments.run import workdir
 
 BOTH = ("ema", "raw")
+OF_SAMPLES = ("sweep_guidance", "sweep_steps", "checkpoint_step", "keep", "ema_length")
 
 
 def evaluate(
@@ -93,49 +94,6 @@ def evaluate(
         "seconds": round(time.perf_counter() - started, 1),
         **({"sheets": sheets} if sheets else {}),
     }
-
-
-def sweep(
-    subject: Subject, metrics: list[str], which: tuple[str, ...], values: flags.FlagValues
-) -> list[dict[str, Any]]:
-    """The metrics at each guidance scale, and at each number of steps, all else as it is."""
-    points = []
-    for curve, given in (
-        ("guidance_scale", cli.numbers(values, "sweep_guidance", float)),
-        ("steps", cli.numbers(values, "sweep_steps", int)),
-    ):
-        points += [
-            _point(subject, metrics, curve, f"{curve}_{value:g}", which=name, **{curve: value})
-            for value in given
-            for name in which
-        ]
-    return points
-
-
-def checkpoints(
-    subject: Subject, metrics: list[str], which: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """The metrics of every checkpoint that the run keeps."""
-    return [
-        _point(subject, metrics, "step", f"step_{step}", which=name, step=step)
-        for step in every_checkpoint.steps(subject.run.directory)
-        for name in which
-    ]
-
-
-def _point(
-    subject: Subject, metrics: list[str], curve: str, keep: str, **changes: Any
-) -> dict[str, Any]:
-    part = subject.changed(keep, **changes)
-    found = measures.measure(part, [m for m in metrics if METRICS[m].of != "first stage"])
-    found.pop("sheets", None)
-    made_from = part.samples.made_from()
-    where = {key: made_from["sample"][key] for key in ("guidance_scale", "steps")}
-    where |= {key: made_from[key] for key in ("step", "checkpoint")}
-    shown = {name: float(f"{value[0]:.4g}") for name, value in plots.numbers(found).items()}
-    if cluster.is_first():
-        print(f"{curve} {where[curve]:g} {part.run.which}: {shown}", flush=True)
-    return {"curve": curve, "weights": part.run.which, **where, **found}
 
 
 def define(add: cli.Flags) -> None:
@@ -232,14 +190,13 @@ def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> Non
     measures.check(metrics)
     if subject.run is None and not values.samples:
         raise ValueError("--workdir is missing: give --workdir=..., or --samples=...")
-    swept = ("sweep_guidance", "sweep_steps", "every_checkpoint")
-    given = [n for n in (*swept, "checkpoint_step", "keep", "ema_length") if values[n].value]
+    given = [name for name in (*OF_SAMPLES, "every_checkpoint") if values[name].value]
     if values.samples and given:
         raise ValueError(f"--{given[0]} makes samples, but --samples={values.samples} names some")
-    curves = [name for name in given if name in swept]
-    if curves and set(metrics) <= {*measures.of("first stage")}:
+    several = [name for name in given if name.startswith(("sweep", "every"))]
+    if several and set(metrics) <= {*measures.of("first stage")}:
         raise ValueError(
-            f"--{curves[0]} is of samples, but --metrics={','.join(metrics)} of a first stage"
+            f"--{several[0]} is of samples, but --metrics={','.join(metrics)} of a first stage"
         )
     if values.samples and (other := sorted(set(metrics) - {*measures.of("images")})):
         raise ValueError(
@@ -247,7 +204,14 @@ def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> Non
         )
     if values.out is None and subject.run is None:
         raise ValueError("--out is missing: with --samples alone, name a file for the results")
-    cli.numbers(values, "sweep_guidance", float), cli.numbers(values, "sweep_steps", int)
+    swept(values)
+
+
+def swept(values: flags.FlagValues) -> dict[str, list]:
+    return {
+        "guidance_scale": cli.numbers(values, "sweep_guidance", float),
+        "steps": cli.numbers(values, "sweep_steps", int),
+    }
 
 
 def warnings(subject: Subject, metrics: list[str]) -> list[str]:
@@ -272,6 +236,12 @@ def main(values: flags.FlagValues) -> None:
     metrics = list(values.metrics or (preset.metrics if preset else ()))
     subject = subject_of(values, preset)
     if values.every_checkpoint and every_checkpoint.takes(subject, metrics):
+        given = [name for name in OF_SAMPLES if values[name].value]
+        if given := given or ["weights=raw"] * (values.weights == "raw"):
+            raise ValueError(
+                f"--{given[0]} is of samples, but --every_checkpoint of a first stage measures "
+                "reconstructions with its averaged weights: leave it out"
+            )
         return every_checkpoint.report(subject, place(values, subject, "results.json"))
     check(values, subject, metrics)
     out = place(values, subject, "evaluation.json")
@@ -280,12 +250,12 @@ def main(values: flags.FlagValues) -> None:
         subject = subject.changed(which=which[0])
     subject = measures.prepare(subject, metrics)
     results = evaluate(subject, metrics, which)
-    curves, sheets = {}, results.pop("sheets", {})
+    points, sheets = {}, results.pop("sheets", {})
     if values.sweep_guidance or values.sweep_steps:
-        curves["sweep"] = sweep(subject, metrics, which, values)
+        points["sweep"] = curves.sweep(subject, metrics, which, swept(values))
     if values.every_checkpoint:
-        curves["checkpoints"] = checkpoints(subject, metrics, which)
-    results |= curves
+        points["checkpoints"] = curves.checkpoints(subject, metrics, which)
+    results |= points
     if preset is not None:
         results["preset"] = {"name": values.preset, **presets.beside(preset)}
     if not cluster.is_first():
@@ -293,10 +263,8 @@ def main(values: flags.FlagValues) -> None:
     files.write_json(out, results)
     for name, sheet in sheets.items():
         pictures.captioned(out.with_name(f"{out.stem}_{name}.png"), *sheet)
-    for name, points in curves.items():
-        across = tuple(dict.fromkeys(point["curve"] for point in points))
-        if any(plots.numbers(point) for point in points):  # not those of a spectrum, say
-            plots.plot(out.with_name(f"{out.stem}_{name}.png"), points, across)
+    for name, curve in points.items():
+        curves.plot(out.with_name(f"{out.stem}_{name}.png"), curve)
     print(json.dumps(results, indent=2))
 
 

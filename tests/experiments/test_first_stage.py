@@ -340,6 +340,9 @@ def test_a_report_of_nothing_is_refused(job, tmp_path, capsys):
     argv = ("--every_checkpoint", f"--out={tmp_path}/out")
     assert run(evaluate, *argv, f"--workdir={job}/autoencoder", "--num=0") == 2
     refused(capsys, "--num=0")
+    for flag in ("--keep=kept", "--weights=raw"):
+        assert run(evaluate, *argv, f"--workdir={job}/autoencoder", flag) == 2
+        refused(capsys, flag.removesuffix("=kept"), "first stage")
     for name, word in (("none", "no run"), ("bare", "no finished checkpoint")):
         assert run(evaluate, *argv, f"--workdir={tmp_path}/{name}") == 2
         refused(capsys, f"--workdir={tmp_path}/{name}", word)

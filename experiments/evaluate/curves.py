@@ -1,4 +1,4 @@
-"""Curves of an evaluation: numbers against guidance scale, sampler steps or training step."""
+"""Curves of an evaluation: metrics against guidance scale, sampler steps or training step."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,10 @@ from typing import Any
 from diffusion import pictures
 from diffusion.metrics.intervals import stated
 from diffusion.pictures import Line, Panel
+from experiments.evaluate import every_checkpoint
+from experiments.evaluate.metrics import METRICS, measure
+from experiments.evaluate.samples import Subject
+from experiments.host import cluster
 
 LABELS = {
     "guidance_scale": "guidance scale",
@@ -15,6 +19,42 @@ LABELS = {
 }
 COLUMNS = 4
 SKIPPED = ("guidance_scale", "steps", "step", "samples", "num_held_out")
+
+
+def sweep(
+    subject: Subject, metrics: list[str], which: Sequence[str], values: Mapping[str, list]
+) -> list[dict[str, Any]]:
+    """The metrics at each value of each option, all else as it is."""
+    return [
+        _point(subject, metrics, curve, f"{curve}_{value:g}", which=name, **{curve: value})
+        for curve, given in values.items()
+        for value in given
+        for name in which
+    ]
+
+
+def checkpoints(subject: Subject, metrics: list[str], which: Sequence[str]) -> list[dict[str, Any]]:
+    """The metrics of every checkpoint that the run keeps."""
+    return [
+        _point(subject, metrics, "step", f"step_{step}", which=name, step=step)
+        for step in every_checkpoint.steps(subject.run.directory)
+        for name in which
+    ]
+
+
+def _point(
+    subject: Subject, metrics: list[str], curve: str, keep: str, **changes: Any
+) -> dict[str, Any]:
+    part = subject.changed(keep, **changes)
+    found = measure(part, [m for m in metrics if METRICS[m].of != "first stage"])
+    found.pop("sheets", None)
+    made_from = part.samples.made_from()
+    where = {key: made_from["sample"][key] for key in ("guidance_scale", "steps")}
+    where |= {key: made_from[key] for key in ("step", "checkpoint")}
+    shown = {name: float(f"{value[0]:.4g}") for name, value in numbers(found).items()}
+    if cluster.is_first():
+        print(f"{curve} {where[curve]:g} {part.run.which}: {shown}", flush=True)
+    return {"curve": curve, "weights": part.run.which, **where, **found}
 
 
 def numbers(point: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
@@ -33,12 +73,12 @@ def numbers(point: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
     return found
 
 
-def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]], across: Sequence[str]) -> None:
-    """Panels for each of `across`, one a metric, with a line for each weights.
-
-    A point belongs to the panels of its "curve".
-    """
+def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]]) -> None:
+    """Panels for each "curve", one a metric, with a line for each weights; none without numbers."""
+    across = dict.fromkeys(point["curve"] for point in points)
     names = list(dict.fromkeys(name for point in points for name in numbers(point)))
+    if not names:  # of a spectrum, say
+        return
     columns = min(COLUMNS, len(names))
     panels: list[Panel | None] = []
     for curve in across:

@@ -16,6 +16,7 @@ def command(job, workdir, *more):
         sys.executable,
         *("-m", "experiments.train", "--config=configs/digits_pixel.py:smoke"),
         *(f"--config.data.dir={job}/data", f"--workdir={workdir}"),
+        *("--config.model.denoiser.multipliers=(1,)", "--config.model.denoiser.attention=(False,)"),
         *("--config.train.steps=8", "--config.train.save_every_steps=2", *more),
     ]
 

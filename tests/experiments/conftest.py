@@ -10,9 +10,9 @@ import pathlib
 import jax
 import pytest
 
-from experiments import quickstart
 from experiments.convert import __main__ as convert
 from experiments.host import cli
+from experiments.quickstart import digits
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def job(tmp_path_factory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         see_one_device(patch)
-        quickstart.quickstart(root, smoke=True)
+        digits.quickstart(root, smoke=True)
     return root
 
 

@@ -230,3 +230,22 @@ def test_local_passes_signals_on(copy):
     process.terminate()
     assert process.wait(30) == 75
     assert alive(folder) == []
+
+
+def test_quickstart_finds_folders_from_where_it_was_called(tmp_path):
+    """A clone whose environment is there already, and whose Python says what it is given."""
+    clone, here = tmp_path / "clone", tmp_path / "a b"
+    shutil.copytree(ROOT / "launch", clone / "launch")
+    shutil.copy(ROOT / "requirements.txt", clone)
+    python = clone / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    (clone / ".venv" / ".python").write_text(f"{sys.version_info[0]}.{sys.version_info[1]}\n")
+    here.mkdir()
+    argv = [clone / "launch" / "quickstart.sh", "--images=my pictures", "--workdir=/abs"]
+    env = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(argv, cwd=here, env=env, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == [f"--images={here}/my pictures", "--workdir=/abs"]
+    assert "experiments.quickstart" in lines

@@ -1,22 +1,16 @@
 """The default job, end to end: text to image in a latent space, on real handwritten digits.
 
-    python -m experiments.quickstart [--workdir=runs/quickstart] [--smoke]
-
-Runs the commands of this folder one after the other in one process: prepare_data, train (first
-stage, classifier), encode_latents, train (latent diffusion), evaluate; then writes results.json,
-the pictures and report.html, which shows all of it. Run again after an interruption, it goes on
-where it stopped.
+The commands of `experiments` one after the other in one process: prepare_data, train (first stage,
+classifier), encode_latents, train (latent diffusion), evaluate; then results.json, the pictures and
+report.html, which shows all of it.
 """
 
 import contextlib
 import importlib
 import pathlib
-import sys
 import time
 
-import jax
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
 from diffusion import files, pictures, wording, writers
@@ -27,10 +21,9 @@ from experiments.encode_latents import encode
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate.features import Tools
 from experiments.evaluate.samples import Run, Samples, Subject
-from experiments.host import cli
 from experiments.report import __main__ as report
 from experiments.run import generate
-from experiments.train import INTERRUPTED, train
+from experiments.train import train
 
 GRID = 32  # captioned samples
 STRIP = 8  # rows of denoising.png
@@ -72,29 +65,33 @@ def quickstart(root: pathlib.Path, smoke: bool = False, seed: int = 0, setup_sec
     with stage("prepare_data", "data: 5,000 real handwritten digits to ArrayRecord"):
         prepare("captioned_digits", root / "data")
     with stage("autoencoder", "first stage: a KL autoencoder, 32x32x3 to 8x8x4"):
-        _train(job["autoencoder"], root / "autoencoder")
+        train_stage(job["autoencoder"], root / "autoencoder")
     with stage("classifier", "the classifier that will judge the samples"):
-        judged = _train(job["classifier"], root / "classifier")
+        train_stage(job["classifier"], root / "classifier")
     with stage("encode_latents", "latents, encoded once"):
         encode(job["ldm"])
     with stage("ldm", "latent diffusion: text encoder and U-Net, jointly"):
-        _train(job["ldm"], root / "ldm")
+        train_stage(job["ldm"], root / "ldm")
     with stage("evaluate", "evaluation: samples, adherence to the prompts"):
         results = _evaluate(root, smoke, seed)
         _pictures(root, seed)
     seconds["total"] = round(sum(seconds.values()), 1)
+    judged = last_logged(root / "classifier", "eval_accuracy")
     results |= {"classifier_test_accuracy": judged, "seconds": seconds, "seed": seed}
     files.write_json(root / "results.json", results)
     report.report([root], root / "report.html")
     return results
 
 
-def _train(config: ConfigDict, directory: pathlib.Path) -> float | None:
-    finished = train(config, directory)
-    if finished is None:
+def train_stage(config: ConfigDict, directory: pathlib.Path) -> None:
+    """Trains, or goes on. Raises Stopped where a signal ended it."""
+    if train(config, directory) is None:
         raise Stopped(str(directory))
-    # A run that was finished before logs nothing now: its numbers are in metrics.jsonl.
-    return {k: v for row in writers.read(directory) for k, v in row.items()}.get("eval_accuracy")
+
+
+def last_logged(directory: pathlib.Path, name: str) -> float:
+    """What a run logged last under a name: one that was finished before logs nothing now."""
+    return [row[name] for row in writers.read(directory) if name in row][-1]
 
 
 def _evaluate(root: pathlib.Path, smoke: bool, seed: int) -> dict:
@@ -143,31 +140,11 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def define(add: cli.Flags) -> None:
-    add.add("string", "workdir", "runs/quickstart", "Folder of the results.")
-    add.add("bool", "smoke", False, "Every stage for a few steps: seconds, no quality.")
-    add.add("integer", "started", None, "Unix time at which the installation began.")
-    add.add("integer", "seed", 0, "Of every stage.")
-
-
-def main(values: flags.FlagValues) -> int:
-    root = pathlib.Path(values.workdir)
-    # Compilation is a good part of a short job: what one run compiled, the next one reads.
-    jax.config.update("jax_compilation_cache_dir", str(root.parent / ".jax_cache"))
-    setup_secs = time.time() - values.started if values.started else 0.0
-    try:
-        results = quickstart(root, values.smoke, values.seed, setup_secs)
-    except Stopped as stopped:
-        print(f"stopped; {stopped} is saved: run the same command to go on", file=sys.stderr)
-        return INTERRUPTED
+def main(root: pathlib.Path, smoke: bool, seed: int, setup_secs: float) -> None:
+    results = quickstart(root, smoke, seed, setup_secs)
     print(f"\n{table(results)}\n")
     print("pictures:", *[root / f"{name}.png" for name in ("samples", "denoising", "loss")])
     print("results: ", root / "results.json")
     print("report:  ", root / "report.html")
     print("sample:   .venv/bin/python -m experiments.sample", f"--workdir={root}/ldm", end=" ")
     print("--prompt='a large blue four in the centre on white' --out=samples")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(cli.run(define, main))

@@ -1,0 +1,95 @@
+"""Numbers of samples of a folder's pictures, on what needs no download.
+
+kid, frechet_distance   between samples and training pictures, on the features below; for the
+                        pictures held out as well (`held_out`): what a perfect model would have
+adherence               `matcher.py`'s, of samples and of the held-out pictures; None where there
+                        are no captions or classes, or captions repeat no words
+features                of a convolutional network whose weights are random and always the same,
+                        each at mean 0 and deviation 1 over the training pictures. Distances on
+                        random networks order models as those on trained ones do (Naeem et al. 2020,
+                        https://arxiv.org/abs/2002.09797, section 4.2), but compare within one
+                        folder and size alone; they are no FID
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.metrics import frechet, kernel
+from diffusion.metrics.intervals import Estimate, beside
+from diffusion.models.image_encoder import DigitClassifier
+from diffusion.training import codec
+from experiments.quickstart import matcher
+
+MOST_PICTURES = 10_000  # of the training split
+BATCH = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """uint8 pictures of one size and what is said of them; `said` None: nothing."""
+
+    pixels: np.ndarray
+    said: list[str] | None
+
+    def first(self, num: int) -> "Pictures":
+        return Pictures(self.pixels[:num], None if self.said is None else self.said[:num])
+
+
+def features(pixels: np.ndarray) -> np.ndarray:
+    """(pictures, 64) of the random network."""
+    network = DigitClassifier(window=0)
+    params = network.init(jax.random.key(0), jnp.zeros((1, *pixels.shape[1:])))["params"]
+
+    @jax.jit
+    def run(image):
+        return network.apply({"params": params}, codec.signed(image), method="features")
+
+    parts = []
+    for start in range(0, len(pixels), BATCH):
+        part = pixels[start : start + BATCH]
+        padded = np.pad(part, ((0, BATCH - len(part)), (0, 0), (0, 0), (0, 0)))
+        parts.append(np.asarray(run(padded))[: len(part)])
+    return np.concatenate(parts)
+
+
+def distances(pixels: dict[str, np.ndarray], train: np.ndarray) -> dict[str, dict[str, Any]]:
+    """{name: {"kid", "frechet_distance", "count"}} of each set of `pixels` to the training ones."""
+    of_train = features(train)
+    mean, deviation = of_train.mean(0), of_train.std(0) + 1e-6
+    reference, found = (of_train - mean) / deviation, {}
+    statistics = frechet.feature_statistics(reference)
+    for name, x in pixels.items():
+        own = (features(x) - mean) / deviation
+        kid = kernel.kernel_distance(own, reference)
+        distance = frechet.frechet_distance(frechet.feature_statistics(own), statistics)
+        intervals = beside({"kid": Estimate(kid.value, kid.low, kid.high)})
+        found[name] = {**intervals, "frechet_distance": distance, "count": len(x)}
+    return found
+
+
+def measure(samples: Pictures, held_out: Pictures, train: Pictures, seed: int) -> dict[str, Any]:
+    """Everything above. `samples.said`: what each was asked for."""
+    train = train.first(MOST_PICTURES)
+    sets = {"samples": samples.pixels, "held_out": held_out.pixels}
+    found = distances(sets, train.pixels)
+    results: dict[str, Any] = {**found["samples"], "held_out": found["held_out"]}
+    results["adherence"] = None
+    if train.said is not None and samples.said is not None and held_out.said is not None:
+        judge = matcher.train(train.pixels, train.said, seed)
+        if judge is not None:
+            results["adherence"] = judge.adherence(samples.pixels, samples.said, seed)
+            real = judge.adherence(held_out.pixels, held_out.said, seed)
+            results["held_out"]["adherence"] = real
+            results["terms"] = len(judge.words)
+    return results
+
+
+def unseen(said: Sequence[str], train: Sequence[str]) -> int:
+    """How many of `said` no training picture has."""
+    known = set(train)
+    return sum(text not in known for text in said)

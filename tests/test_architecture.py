@@ -16,6 +16,7 @@ MAY_IMPORT = {
     **{LIBRARY + room: () for room in GROUND},
     **dict.fromkeys(("diffusion.data", "diffusion.manifest"), ("diffusion.files",)),
     **dict.fromkeys(("diffusion.pictures", "diffusion.weights"), ("diffusion.files",)),
+    "diffusion.commands": (),
     "diffusion.checkpoint": ("diffusion.files", "diffusion.manifest"),
     "diffusion.writers": ("diffusion.files", "diffusion.redact", "diffusion.wording"),
     "diffusion.interop": ("diffusion.files", "diffusion.models"),

@@ -48,13 +48,13 @@ def prepare(
         provenance.read(directory, f"delete {directory} and prepare it again")
         return directory
     if name == "captioned_digits":
-        from diffusion.data.builders import captioned_digits
+        from diffusion.data.builders.captioned_digits import captioned_digits
 
         builder = captioned_digits.Builder(data_dir=str(data_dir), file_format="array_record")
     elif source_dir is not None:
-        from diffusion.data.builders import local_files
+        from diffusion.data.builders.local_files import local_files, readers
 
-        files = local_files.read(name, pathlib.Path(source_dir), max_bad_images)
+        files = readers.read(name, pathlib.Path(source_dir), max_bad_images)
         builder = local_files.builder(name, files, data_dir)
     else:
         return _finish(name, _from_catalogue(name, data_dir))

@@ -51,7 +51,8 @@ CHOSEN = {chosen}
 
 def get_config(arg=None):
     config = common_folder.get_config(arg, **CHOSEN)
-    # any other key: config.sample.steps = 50
+    if config.task == "denoiser":  # any other key, such as config.sample.guidance_scale = 5.0
+        pass
     return config
 '''
 

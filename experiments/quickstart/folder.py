@@ -118,7 +118,8 @@ def _configs(path: pathlib.Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        module.get_config()
+        if "latents" in module.get_config():
+            module.get_config("autoencoder")
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}; mend or delete it") from error
     return module.get_config

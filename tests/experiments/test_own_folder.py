@@ -106,10 +106,9 @@ def test_captioned_pictures_to_latent_diffusion(tiny, tmp_path, capsys):
 
     # again, with an edit of what may change: it goes on, and the file is the user's
     path = root / "config.py"
-    path.write_text(
-        path.read_text().replace("return config", "config.sample.steps = 3; return config")
-    )
+    path.write_text(path.read_text().replace("        pass\n", "        config.sample.steps = 3\n"))
     before = {p: p.stat().st_mtime_ns for p in (root / "data").rglob("*.png")}
+    assert "sample.steps = 3" in path.read_text()
     assert start(images, root, "--seed=4") == 2
     assert "config.py says 3" in capsys.readouterr().err
     assert start(images, root, "--seed=3") == 0

@@ -1,4 +1,4 @@
-"""How fast a config runs here, alone or against Diffusers with PyTorch on the same machine.
+r"""How fast a config runs here, alone or against Diffusers with PyTorch on the same machine.
 
     python -m experiments.benchmark --suite=train|sample|autoencoder|compile --config=configs/X.py \
         --batch=32 [--peer=diffusers] [--rounds=5] [--out=FILE.json] [--plot=FILE.png]

@@ -1,4 +1,4 @@
-"""Numbers of a trained run, or of a set of images, with what they depend on, as evaluation.json.
+r"""Numbers of a trained run, or of a set of images, with what they depend on, as evaluation.json.
 
     python -m experiments.evaluate --workdir=DIR --metrics=adherence,frechet_distance \
         --classifier=DIR
@@ -15,8 +15,8 @@
     python -m experiments.evaluate --workdir=DIR --metrics=colour|outline --classifier=DIR
         of LoRA's or ControlNet's run: what the adapter changed, and a picture (adapters.py)
 
-What each metric is stands in `metrics.py`, whose table --help and the README repeat. `--num` is how
-many samples are made, or, for bits_per_dim, how many examples of the evaluation split are read.
+What each metric is stands in `metrics.py`, whose table --helpfull and the README repeat. `--num` is
+how many samples are made, or, for bits_per_dim, how many examples of the evaluation split are read.
 Averaged and raw weights are both measured unless --weights names one. With --keep, samples are kept
 in parts as they are made, and the same command goes on where it was interrupted. --reference is
 made of the run's training data where the file is missing (references.py).

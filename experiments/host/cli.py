@@ -13,6 +13,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import textwrap
 import traceback
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 BAD_INPUT = 2  # exit status
+LINES, COLUMNS = 45, 100  # of --help: a screen
 REFUSED = (ValueError, OSError)
 
 
@@ -61,7 +63,10 @@ def run(
     define(declared)
     declared.values.set_gnu_getopt(takes_words)  # flags may follow words
     if {"-h", "--help", "--helpfull"} & set(arguments[1:]):
-        print(sys.modules[main.__module__].__doc__, declared.values.get_help(), sep="\n")
+        doc = sys.modules[main.__module__].__doc__ or ""
+        whole = "--helpfull" in arguments
+        text = declared.values.get_help() if whole else ""
+        print(f"{doc}\n{text}" if whole else short_help(doc, declared.values))
         return 0
     try:
         _check_file(arguments)
@@ -95,6 +100,32 @@ def collect_seldom() -> None:
     """
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def short_help(doc: str, values: flags.FlagValues) -> str:
+    """What fits a screen: the first paragraphs of a docstring, a line for each flag that they name,
+    and the names of the others."""
+    of = {name: values[name] for name in sorted(values)}
+    named = [name for name in of if re.search(rf"--{name}\b", doc)]
+    width = max(map(len, named), default=0)
+    lines = []
+    for name in named:
+        said, default = re.split(r"\. |\.?;?\n", of[name].help)[0].rstrip("."), of[name].default
+        said += f" ({default})" if default not in (None, False, "") else ""
+        line = f"  --{name:{width}}  {said}"
+        lines.append(line if len(line) <= COLUMNS else f"{line[: COLUMNS - 2]} …")
+    rest = " ".join(f"--{name}" for name in of if name not in named)
+    if rest:
+        lines += ["", "And these, which --helpfull explains:"]
+        lines += textwrap.wrap(rest, COLUMNS, initial_indent="  ", subsequent_indent="  ")
+    paragraphs: list[str] = []
+    for paragraph in doc.strip().split("\n\n"):
+        if sum(text.count("\n") + 2 for text in (*paragraphs, paragraph)) + len(lines) > LINES:
+            break
+        paragraphs.append(paragraph)
+    while paragraphs[-1].endswith(":"):  # of what no longer fits
+        paragraphs.pop()
+    return "\n\n".join([*paragraphs, "\n".join(lines)])
 
 
 def _check_file(arguments: Sequence[str]) -> None:

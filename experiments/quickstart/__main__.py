@@ -10,6 +10,7 @@ workdir config.py (the choices, to keep and edit), ldm/ or pixel/ (the denoiser'
 results.json and report.html. Run again after an interruption, it goes on where it stopped.
 """
 
+import os
 import pathlib
 import sys
 import time
@@ -42,7 +43,9 @@ def main(values: flags.FlagValues) -> int:
     if values.images is None and values["minutes"].present:
         raise ValueError(f"--minutes={values.minutes:g} needs --images: the default job is fixed")
     setup_secs = time.time() - values.started if values.started else 0.0
-    name = "quickstart" if values.images is None else pathlib.Path(values.images).resolve().name
+    name = (
+        "quickstart" if values.images is None else pathlib.Path(os.path.abspath(values.images)).name
+    )
     root = pathlib.Path(values.workdir or f"runs/{name}")
     keep_compiled(root.parent / ".jax_cache")
     try:

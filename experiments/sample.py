@@ -9,6 +9,7 @@ A video's frames stand side by side, a series is plotted; the .npz has either as
     ... --image=PNG --mask=PNG                make anew what is white in the mask
     ... --controlnet=DIR --control=PNG        steered by a picture; both may be given several times
     ... --lora=FILE                           with low-rank updates in Diffusers' format
+    ... --embedding=FILE[,FILE]               with learned words (textual inversion)
 
 The same seed gives the same noise, and so the same images, for any batch size and device count;
 `--seed=random` draws one and says which. Images are written as they are made: the same command,
@@ -31,7 +32,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from diffusion import files, pictures
+from diffusion import files, interop, pictures
 from diffusion.wording import Progress
 from experiments.host import cli, cluster
 from experiments.run import generate, kept
@@ -39,7 +40,7 @@ from experiments.run import generate, kept
 SETTINGS = ("sampler", "steps", "guidance_scale", "guidance_rescale", "guidance_interval")
 # What else the pictures depend on, flag by flag; files go in by what they hold.
 ASKED = ("negative_prompt", "label", "strength", "control_scale", "lora_scale", "size", "tile")
-FILES = ("image", "mask", "control", "controlnet", "lora")
+FILES = ("image", "mask", "control", "controlnet", "lora", "embedding")
 SHOWN = 256  # pictures in grid.png
 # make(start=i) -> batches of pictures from number i on
 Make = Callable[..., Iterator[np.ndarray]]
@@ -64,6 +65,7 @@ def define(add: cli.Flags) -> None:
     add.add("list", "control_scale", None, "Weight of each ControlNet (default 1).")
     add.add("multi_string", "lora", None, "Low-rank updates, in Diffusers' format.")
     add.add("float", "lora_scale", 1.0, "Weight of the updates.")
+    add.add("list", "embedding", None, "Learned words: Diffusers' or AUTOMATIC1111's files.")
     add.add("list", "size", None, "height,width in pixels; default: the config's.")
     add.add("integer", "tile", 0, "Decode in tiles of so many pixels; 0: whole.")
     add.add("string", "sampler", None, "Default: the config's sample.sampler.")
@@ -137,6 +139,15 @@ def open_model(values: flags.FlagValues) -> generate.Model:
     pipeline = pipeline.changed(**given)
     for path in values.lora or ():
         pipeline = pipeline.with_lora(path, values.lora_scale)
+    for path in values.embedding or ():
+        words = interop.load_embeddings(path)
+        try:
+            pipeline = pipeline.with_embeddings(words)
+        except ValueError as error:
+            raise ValueError(f"--embedding={path}: {error}") from error
+        if cluster.is_first():
+            told = ", ".join(f"{word} ({len(v)} vectors)" for word, v in words.items())
+            print(f"learned words of {path}: {told}", flush=True)
     for directory in values.controlnet or ():
         pipeline = generate.with_controlnet(pipeline, directory)
     if values.batch_size is not None:

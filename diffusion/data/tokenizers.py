@@ -8,9 +8,12 @@ caption that is too long is counted, and a word that is not in the vocabulary is
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 
 import numpy as np
 import tokenizers
@@ -104,9 +107,39 @@ class Tokenizer:
         self, captions: Sequence[str], length: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """`encode`, and which captions were too long and were cut: bool (captions,)."""
-        encoded = self._fixed(length).encode_batch(list(captions))
+        encoded = self._fixed(length).encode_batch([self._spelled(text) for text in captions])
         tokens = np.array([one.ids for one in encoded], np.int32).reshape(-1, length)
         return tokens, np.array([bool(one.overflowing) for one in encoded], bool)
+
+    def with_words(self, words: Mapping[str, int]) -> "Tokenizer":
+        """With learned words, of so many vectors each: w, w_1, w_2, ... get the next ids.
+
+        ValueError for a word that is a token already.
+        """
+        backend = tokenizers.Tokenizer.from_str(self.serialised)
+        for word, vectors in words.items():
+            for name in (word, *(f"{word}_{i}" for i in range(1, vectors))):
+                if backend.token_to_id(name) is not None:
+                    raise ValueError(f"the word {name!r} is a token already: rename it")
+                backend.add_tokens([tokenizers.AddedToken(name, normalized=True)])
+        return dataclasses.replace(self, serialised=backend.to_str())
+
+    @functools.cached_property
+    def _words(self) -> dict[str, str]:
+        """Learned words of several vectors, and what a caption has in their place."""
+        added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        more = {
+            word: list(itertools.takewhile(added.__contains__, (f"{word}_{i}" for i in count(1))))
+            for word in added
+        }
+        return {word: " ".join((word, *rest)) for word, rest in more.items() if rest}
+
+    def _spelled(self, caption: str) -> str:
+        """With all of a learned word's vectors written out, as Diffusers' pipelines do."""
+        if not self._words:
+            return caption
+        words = "|".join(map(re.escape, sorted(self._words, key=len, reverse=True)))
+        return re.sub(rf"({words})(?!_\d)", lambda match: self._words[match[0]], caption)
 
     def null(self, length: int) -> np.ndarray:
         """The caption that says nothing, for classifier-free guidance: int32 (length,)."""

@@ -24,7 +24,6 @@ import dataclasses
 import math
 import os
 import pickle
-import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -32,53 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 
+from diffusion.interop.pickled_names import DTYPES, INERT, INERT_PACKAGES, STRANGE
+
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-
-DTYPES = {
-    "DoubleStorage": np.dtype("<f8"),
-    "FloatStorage": np.dtype("<f4"),
-    "HalfStorage": np.dtype("<f2"),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype("<i8"),
-    "IntStorage": np.dtype("<i4"),
-    "ShortStorage": np.dtype("<i2"),
-    "CharStorage": np.dtype("i1"),
-    "ByteStorage": np.dtype("u1"),
-    "BoolStorage": np.dtype("?"),
-    "storage.UntypedStorage": np.dtype("u1"),  # of the tensors that name their dtype
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    **{f"uint{bits}": np.dtype(f"<u{bits // 8}") for bits in (16, 32, 64)},
-}
-
-# What stands beside the weights in published checkpoints (callbacks, counters) and is passed over.
-INERT_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")
-PLAIN = "dict list set int float str tuple complex slice range xrange frozenset bytearray".split()
-INERT = {
-    "argparse.Namespace",
-    *("collections.Counter", "collections.deque", "decimal.Decimal", "uuid.UUID"),
-    *(f"datetime.{t}" for t in ("date", "datetime", "time", "timedelta", "timezone")),
-    *(f"pathlib.{t}" for t in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")),
-    *("torch.device", "torch.Generator", "torch.Tensor", "torch.serialization._get_layout"),
-    *("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"),
-    *(f"torch.{t}" for t in ("float64", "float32", "float16", "bfloat16", "bool", "complex64")),
-    *(f"torch.{t}" for t in ("int64", "int32", "int16", "int8", "uint8", "complex128")),
-    "numpy.dtype",
-    "numpy.ndarray",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "_codecs.encode",
-    "typing.Any",
-    *(f"{b}.{t}" for b in ("builtins", "__builtin__") for t in PLAIN),
-}
-
-# Tensors that are no plain array: sparse, quantised, without values, complex.
-STRANGE = re.compile(r"torch\._(utils\._rebuild|tensor\.)\w+|torch\.(Complex|Q)\w+Storage")
 
 Storages = Callable[["_Storage"], bytes]  # a storage's bytes
 
@@ -124,6 +81,13 @@ class _Inert:
         pass
 
 
+class _Parameters(dict):
+    """A ParameterDict: its parameters, by name."""
+
+    def __setstate__(self, state):
+        self.update(state["_parameters"])
+
+
 def _rebuild_tensor(storage, offset, size, stride, *_):
     if not isinstance(storage, _Storage):
         raise TypeError("a tensor without a storage")
@@ -143,6 +107,7 @@ KNOWN: dict[str, Any] = {
     "collections.OrderedDict": collections.OrderedDict,
     "collections.defaultdict": lambda *_: {},
     "torch.Size": tuple,
+    "torch.nn.modules.container.ParameterDict": _Parameters,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
@@ -182,13 +147,16 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read(
-    path: str | os.PathLike, entries: Sequence[str] = ("state_dict",)
+    path: str | os.PathLike,
+    entries: Sequence[str] = ("state_dict",),
+    texts: dict[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Every tensor of the file by its name; no code of the file is run.
 
     Where the file holds a dict with one of the `entries`, the first of them is taken. Entries that
     are no tensors (step counters, nested dicts) are left out; names are as they stand. Arrays have
-    the dtype that is stored, bfloat16 included, and may share memory and be read-only.
+    the dtype that is stored, bfloat16 included, and may share memory and be read-only. `texts` gets
+    the strings of the whole file's dict, where it is given.
 
     Raises:
       ValueError: naming the file: it is missing, truncated or corrupt, is no file of PyTorch, holds
@@ -201,7 +169,8 @@ def read(
         with path.open("rb") as file:
             archive = zipfile.is_zipfile(file)
             file.seek(0)
-            return (_read_zip if archive else _read_legacy)(file, entries)
+            tree, storages = (_read_zip if archive else _read_legacy)(file)
+            return _tensors(tree, storages, entries, texts)
     except _Refused as error:
         if str(error).startswith("torch_utils.persistence."):
             raise ValueError(
@@ -224,28 +193,28 @@ def read(
         ) from error
 
 
-def _read_zip(file: BinaryIO, entries: Sequence[str]) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(file) as archive:
-        pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
-        if len(pickles) != 1:
-            raise ValueError("it holds no data.pkl, as TorchScript and other archives do not")
-        root = pickles[0].removesuffix("data.pkl")
-        order = f"{root}byteorder"
-        if order in archive.namelist() and archive.read(order) != b"little":
-            raise ValueError("its byte order is not little-endian")
-        with archive.open(pickles[0]) as pickled:
-            tree = _Unpickler(pickled).load()
+def _read_zip(file: BinaryIO) -> tuple[Any, Storages]:
+    archive = zipfile.ZipFile(file)
+    pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+    if len(pickles) != 1:
+        raise ValueError("it holds no data.pkl, as TorchScript and other archives do not")
+    root = pickles[0].removesuffix("data.pkl")
+    order = f"{root}byteorder"
+    if order in archive.namelist() and archive.read(order) != b"little":
+        raise ValueError("its byte order is not little-endian")
+    with archive.open(pickles[0]) as pickled:
+        tree = _Unpickler(pickled).load()
 
-        def storage(wanted: _Storage) -> bytes:
-            info = archive.getinfo(f"{root}data/{wanted.key}")
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("a storage is compressed, which PyTorch never does")
-            return archive.read(info)  # checks the CRC
+    def storage(wanted: _Storage) -> bytes:
+        info = archive.getinfo(f"{root}data/{wanted.key}")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("a storage is compressed, which PyTorch never does")
+        return archive.read(info)  # checks the CRC
 
-        return _tensors(tree, storage, entries)
+    return tree, storage
 
 
-def _read_legacy(file: BinaryIO, entries: Sequence[str]) -> dict[str, np.ndarray]:
+def _read_legacy(file: BinaryIO) -> tuple[Any, Storages]:
     if _Unpickler(file).load() != LEGACY_MAGIC:
         raise ValueError("it is neither a zip archive nor a legacy file of torch.save")
     _version, system = (_Unpickler(file).load() for _ in range(2))
@@ -256,11 +225,15 @@ def _read_legacy(file: BinaryIO, entries: Sequence[str]) -> dict[str, np.ndarray
     for key in keys:
         (length,) = struct.unpack("<q", file.read(8))
         stored[key] = file.read(length * unpickler.storages[key].dtype.itemsize)
-    return _tensors(tree, lambda wanted: stored[wanted.key], entries)
+    return tree, lambda wanted: stored[wanted.key]
 
 
-def _tensors(tree: Any, storages: Storages, entries: Sequence[str]) -> dict[str, np.ndarray]:
+def _tensors(
+    tree: Any, storages: Storages, entries: Sequence[str], texts: dict[str, str] | None
+) -> dict[str, np.ndarray]:
     if isinstance(tree, Mapping):
+        if texts is not None:
+            texts |= {key: text for key, text in tree.items() if isinstance(text, str)}
         tree = next((tree[key] for key in entries if isinstance(tree.get(key), Mapping)), tree)
     found = tree.items() if isinstance(tree, Mapping) else ()
     wanted = {name: t for name, t in found if isinstance(name, str) and isinstance(t, _Tensor)}

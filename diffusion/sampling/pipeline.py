@@ -6,7 +6,7 @@ keyed by fold_in(key(seed), i), so neither batch size nor device count changes i
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,6 +80,30 @@ class Pipeline:
             name = "denoiser" if name == "unet" else name
             params[name] = lora.merge(params[name], tree, scale)
         return dataclasses.replace(self, params=params)
+
+    def with_embeddings(self, words: Mapping[str, np.ndarray]) -> "Pipeline":
+        """With learned words, (vectors, width) each. ValueError where they are of another encoder,
+        or tokens already."""
+        text: Any = self.task.conditions.get("text")
+        if self.tokenizer is None or text is None:
+            raise ValueError("the model reads no captions, so that no word can be learned for it")
+        table = np.asarray(self.params["text_encoder"]["token_embedding"]["embedding"])
+        tokenizer = self.tokenizer.with_words({word: len(v) for word, v in words.items()})
+        rows = max(len(table), tokenizer.vocabulary_size)
+        table = np.concatenate([table, np.zeros((rows - len(table), table.shape[1]), table.dtype)])
+        for word, vectors in words.items():
+            if vectors.shape[1] != table.shape[1]:
+                raise ValueError(
+                    f"the word {word!r} has vectors of {vectors.shape[1]}, but the text encoder's "
+                    f"are of {table.shape[1]}: it was learned for another one"
+                )
+            first = tokenizer.backend.token_to_id(word)
+            table[first : first + len(vectors)] = vectors
+        encoder = {**self.params["text_encoder"], "token_embedding": {"embedding": table}}
+        grown = dataclasses.replace(text, encoder=text.encoder.clone(vocab_size=rows))
+        task = dataclasses.replace(self.task, conditions={**self.task.conditions, "text": grown})
+        params = {**self.params, "text_encoder": encoder}
+        return dataclasses.replace(self, task=task, tokenizer=tokenizer, params=params)
 
     def with_controlnet(self, network: Any, params: Any) -> "Pipeline":
         """Steered by one ControlNet more. ValueError for one of another U-Net."""

@@ -2,9 +2,9 @@
 
 import collections
 import datetime
+import importlib.util
 import json
 import pathlib
-import re
 import shutil
 import warnings
 
@@ -21,6 +21,12 @@ with warnings.catch_warnings():
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
+
+_SPEC = importlib.util.spec_from_file_location(
+    "flax_reference", pathlib.Path(__file__).with_name("flax_reference.py")
+)
+flax_reference = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(flax_reference)
 
 LOADERS = {"unet": load_unet, "vae": load_autoencoder, "text": load_text_encoder}
 STEMS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model") | {"text": "model"}
@@ -72,37 +78,6 @@ def same(found, wanted):
     jax.tree.map(np.testing.assert_array_equal, found[1], wanted[1])
 
 
-def flax_tree(tensors):
-    """What Diffusers 0.39 and Transformers 4 saved of Flax: their naming and layout, written out.
-
-    Kernels (in, out) and (height, width, in, out); a norm's weight is its scale; lists are
-    name_0, name_1, save CLIP's layers, which are a level of their own; an attention of the first
-    stage has query, key, value, proj_attn.
-    """
-    tree = {}
-    for name, tensor in tensors.items():
-        *path, leaf = name.split(".")
-        value = tensor.float().numpy()
-        if "layers" not in path:
-            path = re.sub(r"\.(\d+)(?=\.|$)", r"_\1", ".".join(path)).split(".")
-        if path[-2:-1] == ["attentions_0"] and path[0] in ("encoder", "decoder"):
-            old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out_0": "proj_attn"}
-            path[-1] = old.get(path[-1], path[-1])
-        if leaf == "weight":
-            if "embedding" in path[-1]:
-                leaf = "embedding"
-            elif value.ndim == 1:
-                leaf = "scale"
-            else:
-                leaf = "kernel"
-                value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[leaf] = np.ascontiguousarray(value)
-    return tree
-
-
 @pytest.mark.parametrize("name", LOADERS)
 def test_flax_trees_are_read(models, name, tmp_path):
     folder, tensors = models
@@ -111,7 +86,7 @@ def test_flax_trees_are_read(models, name, tmp_path):
     if "_class_name" in config:
         config["_class_name"] = "Flax" + config["_class_name"]
     (target / "config.json").write_text(json.dumps(config))
-    tree = flax_tree(tensors[name])
+    tree = flax_reference.flax_tree(tensors[name])
     stem = weight_files.STEMS[".msgpack"][STEMS[name]]
     file = target / f"{stem}.msgpack"
     file.write_bytes(flax.serialization.msgpack_serialize(tree))

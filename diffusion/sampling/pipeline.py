@@ -97,7 +97,7 @@ class Pipeline:
                     f"the word {word!r} has vectors of {vectors.shape[1]}, but the text encoder's "
                     f"are of {table.shape[1]}: it was learned for another one"
                 )
-            first = tokenizer.backend.token_to_id(word)
+            first: Any = tokenizer.backend.token_to_id(word)
             table[first : first + len(vectors)] = vectors
         encoder = {**self.params["text_encoder"], "token_embedding": {"embedding": table}}
         grown = dataclasses.replace(text, encoder=text.encoder.clone(vocab_size=rows))

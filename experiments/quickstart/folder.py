@@ -188,7 +188,8 @@ def _said(config: ConfigDict, get: Any) -> dict[str, Any]:
         parts["autoencoder"] = get("autoencoder")
     for name, part in parts.items():
         said[f"{name}_steps"], said[f"{name}_batch"] = part.train.steps, part.train.batch_size
-    return said | {"channels": config.model.denoiser.get("channels")}
+    sizes = config.model.denoiser
+    return said | {"channels": sizes.channels if "channels" in sizes else None}
 
 
 def _save(root: pathlib.Path, pixels: Any, asked: Any, held_out: Any, runs: Any) -> None:

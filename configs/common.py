@@ -105,6 +105,9 @@ def denoiser() -> ConfigDict:
     config.process.schedule = ConfigDict({"name": "ddpm_linear", "num_steps": 1000})
     # of p(x_{t-1} | x_t): "fixed_large" (beta_t), "fixed_small" (the posterior's), "learned"
     config.process.variance = "fixed_large"
+    # how it is learnt: "denoise", or for few steps "meanflow", "consistency", "progressive", each
+    # with an objective's arguments of its own (diffusion/process/few_steps.py)
+    config.process.method = "denoise"
     # norm: "l2", "l1"; weighting: "simple", "min_snr", "edm", "vlb" (diffusion/process/losses.py)
     config.process.objective = ConfigDict({"norm": "l2", "weighting": "simple"})
     # how t is drawn: "uniform", "lognormal", "logit_normal", "second_moment"; "": its own

@@ -89,6 +89,14 @@ def digits_transformer() -> dict:
     }
 
 
+def digits_teacher(config: ConfigDict) -> ConfigDict:
+    """Starts from the default job's run, and keeps its U-Net as teacher and its text encoder."""
+    config.init_from = "runs/quickstart/ldm"
+    config.conditioning.train_text_encoder = False
+    config.model.teacher = {**config.model.denoiser.to_dict(), "second_time": False}
+    return config
+
+
 def digits_adapter() -> ConfigDict:
     """What is trained on top of the default job's run, which stays frozen at `init_from`."""
     config = digits_networks(digits_data(denoiser()))

@@ -31,7 +31,7 @@ MAY_IMPORT = {
 FLOORS = (
     ("host",),
     ("run",),
-    ("evaluate", "sample", "convert", "plan", "report", "prepare_data", "encode_latents"),
+    ("evaluate", "sample", "play", "convert", "plan", "report", "prepare_data", "encode_latents"),
     ("train",),
     ("quickstart", "benchmark"),
 )

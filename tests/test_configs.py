@@ -31,6 +31,7 @@ DIT["b4"] = 130_426_496
 SIT_WIDTHS = {"xl": 1152, "l": 1024, "b": 768, "s": 384}
 DIGITS_TRANSFORMER = 2_307_596
 FORECAST = 253_377
+DIGITS_TOLD = 1_522_980  # a second time
 # Every network of every config and argument (after a colon; the first argument is the default).
 # Those of DDPM, LDM, Stable Diffusion, its adapters and text encoders, and of PatchGAN are the
 # published counts; the others are this project's own networks, written down so as not to drift.
@@ -70,6 +71,9 @@ PARAMETERS = {
     },
     "digits_ldm:unet": DIGITS,
     "digits_ldm:transformer": {**DIGITS, "denoiser": DIGITS_TRANSFORMER},
+    "distil_digits:jumps": {**DIGITS, "denoiser": DIGITS_TOLD, "teacher": DIGITS["denoiser"]},
+    "distil_digits:consistency": {**DIGITS, "teacher": DIGITS["denoiser"]},
+    "ect_cifar10": {"denoiser": 53_634_563},
     "edm_cifar10": {"denoiser": 53_634_563},
     "fashion_autoencoder": {"autoencoder": 396_404, "discriminator": 42_545},
     "fashion_classifier": {"classifier": 174_122},
@@ -94,6 +98,9 @@ PARAMETERS = {
     "ldm_lsun256:beds": {"denoiser": LDM_256, "autoencoder": VQ_F4},
     "ldm_lsun256:churches": {"denoiser": 294_966_916, "autoencoder": KL_F8},
     "ldm_text": {"denoiser": 872_300_484, "text_encoder": 581_994_042, "autoencoder": KL_F8},
+    "meanflow_cifar10": {"denoiser": 53_634_563 + 128 * 512 + 512 + 512 * 512 + 512},
+    "meanflow_digits:tuned": {**DIGITS, "denoiser": DIGITS_TOLD, "teacher": DIGITS["denoiser"]},
+    "meanflow_digits:scratch": {**DIGITS, "denoiser": DIGITS_TOLD},
     "signal_ddpm": {"denoiser": 726_305},
     "stable_diffusion:v1": V1,
     "stable_diffusion:v2": V2,
@@ -189,7 +196,9 @@ def test_what_is_frozen_and_not_stored_costs_its_forward_pass():
 def test_every_config_has_a_smoke_run_and_says_how_to_run(name):
     smoke = load(name, "smoke")
     planned = plan.plan(smoke)  # its steps are traced
-    assert sum(network["parameters"] for network in planned["networks"].values()) < 4e6
+    sizes = {name: network["parameters"] for name, network in planned["networks"].items()}
+    sizes.pop("teacher", None)  # the denoiser once more
+    assert sum(sizes.values()) < 4e6
     assert smoke.train.steps <= 10
     assert smoke.wandb.mode == "disabled"
     text = importlib.import_module(f"configs.{name}").__doc__

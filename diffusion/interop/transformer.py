@@ -149,6 +149,7 @@ def _config(module: Transformer, params: Mapping[str, Any]) -> dict[str, Any]:
         "interpolate": False,
         "position_scale": 1,
         "pool_context": False,
+        "second_time": False,
     }
     for key, value in needed.items():
         if getattr(module, key) != value:

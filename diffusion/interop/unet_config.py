@@ -282,8 +282,9 @@ def _check_expressible(module: UNet, params: Mapping[str, Any], depths: list[int
         _refuse("spatial axes", rank, "its U-Nets have two")
     if module.multipliers[0] != 1:
         _refuse("multipliers", module.multipliers, "the first level has the width of conv_in, so 1")
-    if module.pool_context:
-        _refuse("pool_context", True, "it has no such projection")
+    for key in ("pool_context", "second_time"):
+        if getattr(module, key):
+            _refuse(key, True, "it has no such projection")
     if module.downsample_padding not in (1, (1, 1), None, (0, 1)):
         _refuse("downsample_padding", module.downsample_padding, "only 1 and (0, 1) are")
     if cross and (module.resblock_updown or not module.mid_attention):

@@ -67,11 +67,12 @@ def chosen_kernel(q: Array, k: Array, v: Array, mask: Array | None) -> str:
     """One of "xla", "cudnn" and "pallas", for the target.
 
     Flash attention is for scores that are not small, without a mask: cuDNN wants one as a bias,
-    which restricts the lengths when training. Half precision alone; cuDNN's widths as in
+    which restricts the lengths when training. Neither kernel has a forward mode. Half precision
+    alone; cuDNN's widths as in
     `jax/_src/cudnn/fused_attention_stablehlo.py::check_is_flash_attention`.
     """
     aim, half = target.current(), q.dtype in (jnp.bfloat16, jnp.float16)
-    if mask is not None or not (half and q.dtype == k.dtype == v.dtype):
+    if mask is not None or aim.forward_mode or not (half and q.dtype == k.dtype == v.dtype):
         return "xla"
     if aim.platform == "tpu" and tpu_applies(q, k):
         return "pallas"

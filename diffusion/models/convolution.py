@@ -33,14 +33,15 @@ def conv(
 ) -> Float[Array, "batch *out_space features"]:
     """Convolution (cross-correlation), the same stride and padding on every axis.
 
-    A large one for a single CPU device cannot be differentiated in forward mode (`jax.jvp`).
-    Several keep XLA's gradient: only of that does a partitioned program exchange the sum once.
+    Several devices keep XLA's gradient: only of that does a partitioned program exchange the sum
+    once. So does `target.forward_mode`, without which a large one for a single CPU device refuses
+    `jax.jvp`.
     """
     sizes = zip(x.shape[1:-1], kernel.shape[:-2], strict=True)
     places = [(n + sum(padding) - k) // strides + 1 for n, k in sizes]
     large = x.shape[0] * math.prod(places) * kernel.size >= LARGE
     aim = target.current()
-    alone = aim.platform == "cpu" and aim.devices == 1
+    alone = aim.platform == "cpu" and aim.devices == 1 and not aim.forward_mode
     return (_by_products if alone and large else _conv)(x, kernel, strides, padding)
 
 

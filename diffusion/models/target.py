@@ -20,12 +20,14 @@ class Target:
 
     cudnn_head_dim: the widest head of cuDNN's flash attention there, 0: it has none. mesh: of a
     program that is partitioned by the compiler, which splits no kernel that is not its own.
+    forward_mode: of a program that is differentiated by `jax.jvp`, which custom gradients lack.
     """
 
     platform: str = ""
     devices: int = 1
     cudnn_head_dim: int = 0
     mesh: Mesh | None = None
+    forward_mode: bool = False
 
 
 ANY = Target()  # what is traced for where nothing is handed in
@@ -43,6 +45,13 @@ def handed(target: Target) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """What is traced inside has kernels that `jax.jvp` takes."""
+    with handed(dataclasses.replace(current(), forward_mode=True)):
+        yield
 
 
 def of(devices: Sequence[Any], mesh: Mesh | None = None) -> Target:

@@ -38,6 +38,7 @@ from diffusion.models.positions import (
     sincos_positions,
     unpatch,
 )
+from diffusion.models.second_time import with_second_time
 from diffusion.models.transformer_blocks import Block, make_norm, table, zero_dense
 from diffusion.models.unet import REMAT_POLICIES
 
@@ -59,7 +60,7 @@ class Transformer(nn.Module):
     norms of each head's q and k. registers: learned tokens beside the patches (arXiv:2309.16588).
     activation: of the feed-forward, `models/attention.py`'s. epsilon: of the norms, of that before
     the feed-forward `mlp_epsilon` where it is given (Diffusers' DiT has 1e-5).
-    freq_shift: of eq. 2's sinusoids; 1 in Diffusers' DiT.
+    freq_shift: of eq. 2's sinusoids; 1 in Diffusers' DiT. second_time: takes `s`.
     dtype: what to compute in; parameters stay float32. remat: None or a key of REMAT_POLICIES.
     """
 
@@ -84,6 +85,7 @@ class Transformer(nn.Module):
     epsilon: float = 1e-6
     mlp_epsilon: float | None = None
     freq_shift: int | float = 0
+    second_time: bool = False
     dtype: Any = None
     remat: str | None = None
 
@@ -97,6 +99,7 @@ class Transformer(nn.Module):
         labels: Int[Array, "batch"] | None = None,
         residuals: Any = None,
         keys: Key[Array, "batch"] | None = None,
+        s: Num[Array, ""] | Num[Array, "batch"] | None = None,
     ) -> Float[Array, "batch *space out_channels"]:
         """Float32 or wider. `context_mask` True: may be looked at. `keys`: there is no dropout.
 
@@ -114,7 +117,7 @@ class Transformer(nn.Module):
         else:
             angles = rotary_angles(places, self.width // self.heads, self.registers)
         u = self._with_registers(u)
-        c, shared = self._condition(x, t, labels, context, context_mask)
+        c, shared = self._condition(x, t, labels, context, context_mask, s)
         context = self._project(context) if self.cross else None
         block = nn.remat(Block, policy=REMAT_POLICIES[self.remat]) if self.remat else Block
         for i in range(self.depth):
@@ -139,13 +142,15 @@ class Transformer(nn.Module):
         )
 
     def _condition(
-        self, x: Array, t: Array, labels: Array | None, context: Any, mask: Array | None
+        self, x: Array, t: Array, labels: Array | None, context: Any, mask: Array | None, s: Any
     ) -> tuple[Array, Array | None]:
         """Eq. 2; and W silu(c) of eq. 4 where one W serves all blocks."""
         t = jnp.broadcast_to(t, x.shape[:1]).astype(jnp.promote_types(x.dtype, jnp.float32))
         dense = functools.partial(Dense, kernel_init=small_init, dtype=self.dtype)
-        c = timestep_embedding(t, TIME_WIDTH, freq_shift=self.freq_shift)
-        c = dense(self.width, name="time_2")(nn.silu(dense(self.width, name="time_1")(c)))
+        sinusoids = TIME_WIDTH, True, self.freq_shift
+        c = nn.silu(dense(self.width, name="time_1")(timestep_embedding(t, *sinusoids)))
+        c = dense(self.width, name="time_2")(c)
+        c = with_second_time(self.second_time, c, t, s, *sinusoids, self.dtype)
         if self.num_classes is not None:
             embed = nn.Embed(
                 self.num_classes,

@@ -43,6 +43,7 @@ from diffusion.models.layers import (
     timestep_embedding,
     zero_init,
 )
+from diffusion.models.second_time import with_second_time
 
 # What the backward pass finds saved inside each block: nothing; the outputs of convolutions and of
 # attention (norms and activations, cheap to compute, are recomputed); or those of dense layers.
@@ -64,7 +65,7 @@ class UNet(nn.Module):
         with cross-attention to `context`; one for all or one a level. The middle has the last's.
     num_classes: labels 0 .. num_classes - 1 (a null class counts) are embedded and added to temb;
         for labels as context (LDM on ImageNet) put `layers.ClassEmbedder` before the U-Net.
-    pool_context: add a projection of the mean context token to temb.
+    pool_context: add a projection of the mean context token to temb. second_time: takes `s`.
     dtype: what to compute in; parameters stay float32. remat: None or a key of REMAT_POLICIES.
     """
 
@@ -88,6 +89,7 @@ class UNet(nn.Module):
     downsample_padding: Padding = (0, 1)
     flip_sin_to_cos: bool = False
     freq_shift: int | float = 1
+    second_time: bool = False
     dtype: Any = None
     remat: str | None = None
 
@@ -101,6 +103,7 @@ class UNet(nn.Module):
         labels: Int[Array, "batch"] | None = None,
         residuals: Sequence[Float[Array, "batch ..."]] | None = None,
         keys: Key[Array, "batch"] | None = None,
+        s: Num[Array, ""] | Num[Array, "batch"] | None = None,
     ) -> Float[Array, "batch *space out_channels"]:
         """Float32 or wider. `context_mask` True: may be looked at. `keys` None: no dropout.
 
@@ -108,7 +111,7 @@ class UNet(nn.Module):
         ValueError where the size cannot be halved between all levels, or fields contradict.
         """
         self._check(x, context, labels)
-        temb = self._embed(x, t, context, context_mask, labels)
+        temb = self._embed(x, t, context, context_mask, labels, s)
         h, skips = self._down(x, temb, context, context_mask, keys)
         h = self._middle(h, temb, context, context_mask, keys)
         if residuals is not None:
@@ -196,12 +199,14 @@ class UNet(nn.Module):
             return Upsample(width, dtype=self.dtype, name=name)(h)
         return Downsample(width, self.downsample_padding, dtype=self.dtype, name=name)(h)
 
-    def _embed(self, x: Array, t: Array, context, mask, labels) -> Array:
+    def _embed(self, x: Array, t: Array, context, mask, labels, s=None) -> Array:
         """Eq. 6."""
         t = jnp.broadcast_to(t, x.shape[:1]).astype(jnp.promote_types(x.dtype, jnp.float32))
-        temb = timestep_embedding(t, self.channels, self.flip_sin_to_cos, self.freq_shift)
+        sinusoids = self.channels, self.flip_sin_to_cos, self.freq_shift
         dense = functools.partial(Dense, 4 * self.channels, dtype=self.dtype)
-        temb = dense(name="time_2")(nn.silu(dense(name="time_1")(temb)))
+        temb = nn.silu(dense(name="time_1")(timestep_embedding(t, *sinusoids)))
+        temb = dense(name="time_2")(temb)
+        temb = with_second_time(self.second_time, temb, t, s, *sinusoids, self.dtype)
         if self.num_classes is not None:
             embed = nn.Embed(
                 self.num_classes, 4 * self.channels, self.dtype, name="class_embedding"

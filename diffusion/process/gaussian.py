@@ -40,8 +40,8 @@ from jaxtyping import Array, Float, Shaped
 from diffusion.process.schedules import Schedule
 
 PREDICTIONS = ("eps", "x0", "v", "velocity", "edm")
-Network = Callable[[Array, Array], Array]
-Denoise = Callable[[Array, Array], Any]
+Network = Callable[..., Array]
+Denoise = Callable[..., Any]
 
 
 def expand(values: Any, like: Array) -> Array:
@@ -198,20 +198,27 @@ def targets(
 
 
 def apply_network(
-    network: Network, schedule: Schedule, prediction: str, x_t: Array, t: Shaped[Array, "batch"]
+    network: Network,
+    schedule: Schedule,
+    prediction: str,
+    x_t: Array,
+    t: Shaped[Array, "batch"],
+    s: Shaped[Array, "batch"] | None = None,
 ) -> Array:
-    """network(scaled x_t, conditioning of t): c_in and c_noise of EDM Table 1, else x_t and t.
+    """network(scaled x_t, conditioning of t [and of s]): c_in and c_noise of EDM Table 1, else x_t
+    and t. s: where a jump ends, of a network of two times (`few_steps.py`).
 
     c_in = 1 / sqrt(sigma^2 + alpha^2 sigma_data^2) where the network predicts EDM's F.
     """
+    times = [jnp.asarray(schedule.conditioning(time)) for time in (t, s) if time is not None]
     if prediction == "edm":
         alpha, sigma = jnp.asarray(schedule.alpha(t)), jnp.asarray(schedule.sigma(t))
         scale = 1 / _edm_norm(alpha, sigma, schedule.sigma_data)
     elif schedule.num_steps is not None:
-        return network(x_t, jnp.asarray(schedule.conditioning(t)))
+        return network(x_t, *times)
     else:
         scale = schedule.input_scale(t)
-    return network(expand(scale, x_t) * x_t, jnp.asarray(schedule.conditioning(t)))
+    return network(expand(scale, x_t) * x_t, *times)
 
 
 def split_variance(output: Array, x: Array, learned: bool) -> tuple[Array, Array | None]:
@@ -246,13 +253,14 @@ def make_denoise(
     """denoise(x_t, t) -> x_0 estimate, from network(x_t, t) -> output of that prediction type.
 
     x_t: (batch, *space, channels); t: (batch,). With ``learned_variance`` the network has twice
-    the channels and denoise returns (x_0, variance output). Raises ValueError for an unknown
+    the channels and denoise returns (x_0, variance output). denoise(x_t, t, s) asks a network of
+    two times for the x_0 of a jump to s (`few_steps.py`). Raises ValueError for an unknown
     prediction, eps at zero terminal SNR, and a wrong number of channels.
     """
     check_terminal(schedule, check_prediction(prediction))
 
-    def denoise(x_t: Array, t: Array) -> Any:
-        output = apply_network(network, schedule, prediction, x_t, t)
+    def denoise(x_t: Array, t: Array, *s: Array) -> Any:
+        output = apply_network(network, schedule, prediction, x_t, t, *s)
         output, variance = split_variance(output, x_t, learned_variance)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         output = output.astype(x_t.dtype)

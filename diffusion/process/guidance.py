@@ -31,8 +31,8 @@ def _join(x0: Array, rest: tuple[Array, ...]) -> Any:
 
 
 def _map_x0(denoise: Denoise, function: Any) -> Denoise:
-    def wrapped(x_t: Array, t: Array) -> Any:
-        x0, rest = _split(denoise(x_t, t))
+    def wrapped(x_t: Array, t: Array, *s: Array) -> Any:
+        x0, rest = _split(denoise(x_t, t, *s))
         return _join(function(x0), rest)
 
     return wrapped
@@ -65,9 +65,9 @@ def classifier_free(
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale={rescale}, but it must lie in [0, 1]: the paper uses 0.7")
 
-    def denoise(x_t: Array, t: Array) -> Any:
-        cond, rest = _split(denoise_cond(x_t, t))
-        uncond, _ = _split(denoise_uncond(x_t, t))
+    def denoise(x_t: Array, t: Array, *s: Array) -> Any:
+        cond, rest = _split(denoise_cond(x_t, t, *s))
+        uncond, _ = _split(denoise_uncond(x_t, t, *s))
         x0 = uncond + expand(scale, cond) * (cond - uncond)
         if rescale:
             factor = rescale * _std(cond) / jnp.maximum(_std(x0), 1e-12) + (1 - rescale)

@@ -95,7 +95,12 @@ def draw(
     if times not in TIMES:
         raise ValueError(f"times={times!r} is unknown: choose one of {', '.join(TIMES)}")
     t = TIMES[times](stream(keys, TIME_PURPOSE), schedule, **options)
-    return t, normal(stream(keys, NOISE_PURPOSE), x0.shape, x0.dtype)
+    return t, noise_like(keys, x0)
+
+
+def noise_like(keys: Key[Array, "batch"], x0: Float[Array, "batch *shape"]) -> Array:
+    """A training step's noise."""
+    return normal(stream(keys, NOISE_PURPOSE), x0.shape, x0.dtype)
 
 
 def squared_jacobian(prediction: str, alpha: Array, sigma: Array, sigma_data: float | int) -> Array:

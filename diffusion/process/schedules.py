@@ -166,10 +166,14 @@ def _gather(table: np.ndarray, t: Times) -> Levels:
 
 
 def _interpolate(table: np.ndarray, t: Times) -> Levels:
-    """table at a fractional t, linearly; exact at integers, constant beyond both ends."""
-    np_like = module(t)
-    t = np_like.clip(as_float(t), 0, table.size - 1)
-    low = np_like.floor(t).astype(np.int32)
+    """table at a fractional t, linearly; exact at integers, constant beyond both ends.
+
+    Differentiable in t, both ends included (by `where`: of `clip` half the slope would be left).
+    """
+    np_like, last = module(t), table.size - 1
+    t = as_float(t)
+    t = np_like.where(t < 0, 0 * t, np_like.where(t > last, 0 * t + last, t))
+    low = np_like.minimum(np_like.floor(t), max(last - 1, 0)).astype(np.int32)
     high = np_like.minimum(low + 1, table.size - 1)
     weight = t - low
     return (1 - weight) * _gather(table, low) + weight * _gather(table, high)

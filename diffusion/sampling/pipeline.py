@@ -199,7 +199,8 @@ class Pipeline:
     ) -> Callable[..., Any]:
         """A compiled function (params, seeds, indices, columns) -> images [, images of each step].
 
-        It holds no parameters. seeds, indices and columns have one row a picture.
+        It holds no parameters. seeds, indices and columns have one row a picture; a column
+        "guidance_scale" has each picture's own.
         """
         bare = dataclasses.replace(self, params={})
         task, how, method = bare.task, bare.how, bare.how.method(strength)
@@ -215,7 +216,8 @@ class Pipeline:
             told, nothing = {**task.condition(params, batch), **given.told}, None
             if empty := conditions.null(task.conditions, params, batch):
                 nothing = {**task.condition(params, {**batch, **empty}), **given.told}
-            denoise = how.denoise(functools.partial(task.predict, params), told, nothing)
+            scale = batch.get("guidance_scale")
+            denoise = how.denoise(functools.partial(task.predict, params), told, nothing, scale)
             x = ks.normal(first, (len(indices), *task.sample_shape))  # of (seed, i) alone
             x = given.start(how.schedule, method, x)
             found = samplers.sample(method, given.kept(denoise), x, noise, trajectory)

@@ -13,8 +13,8 @@ from diffusion.process.gaussian import Denoise
 from diffusion.process.samplers import SAMPLERS, Sampler
 from diffusion.process.schedules import Schedule
 
-# predict(x_t, t, told) -> the network's output, told what conditions say.
-Predict = Callable[[jax.Array, jax.Array, Any], jax.Array]
+# predict(x_t, t, told[, s]) -> the network's output, told what conditions say.
+Predict = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,38 +78,40 @@ class Settings:
                 f"options={options} has a key that {self.sampler} lacks ({error})"
             ) from error
 
-    def denoise(self, predict: Predict, told: Any, nothing: Any = None) -> Denoise:
+    def denoise(
+        self, predict: Predict, told: Any, nothing: Any = None, scale: jax.Array | None = None
+    ) -> Denoise:
         """denoise(x_t, t) -> x_0, or (x_0, variance output) of a learned variance.
 
         With classifier-free guidance away from `nothing`, what says nothing, both halves in one
-        call of the network; None, or a scale of 1: without.
+        call of the network; None, or a scale of 1: without. scale: each picture's own (batch,).
         """
 
         def estimate(given: Any) -> Denoise:
             return gaussian.make_denoise(
-                lambda x_t, t: predict(x_t, t, given),
+                lambda x_t, t, *s: predict(x_t, t, given, *s),
                 self.schedule,
                 self.prediction,
                 learned_variance=self.variance == "learned",
             )
 
-        if self.guidance_scale == 1 or nothing is None:
+        if nothing is None or (scale is None and self.guidance_scale == 1):
             return self._bounded(estimate(told))
         both = estimate(jax.tree.map(_paired, told, nothing))
 
-        def guided(x_t: jax.Array, t: jax.Array) -> Any:
-            pairs = both(_paired(x_t, x_t), _paired(t, t))
+        def guided(x_t: jax.Array, *times: jax.Array) -> Any:
+            pairs = both(*[_paired(a, a) for a in (x_t, *times)])
             cond, uncond = (jax.tree.map(lambda x, i=i: x[i::2], pairs) for i in (0, 1))
-            return self._guided(lambda *_: cond, lambda *_: uncond)(x_t, t)
+            return self._guided(lambda *_: cond, lambda *_: uncond, scale)(x_t, *times)
 
         return self._bounded(guided)
 
-    def _guided(self, conditional: Denoise, unconditional: Denoise) -> Denoise:
+    def _guided(self, conditional: Denoise, unconditional: Denoise, scale: Any = None) -> Denoise:
         try:
             return guidance.classifier_free(
                 conditional,
                 unconditional,
-                self.guidance_scale,
+                self.guidance_scale if scale is None else scale,
                 self.guidance_interval or None,
                 self.guidance_rescale,
                 self.guidance_channels,

@@ -12,6 +12,9 @@ it is among the frozen ones; so is the U-Net, under low-rank updates (`models/lo
 ControlNet (`models/controlnet.py`). A fraction `drop_condition` of the captions is replaced by the
 empty one (classes by the null class), for classifier-free guidance (arXiv:2207.12598, algorithm 1).
 
+Objectives of few steps (`process/few_steps.py`) ask the network for jumps to a second time, without
+its condition, and a frozen "teacher" for the velocity.
+
 With a loss history, t is drawn more often where the loss is large and the loss divided by how much
 more often (Improved DDPM section 3.3, arXiv:2102.09672; the equations are in `process/losses.py`).
 """
@@ -41,13 +44,14 @@ class Denoiser:
     """Flax modules and functions of the task; holds no arrays. See `experiments/run/tasks.py`.
 
     sample_shape: (*space, channels) of what is diffused. objective and draw come from
-    `process/losses.py`. `network`, "denoiser" among the parameters, is any that is called as
-    `models/unet.py` is. Networks with a transform in `optimizer` are trained, the others frozen.
-    conditions: by name, what the network is told (`conditions.py`), a fraction `drop_condition` of
-    them dropped in training. loss_history is the empty history of second-moment resampling, None:
-    t as `draw` has it. lora: low-rank updates of the U-Net. controlnets: each reads one of the
-    condition's hints; the first is "controlnet" among the parameters, the next "controlnet_1".
-    concat_channels: how many of the condition's join x_t's.
+    `process/losses.py` or `few_steps.py`. `network`, "denoiser" among the parameters, is any that
+    is called as `models/unet.py` is. Networks with a transform in `optimizer` are trained, the
+    others frozen. conditions: by name, what the network is told (`conditions.py`), a fraction
+    `drop_condition` of them dropped in training. loss_history is the empty history of second-moment
+    resampling, None: t as `draw` has it. lora: low-rank updates of the U-Net. controlnets: each
+    reads one of the condition's hints; the first is "controlnet" among the parameters, the next
+    "controlnet_1". concat_channels: how many of the condition's join x_t's. teacher: a network,
+    frozen, as "teacher" among the parameters.
     """
 
     network: Any
@@ -62,6 +66,7 @@ class Denoiser:
     concat_channels: int = 0
     drop_condition: float = 0.0
     autoencoder: Any = None
+    teacher: Any = None
     flip: bool = False
     accumulate: int = 1
     loss_history: Any = None
@@ -104,6 +109,8 @@ class Denoiser:
             given |= of_one
             params |= own
         params["denoiser"] = self.network.init(network_key, x, t, **given)["params"]
+        if self.teacher is not None:
+            params["teacher"] = self.teacher.init(network_key, x, t, **given)["params"]
         if self.lora is not None:
             params["lora"] = self.lora.init(jax.random.fold_in(key, 2), params["denoiser"])
         for i, network in enumerate(self.controlnets):
@@ -123,7 +130,8 @@ class Denoiser:
 
         def loss_fn(params, batch):
             keys = ks.example_keys(state.rng, state.step, batch["position"])
-            loss, aux = self.loss({**frozen, **params}, state.extra, batch, keys, train=True)
+            every = {**frozen, **params}
+            loss, aux = self.loss(every, state.extra, batch, keys, train=True, step=state.step)
             return loss.mean(), aux if self.loss_history is not None else {}
 
         grad_fn = ts.accumulate(jax.value_and_grad(loss_fn, has_aux=True), self.accumulate)
@@ -153,25 +161,35 @@ class Denoiser:
             jax.random.key_data(jax.random.key(0)), jnp.zeros((), jnp.int32), batch["index"]
         )
         params = {**frozen, **state.inference_params}
-        loss, _ = self.loss(params, state.extra, batch, keys, train=False)
+        loss, _ = self.loss(params, state.extra, batch, keys, train=False, step=state.step)
         valid = batch["valid"].astype(loss.dtype)
         return {"loss": jnp.sum(loss * valid), "count": jnp.sum(valid)}
 
     # -- its parts -----------------------------------------------------------------------------
 
     def loss(
-        self, params: Params, extra: dict[str, Array], batch: Batch, keys: Array, train: bool
+        self,
+        params: Params,
+        extra: dict[str, Array],
+        batch: Batch,
+        keys: Array,
+        train: bool,
+        step: Array | int = 0,
     ) -> tuple[Float[Array, " batch"], dict[str, Array]]:
-        """Equation 3 for each example, given one key an example."""
+        """Equation 3 for each example, given one key an example; `step`: how many were taken."""
         params = self.merged(params)
         x0 = self.clean(params, extra, batch, keys, train)
         condition = self.condition(params, batch, keys, train)
         dropout_keys = ks.stream(keys, ks.DROPOUT) if train else None
 
-        def network(x_t, t):
-            return self.predict(params, x_t, t, condition, dropout_keys)
+        def network(x_t, t, s=None, told=True, teacher=False):
+            given = condition if told else self.nothing(params, batch)
+            if teacher:
+                frozen = dataclasses.replace(self, network=self.teacher)
+                return frozen.predict({**params, "denoiser": params["teacher"]}, x_t, t, given)
+            return self.predict(params, x_t, t, given, s, dropout_keys)
 
-        t, noise = self.draw(ks.stream(keys, ks.TIMES), x0)
+        t, noise = self.draw(ks.stream(keys, ks.TIMES), x0, step)
         if self.loss_history is None or not train:
             return self.objective(network, x0, t, noise)
         p = losses.second_moment_probabilities(extra["loss_history"])
@@ -186,9 +204,15 @@ class Denoiser:
         return {**params, "denoiser": self.lora.merge(params["denoiser"], params["lora"])}
 
     def predict(
-        self, params: Params, x_t: Array, t: Array, condition: dict[str, Any], keys: Any = None
+        self,
+        params: Params,
+        x_t: Array,
+        t: Array,
+        condition: dict[str, Any],
+        s: Array | None = None,
+        keys: Any = None,
     ) -> Array:
-        """The network's output, given `merged` parameters.
+        """The network's output, given `merged` parameters; s: where a jump from t ends.
 
         Of `condition`, "concat" joins x_t's channels (super-resolution, inpainting), "hints" (one a
         ControlNet, in [0, 1]) and "hint_scales" (batch,) steer, and the rest is the network's own.
@@ -204,6 +228,8 @@ class Denoiser:
             found = network.apply(variables, x, t, hint, keys=keys, **given)
             found = [scale.reshape(-1, *[1] * (r.ndim - 1)) * r for r in found]
             total = found if total is None else [a + b for a, b in zip(total, found)]
+        if s is not None:
+            given["s"] = s
         return self.network.apply(
             {"params": params["denoiser"]}, x, t, residuals=total, keys=keys, **given
         )
@@ -237,6 +263,12 @@ class Denoiser:
             batch = conditions.drop(self.conditions, params, batch, which)
         dropout_keys = ks.stream(keys, ks.DROPOUT)
         return conditions.encode(self.conditions, params, batch, dropout_keys)
+
+    def nothing(self, params: Params, batch: Batch) -> dict[str, Any]:
+        """What the network is given in place of a condition, held fixed."""
+        empty = conditions.null(self.conditions, params, batch)
+        found = conditions.encode(self.conditions, params, {**batch, **empty})
+        return jax.lax.stop_gradient(found)
 
 
 def control_name(i: int) -> str:

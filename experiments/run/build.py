@@ -105,11 +105,16 @@ def _compute(config: ConfigDict) -> dict[str, Any]:
     return {"dtype": choose(DTYPES, config.model.dtype, "model.dtype")}
 
 
-def denoiser_network(config: ConfigDict) -> Any:
-    section = config.model.denoiser
-    make = choose(DENOISERS, section.kind, "model.denoiser.kind")
+def denoiser_network(config: ConfigDict, name: str = "denoiser") -> Any:
+    section = config.model[name]
+    make = choose(DENOISERS, section.kind, f"model.{name}.kind")
     remat = None if config.parallel.remat == "none" else config.parallel.remat
-    return construct(make, section, "model.denoiser", remat=remat, **_compute(config))
+    return construct(make, section, f"model.{name}", remat=remat, **_compute(config))
+
+
+def teacher(config: ConfigDict) -> Any:
+    """The frozen network that a denoiser of few steps learns from; None: it learns from data."""
+    return denoiser_network(config, "teacher") if "teacher" in config.model else None
 
 
 def autoencoder(section: ConfigDict, dtype: Any = None, remat: bool = False) -> Any:

@@ -175,7 +175,8 @@ class Beginning:
 
     def write(self, config: ConfigDict, directory: pathlib.Path) -> None:
         """The frozen networks and the tokenizer, into the run's own folder, once."""
-        for name, params in self.frozen.items():
+        for name in FOLDERS.keys() & self.frozen.keys():
+            params = self.frozen[name]
             path = folder(directory, name)
             if not (path / weights.WEIGHTS).exists():
                 weights.save_weights(path, params, config.model[name].to_dict())
@@ -188,10 +189,10 @@ def begin(config: ConfigDict) -> Beginning:
     if config.data.name == "latents":
         frozen = [name for name in frozen if name != "autoencoder"]  # it comes with the latents
     if not config.init_from:
-        if frozen:
+        if frozen or "teacher" in config.model:
             raise ValueError(
-                f"init_from is empty, but the config keeps the {frozen[0]} frozen: name a workdir "
-                "that has one"
+                f"init_from is empty, but the config keeps the {[*frozen, 'teacher'][0]} frozen: "
+                "name a workdir that has one"
             )
         return Beginning()
     found = load(config.init_from, flag="--config.init_from")
@@ -208,9 +209,13 @@ def begin(config: ConfigDict) -> Beginning:
     start = {name: params[name] for name in trained if name in params}
     for name in {*frozen, *start} & set(FOLDERS):
         _check_same(config, found.config, name)
+    kept_frozen = {name: params[name] for name in frozen}
+    if "teacher" in config.model:
+        _check_same(config, found.config, "teacher")
+        kept_frozen["teacher"] = found.params["denoiser"]
     kept = {k: v for k, v in found.extra.items() if k in ("latent_shift", "latent_scale")}
     tokenizer = found.tokenizer if "text_encoder" in params else None
-    return Beginning(start, {name: params[name] for name in frozen}, kept, tokenizer)
+    return Beginning(start, kept_frozen, kept, tokenizer)
 
 
 def _encoder(network: dict[str, Any]) -> dict[str, Any]:
@@ -224,8 +229,12 @@ def _check_same(config: ConfigDict, other: ConfigDict, name: str) -> None:
         "denoiser": build.denoiser_network,
         "text_encoder": build.text_encoder,
         "autoencoder": lambda c: build.autoencoder(c.model.autoencoder),
-    }[name]
-    if found := difference(make(config), make(other)):
+    }
+    if name == "teacher":  # it was a denoiser there
+        ours, theirs = build.teacher(config), build.denoiser_network(other)
+    else:
+        ours, theirs = make[name](config), make[name](other)
+    if found := difference(ours, theirs):
         field, ours, theirs = found
         raise ValueError(
             f"init_from={config.init_from} has model.{name}.{field}={theirs}, but the config "
@@ -236,7 +245,7 @@ def _check_same(config: ConfigDict, other: ConfigDict, name: str) -> None:
 def difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:
     """The first field, with both values, in which two modules' parameters differ; None: in none."""
     for field in dataclasses.fields(ours):
-        if field.name not in FREE:
+        if field.name not in FREE and not (field.name == "second_time" and ours.second_time):
             a, b = (getattr(module, field.name, None) for module in (ours, theirs))
             if a != b and _said(ours, field.name) != _said(theirs, field.name):
                 return field.name, a, b

@@ -2,7 +2,6 @@
 here or in `build.py`, before anything is written.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,40 +9,33 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from diffusion.models import target
 from diffusion.models.discriminator import PatchDiscriminator
 from diffusion.models.image_encoder import DigitClassifier
 from diffusion.models.perceptual import LPIPS
-from diffusion.process import losses
+from diffusion.process import consistency, few_steps, losses
 from diffusion.training.adversarial import Adversary
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.classifier import Classifier
 from diffusion.training.denoiser import Denoiser
 from experiments.run import build
 
+METHODS: dict[str, Callable[..., few_steps.Method]] = {
+    "meanflow": few_steps.meanflow,
+    "consistency": consistency.consistency,
+    "progressive": consistency.progressive,
+}
+
 
 def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     networks = build.trained(config)
     noising, shape = build.schedule(config), build.sample_shape(config)
-    variance, resample = config.process.variance, config.process.times == "second_moment"
     _check_output(config, shape[-1])
     if "controlnet" in config.model and config.data.flip:
         raise ValueError("data.flip=True would not mirror a ControlNet's hints: set it to False")
+    objective, draw, history = learning(config, noising, shape)
     joined = {"": 0, "inpaint": 1 + shape[-1], "low_resolution": config.data.channels}
     joined["past"] = _years(config, shape)
-    objective = build.construct(
-        losses.objective,
-        config.process.objective,
-        "process.objective",
-        schedule=noising,
-        prediction=config.process.prediction,
-        variance=variance,
-    )
-    draw = functools.partial(
-        losses.draw, schedule=noising, times=None if resample else config.process.times or None
-    )
-    one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    with build.naming("process"):  # checks names
-        jax.eval_shape(lambda key, x0: draw(key[None], x0=x0), jax.random.key(0), one)
     build.settings(
         config
     )  # a sampler that the schedule cannot serve is refused now, not after training
@@ -51,8 +43,8 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         network=build.denoiser_network(config),
         sample_shape=shape,
         objective=objective,
-        draw=lambda keys, x0: draw(keys, x0=x0),
-        loss_history=losses.second_moment_history(noising) if resample else None,
+        draw=draw,
+        loss_history=history,
         optimizer=build.optimizer(config, networks),
         ema=build.ema(config, networks),
         conditions=build.told(config, null_tokens),
@@ -60,6 +52,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         controlnets=build.controlnets(config),
         concat_channels=build.choose(joined, config.conditioning.concat, "conditioning.concat"),
         autoencoder=build.online_autoencoder(config),
+        teacher=build.teacher(config),
         drop_condition=config.conditioning.drop,
         flip=config.data.flip,
         accumulate=config.train.accumulate,
@@ -75,6 +68,63 @@ def _years(config: ConfigDict, shape: tuple[int, ...]) -> int:
             "multiple of the window"
         )
     return config.data.past // shape[0] * shape[-1]
+
+
+def learning(config: ConfigDict, noising: Any, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """The objective, the draw of its times and noise, and the history of losses that t is drawn
+    by, or None."""
+    section, history = config.process.objective, None
+    given = {"schedule": noising, "prediction": config.process.prediction}
+    if config.process.method != "denoise":
+        make = build.choose(METHODS, config.process.method, "process.method")
+        _check_method(config)
+        given["times"] = config.process.times
+        method = build.construct(make, section, "process.objective", **given)
+        draw = method.draw
+        objective = target.forward_mode()(method.loss) if method.forward_mode else method.loss
+    else:
+        given["variance"] = config.process.variance
+        objective = build.construct(losses.objective, section, "process.objective", **given)
+        resample = config.process.times == "second_moment"
+        history = losses.second_moment_history(noising) if resample else None
+        times = None if resample else config.process.times or None
+
+        def draw(keys, x0, step):
+            return losses.draw(keys, noising, x0, times)
+
+    one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    with build.naming("process"):  # checks names
+        jax.eval_shape(lambda key, x0: draw(key[None], x0, 0), jax.random.key(0), one)
+    return objective, draw, history
+
+
+def _check_method(config: ConfigDict) -> None:
+    """What the methods of few steps need of the rest of the config."""
+    method, section = config.process.method, config.process.objective
+    if config.process.variance == "learned":
+        raise ValueError(
+            f"process.variance='learned' with process.method={method!r}, which learns no "
+            "variance: choose fixed_large"
+        )
+    if "controlnet" in config.model:
+        raise ValueError(f"model.controlnet with process.method={method!r}: take the one away")
+    if ("teacher" in section and bool(section.teacher)) != ("teacher" in config.model):
+        raise ValueError(
+            "process.objective.teacher says what the network model.teacher predicts: give both, or "
+            "neither"
+        )
+    jumps = method == "meanflow" or ("clean" in section and section.clean < 1)
+    if jumps != getattr(build.denoiser_network(config), "second_time", False):
+        raise ValueError(
+            f"model.denoiser.second_time={not jumps} with process.method={method!r}, whose network "
+            f"is{'' if jumps else ' not'} told where a jump ends: set it to {jumps}"
+        )
+    text = "text_encoder" in config.model and config.conditioning.train_text_encoder
+    if "teacher" in config.model and (text or "class_embedder" in config.model):
+        raise ValueError(
+            "conditioning.train_text_encoder=True with model.teacher, which reads what it was "
+            "trained with: set it to False (and use no class_embedder)"
+        )
 
 
 def _check_output(config: ConfigDict, channels: int) -> None:

@@ -1,5 +1,7 @@
 """Data with a known density, so that the exact denoiser can be written down."""
 
+import importlib.util
+import pathlib
 import types
 
 import jax
@@ -89,3 +91,14 @@ def run(exact, x64):
         assert np.ptp(np.asarray(xs[-1])) > 0.3, "the trajectories went nowhere"
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def known():
+    """The module beside this file."""
+    path = pathlib.Path(__file__).with_name("gaussian_flow.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -55,6 +55,8 @@ SAMPLER_ROWS = {
     "heun churn": ({"churn": 2}, 11),
     "euler_maruyama": ({"last_step_size": 0.2}, 6),
     "dopri5": ({"rtol": 10}, 37),  # at most
+    "meanflow": ({}, 6),
+    "consistency": ({}, 6),
 }
 OF_FLOW = {"euler_maruyama", "dopri5"}
 # samplers that work in sigma/alpha, which has no value at zero terminal SNR
@@ -149,9 +151,9 @@ def test_sampler(name, schedule_name):
     assert s.steps == 6 and s.evaluations == evaluations
     traces = []
 
-    def denoise(x, t):
+    def denoise(x, t, *end):
         traces.append(t.dtype)
-        assert t.shape == x.shape[:1]
+        assert t.shape == x.shape[:1] and len(end) == ("s" in s.rows)
         x0 = 0.5 * jnp.tanh(x)
         return (x0, jnp.sin(x)) if s.learned_variance else x0
 

@@ -24,7 +24,7 @@ def make_task(shape) -> Denoiser:
         network=UNet(1, 8, (1, 2), 1, (False, True), groups=4),
         sample_shape=shape,
         objective=losses.objective(schedule, "eps"),
-        draw=lambda keys, x0: losses.draw(keys, schedule, x0),
+        draw=lambda keys, x0, step: losses.draw(keys, schedule, x0),
         optimizer=Optimizer({"denoiser": optim.make_transform(rate, "adam")}, rate, clip_norm=1.0),
         ema=Ema(0.9, networks=("denoiser",)),
     )

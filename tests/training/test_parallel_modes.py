@@ -28,7 +28,7 @@ def make_task(accumulate=1, remat=None, optimizer="sgd") -> Denoiser:
         network=UNet(4, 32, (1,), 1, (True,), False, groups=8, dropout=0.1, remat=remat),
         sample_shape=SHAPE,
         objective=losses.objective(schedule, "eps"),
-        draw=lambda keys, x0: losses.draw(keys, schedule, x0),
+        draw=lambda keys, x0, step: losses.draw(keys, schedule, x0),
         optimizer=Optimizer({"denoiser": transform}, rate, clip_norm=1.0),
         ema=Ema(0.9, networks=("denoiser",), profiles=(0.25,)),
         accumulate=accumulate,

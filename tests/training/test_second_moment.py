@@ -27,7 +27,7 @@ def make_task(length=2) -> Denoiser:
         network=UNet(2, 8, (1,), 1, (False,), False, groups=4),
         sample_shape=SHAPE,
         objective=losses.objective(schedule, "eps", variance="learned", weighting="vlb"),
-        draw=lambda keys, x0: losses.draw(keys, schedule, x0),
+        draw=lambda keys, x0, step: losses.draw(keys, schedule, x0),
         optimizer=Optimizer({"denoiser": optim.make_transform(rate, "sgd")}, rate, clip_norm=0.1),
         ema=Ema(0.0),
         loss_history=losses.second_moment_history(schedule, length),

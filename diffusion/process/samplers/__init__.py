@@ -10,6 +10,7 @@ from diffusion.process.samplers.ancestral import ddpm
 from diffusion.process.samplers.base import Sampler, sample, step_noise
 from diffusion.process.samplers.ddim import ddim
 from diffusion.process.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
+from diffusion.process.samplers.few_steps import consistency, meanflow
 from diffusion.process.samplers.flow import dopri5, euler_maruyama
 from diffusion.process.samplers.grid import SPACINGS, Grid, make_grid
 from diffusion.process.samplers.karras import euler, euler_ancestral, heun
@@ -30,6 +31,8 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "heun": heun,
     "euler_maruyama": euler_maruyama,
     "dopri5": dopri5,
+    "meanflow": meanflow,
+    "consistency": consistency,
 }
 
 __all__ = ["SAMPLERS", "SPACINGS", "Grid", "Sampler", "make_grid", "sample", "step_noise"]

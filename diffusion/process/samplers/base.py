@@ -26,8 +26,8 @@ from diffusion.process.samplers.grid import Grid
 
 Row = Mapping[str, Any]
 Memory = tuple[Array, ...]
-# evaluate(x, t) -> (x_0 estimate, variance output or None); t is one number of the row
-Evaluate = Callable[[Array, Any], tuple[Array, Any]]
+# evaluate(x, t[, s]) -> (x_0 estimate, variance output or None); t, s are numbers of the row
+Evaluate = Callable[..., tuple[Array, Any]]
 Step = Callable[[Evaluate, Array, Memory, Row, Any], tuple[Array, Memory]]
 
 
@@ -77,8 +77,8 @@ def sample(
     variance is asked of a denoiser that has none, or an adaptive sampler for its trajectory.
     """
 
-    def evaluate(x_t: Array, t: Any) -> tuple[Array, Any]:
-        out = denoise(x_t, jnp.broadcast_to(t, x_t.shape[:1]))
+    def evaluate(x_t: Array, *times: Any) -> tuple[Array, Any]:
+        out = denoise(x_t, *[jnp.broadcast_to(t, x_t.shape[:1]) for t in times])
         x0, variance = out if isinstance(out, tuple) else (out, None)
         if sampler.learned_variance and variance is None:
             raise ValueError(
@@ -113,8 +113,8 @@ def _cast(table: np.ndarray, dtype: Any) -> Array:
 
 
 def linear_step(evaluate: Evaluate, x: Array, memory: Memory, row: Row, noise: Any):
-    """Eq. 1."""
-    x0, _ = evaluate(x, row["t"])
+    """Eq. 1; a row with "s" asks for the x_0 of the jump to s."""
+    x0, _ = evaluate(x, *[row[name] for name in ("t", "s") if name in row])
     seen = (x0, *memory)
     out = row["x"] * x
     for i, estimate in enumerate(seen):

@@ -1,0 +1,211 @@
+r"""Objectives of generators that need one to four evaluations, on any schedule.
+
+With tau = sigma / (alpha + sigma) and y = x / (alpha + sigma) every process here is a straight
+line,
+
+    y = (1 - tau) x_0 + tau eps,    dy/dtau = eps - x_0,                                      (1)
+
+so that ``gaussian``'s "velocity" v = E[eps - x_0 | x_t] is the flow of y, and DDIM's step from t to
+s (arXiv:2010.02502 eq. 12) is an Euler step of it. A jump is the same step with a velocity that is
+averaged over the interval,
+
+    y_s = y_t - (tau_t - tau_s) u(x_t, t, s).                                                 (2)
+
+MeanFlow (arXiv:2505.13447) learns u of every interval from its derivative along the flow:
+
+    u = v - (tau_t - tau_s) du/dtau,    du/dtau by one jvp, the right-hand side held fixed    (3)
+
+(its eq. 6 and 10, where tau = t), by |u - target|^2 / (|u - target|^2 + c)^p, the denominator held
+fixed (its eq. 22). At s = t, in a share of the draws, (3) is flow matching. The v of (3) is
+
+    data      eps - x_0, whose mean given x_t is v
+    guided    (1 - k) (w (eps - x_0) + (1 - w) v_null) + k v_cond, v_null and v_cond the network's
+              own at s = t, held fixed: its mean is (v_cond guided by w) once v_cond is; its eq. 19
+              with w for omega / (1 - kappa) and k for kappa
+    teacher   v_null + w (v_cond - v_null), of a frozen network
+
+Improved MeanFlow (arXiv:2512.02012) differentiates along the network's own v_cond instead, as (3)
+asks of the mean: what is drawn, eps - x_0, then enters the target once and linearly.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from diffusion.process import gaussian, losses
+from diffusion.process.keys import stream
+from diffusion.process.losses import Objective
+from diffusion.process.schedules import EDM, Schedule
+
+EQUAL_PURPOSE, SECOND_PURPOSE = 0xE0A1, 0x5EC0
+held = jax.lax.stop_gradient
+
+
+class Method(NamedTuple):
+    """``loss(network, x0, times (batch, 2 or 3), noise)`` -> (losses (batch,), aux) and
+    ``draw(keys, x0, step)`` -> (times, noise): falling times t >= .. >= s, float.
+
+    network(x_t, t, s=None, told=True, teacher=False) -> prediction; not ``told``: without its
+    condition; ``teacher``: of the frozen network. The losses' values are mean squared errors, their
+    gradients weighted ones.
+    ``forward_mode``: the loss takes a jvp of the network.
+    """
+
+    loss: Objective
+    draw: Callable[..., tuple[Array, Array]]
+    forward_mode: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """Velocities of a network and of its data: the module's v.
+
+    teacher: the prediction of the frozen network; "": there is none. guidance_scale: w;
+    guidance_mix: k. ValueError where they contradict.
+    """
+
+    schedule: Schedule
+    prediction: str
+    teacher: str = ""
+    guidance_scale: float | int = 1.0
+    guidance_mix: float | int = 0.0
+
+    def __post_init__(self):
+        for key in ("prediction", "teacher"):
+            if getattr(self, key) or key == "prediction":
+                name = gaussian.check_prediction(getattr(self, key), key)
+                gaussian.check_terminal(self.schedule, name)
+        if not 0 <= self.guidance_mix < 1 or (self.teacher and self.guidance_mix):
+            raise ValueError(
+                f"guidance_mix={self.guidance_mix} must lie in [0, 1), and be 0 with a teacher, "
+                "which is guided by guidance_scale alone"
+            )
+
+    def tau(self, t: Array) -> Array:
+        alpha, sigma = jnp.asarray(self.schedule.alpha(t)), jnp.asarray(self.schedule.sigma(t))
+        return sigma / (alpha + sigma)
+
+    def size(self, t: Array) -> Array:
+        """alpha + sigma: x = size y."""
+        return jnp.asarray(self.schedule.alpha(t)) + jnp.asarray(self.schedule.sigma(t))
+
+    def of(self, network: Any, x_t: Array, t: Array, s: Array | None = None, **which: Any) -> Array:
+        """The network's velocity; of a jump to s, the average. ``which``: told, teacher."""
+        prediction = self.teacher if which.get("teacher") else self.prediction
+        bare = functools.partial(network, **which)
+        output = gaussian.apply_network(bare, self.schedule, prediction, x_t, t, s)
+        return self.converted(output.astype(x_t.dtype), prediction, "velocity", x_t, t)
+
+    def converted(self, output: Array, source: str, target: str, x_t: Array, t: Array) -> Array:
+        levels = self.schedule.alpha(t), self.schedule.sigma(t), self.schedule.sigma_data
+        return gaussian.convert(output, source, target, x_t, *levels)
+
+    def wanted(self, network: Any, x0: Array, noise: Array, x_t: Array, t: Array) -> Array:
+        """The v that is learnt, from data or of the teacher; held fixed."""
+        w, k = self.guidance_scale, self.guidance_mix
+        if self.teacher:
+            cond = self.of(network, x_t, t, teacher=True)
+            if w == 1:
+                return held(cond)
+            null = self.of(network, x_t, t, teacher=True, told=False)
+            return held(null + w * (cond - null))
+        v = noise - x0
+        if w != 1:
+            v = w * v + (1 - w) * self.of(network, x_t, t, t, told=False)
+        if k:
+            v = (1 - k) * v + k * self.of(network, x_t, t, t)
+        return held(v)
+
+    def moved(self, x_t: Array, t: Array, s: Array, v: Array) -> Array:
+        """Eq. 2: x_s, from x_t with this velocity."""
+        y = x_t / gaussian.expand(self.size(t), x_t)
+        y = y - gaussian.expand(self.tau(t) - self.tau(s), x_t) * v
+        return gaussian.expand(self.size(s), x_t) * y
+
+
+def interval_times(
+    keys: Key[Array, "batch"], schedule: Schedule, times: str, equal: float | int, **options: Any
+) -> Float[Array, "batch 2"]:
+    """t and s <= t: two draws of ``losses.TIMES``, sorted; s = t for a share ``equal`` of them."""
+    purposes = (losses.TIME_PURPOSE, SECOND_PURPOSE)
+    pair = [named_times(keys, schedule, times, purpose, options) for purpose in purposes]
+    t, s = jnp.maximum(*pair), jnp.minimum(*pair)
+    same = jax.vmap(jax.random.uniform)(stream(keys, EQUAL_PURPOSE)) < equal
+    return jnp.stack([t, jnp.where(same, t, s)], axis=1).astype(jnp.result_type(float))
+
+
+def named_times(keys: Any, schedule: Schedule, times: str, purpose: int, options: dict) -> Array:
+    if times not in losses.TIMES:
+        raise ValueError(f"times={times!r} is unknown: choose one of {', '.join(losses.TIMES)}")
+    return losses.TIMES[times](stream(keys, purpose), schedule, **options)
+
+
+def meanflow(
+    schedule: Schedule,
+    prediction: str = "velocity",
+    *,
+    times: str = "",
+    equal: float | int = 0.75,
+    improved: bool = False,
+    power: float | int = 1.0,
+    offset: float | int = 1e-3,
+    teacher: str = "",
+    guidance_scale: float | int = 1.0,
+    guidance_mix: float | int = 0.0,
+    **options: Any,
+) -> Method:
+    """MeanFlow, or ``improved``. power and offset: p and c of its weight; 0: none.
+
+    ``times`` and its ``options`` (mean, std of logit_normal): how t and s are drawn; "":
+    lognormal for EDM's schedule, else uniform.
+    """
+    flow = Flow(schedule, prediction, teacher, guidance_scale, guidance_mix)
+    if not 0 <= equal <= 1:
+        raise ValueError(f"equal={equal} is a share of the draws: give one in [0, 1]")
+    times = times or ("lognormal" if isinstance(schedule, EDM) else "uniform")
+
+    def loss(network: Any, x0: Array, pair: Array, noise: Array):
+        t, s = pair[:, 0], pair[:, 1]
+        x_t = gaussian.q_sample(schedule, x0, t, noise)
+        v = flow.wanted(network, x0, noise, x_t, t)
+        along = held(flow.of(network, x_t, t, t)) if improved and not teacher else v
+        u, slope = _average(flow, network, x_t, t, s, along)
+        target = held(v - gaussian.expand(flow.tau(t) - flow.tau(s), x_t) * slope)
+        return weighed(u - target, power, offset)
+
+    def draw(keys: Key[Array, "batch"], x0: Array, step: Any = 0) -> tuple[Array, Array]:
+        pair = interval_times(keys, schedule, times, equal, **options)
+        return pair, losses.noise_like(keys, x0)
+
+    return Method(loss, draw, forward_mode=True)
+
+
+def _average(
+    flow: Flow, network: Any, x_t: Array, t: Array, s: Array, v: Array
+) -> tuple[Array, Array]:
+    """u(x_t, t, s) and du/dtau along dy/dtau = v at fixed s; one jvp in t.
+
+    x = size y, so dx/dt = size' y + size v tau'.
+    """
+    ones = jnp.ones_like(t)
+    size, size_slope = jax.jvp(flow.size, (t,), (ones,))
+    _, tau_slope = jax.jvp(flow.tau, (t,), (ones,))
+    x_slope = gaussian.expand(size_slope / size, x_t) * x_t
+    x_slope = x_slope + gaussian.expand(size * tau_slope, x_t) * v
+    u, slope = jax.jvp(lambda x, t: flow.of(network, x, t, s), (x_t, t), (x_slope, ones))
+    return u, slope / gaussian.expand(tau_slope, x_t)
+
+
+def weighed(error: Array, power: float | int, offset: float | int) -> tuple[Array, dict]:
+    """The mean square, with the gradient of the sum of squares over its own value to a power
+    (MeanFlow eq. 22): the weighted sum itself hardly changes while the network learns.
+    """
+    square = jnp.sum(error.reshape(len(error), -1) ** 2, axis=1)
+    mse = square / error[0].size
+    weighted = square / held(square + offset) ** power if power else mse
+    return held(mse - weighted) + weighted, {"mse": mse}

@@ -30,11 +30,8 @@ def transformer_on_imagenet(which: str) -> ConfigDict:
         **SIZES[which[:-1]],
     }
     config.conditioning.drop = 0.1
-    config.train.steps = 400_000
-    config.train.batch_size = 256
-    config.train.save_every_steps = 50_000
-    config.optim.learning_rate = 1e-4
-    config.optim.weight_decay = 0.0
+    config.train.update(steps=400_000, batch_size=256, save_every_steps=50_000)
+    config.optim.update(learning_rate=1e-4, weight_decay=0.0)
     config.ema.ramp = False
     config.sample.guidance_scale = 1.5
     config.sample.options = {}

@@ -14,8 +14,7 @@ from configs import common, common_digits
 def get_config(arg=None):
     which, smoke = common.parse(arg, ("unet", "transformer"))
     config = common.denoiser()
-    config.data.name = "latents"
-    config.data.dir = "runs/quickstart/latents"
+    config.data.update(name="latents", dir="runs/quickstart/latents")
     config.latents = {
         "first_stage": "runs/quickstart/autoencoder",  # the workdir of its run
         "data_name": "captioned_digits",
@@ -33,24 +32,11 @@ def get_config(arg=None):
     if which == "transformer":
         config.model.denoiser = common_digits.digits_transformer()
     steps = {"unet": 12000, "transformer": 7000}[which]  # about the same minutes
-    config.train.steps = steps
-    config.train.batch_size = 16
-    config.train.log_every_steps = 250
-    config.train.save_every_steps = 3000
-    config.optim.name = "adamw"
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 100
-    config.optim.decay = "cosine"
-    config.optim.decay_steps = steps
-    config.optim.b2 = 0.99
-    config.optim.weight_decay = 1e-3
-    config.optim.clip_norm = 1.0
-    config.ema.decay = 0.999
-    config.ema.ramp = True
-    config.sample.sampler = "dpmpp_2m"
-    config.sample.steps = 25
-    config.sample.guidance_scale = 5.0
-    config.sample.batch_size = 250
+    config.train.update(steps=steps, batch_size=16, log_every_steps=250, save_every_steps=3000)
+    config.optim.update(name="adamw", learning_rate=1e-3, warmup_steps=100, decay="cosine")
+    config.optim.update(decay_steps=steps, b2=0.99, weight_decay=1e-3, clip_norm=1.0)
+    config.ema.update(decay=0.999, ramp=True)
+    config.sample.update(sampler="dpmpp_2m", steps=25, guidance_scale=5.0, batch_size=250)
     config.evaluation.examples = 2000  # stored latents in a held-out loss; these are training ones
     if smoke:
         config.latents.update({"epochs": 1, "shard_size": 1500})

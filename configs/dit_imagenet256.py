@@ -23,7 +23,5 @@ def get_config(arg=None):
     config.process.schedule = {"name": "ddpm_linear", "num_steps": 1000}
     config.process.variance = "learned"
     config.process.objective.vlb_weight = 0.001  # times the 1000 levels: 1 a level
-    config.sample.sampler = "ddpm"
-    config.sample.steps = 250
-    config.sample.guidance_channels = 3
+    config.sample.update(sampler="ddpm", steps=250, guidance_channels=3)
     return common_ldm.latent_smoke(config) if smoke else config

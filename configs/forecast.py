@@ -18,10 +18,7 @@ def get_config(arg=None):
     config = common.denoiser()
     config.data.name = "sea_surface_temperature"
     del config.data.image_size  # a number, of images
-    config.data.image_size = (12,)
-    config.data.channels = 1
-    config.data.past = 36
-    config.data.held_out = 132
+    config.data.update(image_size=(12,), channels=1, past=36, held_out=132)
     config.conditioning.concat = "past"
     config.model.dtype = "float32"
     config.model.denoiser = {
@@ -36,21 +33,11 @@ def get_config(arg=None):
     }
     config.process.schedule = {"name": "flow", "time_scale": 1000.0}
     config.process.prediction = "velocity"
-    config.train.steps = 2000
-    config.train.batch_size = 64
-    config.train.log_every_steps = 100
-    config.train.save_every_steps = 500
-    config.optim.name = "adamw"
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 100
-    config.optim.decay = "cosine"
-    config.optim.decay_steps = 2000
-    config.optim.weight_decay = 0.1
-    config.optim.clip_norm = 1.0
-    config.ema.decay = 0.99
-    config.ema.ramp = True
-    config.sample.sampler = "heun"
-    config.sample.steps = 20
+    config.train.update(steps=2000, batch_size=64, log_every_steps=100, save_every_steps=500)
+    config.optim.update(name="adamw", learning_rate=1e-3, warmup_steps=100)
+    config.optim.update(decay="cosine", decay_steps=2000, weight_decay=0.1, clip_norm=1.0)
+    config.ema.update(decay=0.99, ramp=True)
+    config.sample.update(sampler="heun", steps=20)
     config.sample.batch_size = 1210  # 100 futures of about twelve windows
     config.evaluation.preview = 0
     return common.smoke(config) if smoke else config

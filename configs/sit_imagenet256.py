@@ -19,6 +19,5 @@ def get_config(arg=None):
     config = common_dit.transformer_on_imagenet(which)
     config.process.schedule = {"name": "flow", "time_scale": 1.0}
     config.process.prediction = "velocity"
-    config.sample.sampler = "heun"
-    config.sample.steps = 125
+    config.sample.update(sampler="heun", steps=125)
     return common_ldm.latent_smoke(config) if smoke else config

@@ -111,6 +111,7 @@ def _module(config: Mapping[str, Any], conditional: bool, source: Path) -> UNet:
     _check_rest(config, conditional, source)
     widths = config["block_out_channels"]
     levels = len(widths)
+    depth = _per_level(config["transformer_layers_per_block"], levels) if conditional else 0
     return UNet(
         out_channels=config["out_channels"],
         channels=widths[0],
@@ -119,9 +120,7 @@ def _module(config: Mapping[str, Any], conditional: bool, source: Path) -> UNet:
         attention=tuple(kind != "none" for kind in attention),
         mid_attention=conditional or config["add_attention"],
         **_heads(_per_level(config["attention_head_dim"], levels), conditional),
-        transformer_depth=_per_level(config["transformer_layers_per_block"], levels)
-        if conditional
-        else 0,
+        transformer_depth=depth,
         linear_projection=config.get("use_linear_projection", False),
         num_classes=config.get("num_class_embeds"),
         groups=config["norm_num_groups"],
@@ -289,9 +288,8 @@ def _check_expressible(module: UNet, params: Mapping[str, Any], depths: list[int
         _refuse("downsample_padding", module.downsample_padding, "only 1 and (0, 1) are")
     if cross and (module.resblock_updown or not module.mid_attention):
         fields = {"resblock_updown": module.resblock_updown, "mid_attention": module.mid_attention}
-        _refuse(
-            "fields", fields, "cross-attention goes with convolutions between levels and a middle"
-        )
+        rule = "cross-attention goes with convolutions between levels and a middle"
+        _refuse("fields", fields, rule)
     if not cross and any(d for d, a in zip(depths, module.attention) if a):
         _refuse("transformer_depth", depths, "the last level's is the middle's, so not 0")
     if cross and not all(d for d, a in zip(depths, module.attention) if a):

@@ -4,29 +4,31 @@
     python -m experiments.train --config=configs/autoencoder_kl.py:f8 --workdir=DIR \\
         --config.perceptual.vgg=vgg16-397923af.pth --config.perceptual.heads=vgg.pth
 
-f8 is Stable Diffusion's. Settings: CompVis/latent-diffusion, configs/autoencoder/. IMAGES has the
-folders `train` and `validation`. Expected, by that repository's README, of its released weights,
-which were trained on OpenImages:
+f8 is Stable Diffusion's. Settings: CompVis/latent-diffusion, models/first_stage_models/kl-*/
+config.yaml, of batches of 10, 4, 6 and 6 images (f4, f8, f16, f32), whose steps and numbers are the
+published ones; configs/autoencoder/ there has 12 images, accumulated twice. IMAGES has the folders
+`train` and `validation`. Expected, by that repository's README, of its released weights, which were
+trained on OpenImages:
 
     f4   rFID 0.27, PSNR 27.53 dB, 176,991 steps     f16  rFID 0.87, PSNR 24.08 dB, 442,998 steps
     f8   rFID 0.90, PSNR 24.19 dB, 246,803 steps     f32  rFID 2.04, PSNR 22.27 dB, 406,763 steps
 
-Not trained here: time not measured. Here images are centre crops; there, ImageNet or OpenImages in
+Layers start as PyTorch's do, and LPIPS's heads have dropout in training, as there (Lightning calls
+train() on the loss too). Not trained here: time not measured. Here images are centre crops; there,
 random ones. Losses and their healthy ranges: diffusion/training/{autoencoder,adversarial}.py.
 """
 
 from configs import common, common_ldm
 
-STEPS = {"f4": 176_991, "f8": 246_803, "f16": 442_998, "f32": 406_763}
+# steps in all, images a step
+SETTINGS = {"f4": (176_991, 10), "f8": (246_803, 4), "f16": (442_998, 6), "f32": (406_763, 6)}
 
 
 def get_config(arg=None):
     stage, smoke = common.parse(arg, ("f8", "f4", "f16", "f32"))
     config = common_ldm.ldm_first_stage(f"kl_{stage}")
     config.loss.update(adversarial_weight=0.5, adversarial_start_steps=50_001)
-    config.train.steps = STEPS[stage]
-    config.train.batch_size = 24  # LDM: 12 images on one GPU, in 2 accumulated batches
-    config.train.accumulate = 2
-    # LDM's rule: 4.5e-6 times the images of a step, here 24. It is not applied to other batches.
-    config.optim.learning_rate = 1.08e-4
+    config.train.steps, config.train.batch_size = SETTINGS[stage]
+    # LDM's rule: 4.5e-6 times the images of a step. It is not applied to other batches.
+    config.optim.learning_rate = 4.5e-6 * config.train.batch_size
     return common_ldm.smoke_first_stage(config) if smoke else config

@@ -44,6 +44,8 @@ def base(task: str) -> ConfigDict:
     config.data.past, config.data.held_out, config.data.left_out = 0, 0, 0
     config.data.season = 12
     config.data.compose_held_out = False  # of digits: whether held-out (digit, colour) pairs count
+    config.data.boxes = ""  # of "folder": a JSONL of "file_name" and "boxes" (data/annotations.py)
+    config.data.segments = ""  # of "folder": a folder of maps of labels, named as the images, .png
     config.data.colour = ""  # of "recoloured_digits": that of every other picture
 
     config.model = ConfigDict()
@@ -116,11 +118,16 @@ def denoiser() -> ConfigDict:
     config.conditioning.drop = 0.0  # fraction of conditions replaced by the null one
     config.conditioning.null_label = True  # the last class is the null one; False: it is a class
     config.conditioning.mask_padding = False  # hide padding tokens from cross-attention
+    config.conditioning.layout = 0  # labels of boxes that the text encoder reads; 0: captions
     config.conditioning.train_text_encoder = True  # False: frozen, as `init_from` holds it
     config.conditioning.control = ""  # what a ControlNet reads: "edges" of the image; "": nothing
-    # What joins x_t's channels: "inpaint" (mask and masked image), "low_resolution", "past" (of a
-    # series); "": nothing
+    # What joins x_t's channels: "inpaint" (Stable Diffusion's: mask, masked image), "inpaint_ldm"
+    # (CompVis's: masked image, mask), "low_resolution", "semantic" (of `model.rescaler`), "past" of
+    # a series; "": none
     config.conditioning.concat = ""
+    config.conditioning.downscale = 0  # image's side over the small one's; 0: as large as x_t
+    config.conditioning.degradation = "bicubic"  # how it is made small, or "bsr_light"
+    config.conditioning.masks = "lama"  # what "inpaint*" hides: "lama", or "half" of the picture
     config.init_networks = ()  # which of its networks to take; (): all that it has
     config.init_from = ""  # workdir whose networks the run starts from or keeps frozen; "": none
     config.sample = ConfigDict()
@@ -152,11 +159,13 @@ def first_stage(kind: str) -> ConfigDict:
         config.loss.codebook_weight = 1.0  # of commitment and codebook terms together
     # LPIPS on VGG-16, once a value of the image; needs `perceptual`'s files unless 0
     config.loss.perceptual_weight = 0.0
+    config.loss.perceptual_dropout = False  # of a half before its heads in training, as LDM's ran
     config.loss.reseed_every_steps = 0  # codes unused for so long move to latents; 0: never
     config.loss.adversarial = ""  # "hinge" or "vanilla"; "": no discriminator
     config.loss.adversarial_weight = 0.5  # times the adaptive weight
     config.loss.adversarial_start_steps = 0  # steps of the autoencoder before it trains
     config.loss.adversarial_warmup_steps = 0  # steps it trains before the autoencoder sees it
+    config.initialisation = "ddpm"  # of the first stage; "torch": PyTorch's, as CompVis's
     config.perceptual = ConfigDict()
     config.perceptual.vgg = ""  # torchvision's vgg16-397923af.pth, or the same as .safetensors
     config.perceptual.vgg_sha256 = ""  # what it must hash to; "": not checked, only logged

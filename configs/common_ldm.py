@@ -156,6 +156,31 @@ def controlnet(config: ConfigDict, hint_widths: tuple[int, ...]) -> ConfigDict:
     return config
 
 
+def bert(width: int, layers: int) -> dict:
+    """LDM's transformer over BERT's word pieces (CompVis: BERTEmbedder), trained from scratch."""
+    return {
+        "vocab_size": 30522,
+        "max_length": 77,
+        "width": width,
+        "layers": layers,
+        "heads": 8,
+        "head_dim": 64,
+        "activation": "gelu",
+        "causal": False,
+        "qkv_bias": False,
+        "logits_head": True,  # held, as published, and never used
+    }
+
+
+def degraded(config: ConfigDict, concat: str, start: float, end: float, norm: str) -> ConfigDict:
+    """A task of LDM's whose condition joins x_t's channels: its schedule and loss, no guidance."""
+    config.conditioning.concat = concat
+    config.process.schedule.update({"beta_start": start, "beta_end": end})
+    config.process.objective.norm = norm
+    config.sample.options.eta = 1.0
+    return config
+
+
 def latent_smoke(config: ConfigDict) -> ConfigDict:
     """`smoke` of a latent diffusion: the same shape of network, some hundred times narrower."""
     config.data.image_size = 128
@@ -184,6 +209,8 @@ def ldm_first_stage(stage: str) -> ConfigDict:
     config.model.autoencoder = {"channels": 128, "blocks": 2, **FIRST_STAGES[stage]}
     config.model.discriminator.norm = "batch"
     config.loss.perceptual_weight = 1.0
+    config.loss.perceptual_dropout = True
+    config.initialisation = "torch"
     config.loss.adversarial = "hinge"
     config.optim.b1 = 0.5
     config.optim.b2 = 0.9

@@ -25,16 +25,7 @@ def get_config(arg=None):
     config.evaluation.every_steps = 2000
     config.evaluation.examples = 1000
     if kind == "cpu":
-        config.model.denoiser.update(
-            {
-                "channels": 24,
-                "multipliers": (1, 2, 2),
-                "blocks": 1,
-                "attention": (False, True, False),
-                "groups": 8,
-                "dropout": 0.0,
-            }
-        )
+        config.model.denoiser = common_ddpm.ddpm_unet_small()
         config.train.steps = 14_000
         config.train.batch_size = 16
         config.train.log_every_steps = 100

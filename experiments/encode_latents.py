@@ -26,7 +26,7 @@ from diffusion.training import codec
 from diffusion.training.parallel import BATCH, make_mesh
 from diffusion.wording import Progress
 from experiments.host import cli, cluster
-from experiments.run import build, data, networks, training
+from experiments.run import build, data, given, networks, training
 
 
 def encode(config: ConfigDict) -> dict:
@@ -56,6 +56,7 @@ def encode(config: ConfigDict) -> dict:
     pipeline = [*steps]
     if config.data.flip:
         pipeline.append(transforms.FlipOddEpochs())
+    pipeline.extend(given.joined(config))
     if words is not None:
         pipeline.append(transforms.Tokenize(words, config.model.text_encoder.max_length))
     # Each process encodes shards of its own, on its own devices.
@@ -80,7 +81,7 @@ def encode(config: ConfigDict) -> dict:
 
 def _words(config: ConfigDict, begun: networks.Beginning, source: Any, steps: list) -> Any:
     """The tokenizer of the captions: a frozen text encoder's, or one made of them; None: none."""
-    if "text_encoder" not in config.model:
+    if not build.reads_captions(config):
         return None
     frozen = begun.tokenizer if "text_encoder" in begun.frozen else None
     words = frozen or data.make_tokenizer(config.latents.tokenizer, source, steps)
@@ -101,6 +102,15 @@ def _fields(config: ConfigDict, words: Any) -> dict[str, tuple[str, tuple[int, .
             fields["context"] = ("float16", (length, config.model.text_encoder.width))
     if build.null_label(config) is not None:
         fields["label"] = ("int32", ())
+    if config.conditioning.layout:
+        fields["tokens"] = ("int32", (config.model.text_encoder.max_length,))
+    kind, side = config.conditioning.concat, build.image_shape(config)[0]
+    if kind == "low_resolution":
+        fields["small"] = ("uint8", (given.small_size(config),) * 2 + (config.data.channels,))
+    elif kind == "semantic":
+        fields["segments"] = ("uint8", (side, side))
+    elif kind:
+        fields |= {"masked": ("float16", shape), "mask": ("uint8", (*shape[:2], 1))}
     return fields
 
 
@@ -127,13 +137,17 @@ def _encoder(
     def run(params, frozen, batch):
         found = network.apply({"params": params}, codec.signed(batch["image"]), method="encode")
         columns = {"mean": found.mean, "logvar": found.logvar}
+        if "mask" in batch:
+            encode = lambda x: network.apply({"params": params}, x, method="encode").mean  # noqa: E731
+            columns["masked"] = given.concat(config).ready(batch, encode)["masked"]
+            columns["mask"] = batch["mask"][:, :: network.downsampling, :: network.downsampling]
         if contexts:
             columns["context"] = text.encode(frozen, {"tokens": batch["tokens"]})["context"]
         return columns
 
     def columns(batch):
-        given = {k: batch[k] for k in ("image", "tokens") if k in batch}
-        return run(*placed, jax.device_put(given, NamedSharding(mesh, BATCH)))
+        read = {k: batch[k] for k in ("image", "tokens", "mask") if k in batch}
+        return run(*placed, jax.device_put(read, NamedSharding(mesh, BATCH)))
 
     return columns
 

@@ -7,6 +7,8 @@ A video's frames stand side by side, a series is plotted; the .npz has either as
     ... --guidance_scale=5 --guidance_rescale=0.7 --guidance_interval=100,900
     ... --image=PNG --strength=0.6            from an image (or, to a model trained for it, upscale)
     ... --image=PNG --mask=PNG                make anew what is white in the mask
+    ... --segments=PNG                        of a map of labels
+    ... --box=3,0.1,0.1,0.4,0.4 --box=...     of boxes: label, left, top, width, height
     ... --controlnet=DIR --control=PNG        steered by a picture; both may be given several times
     ... --lora=FILE                           with low-rank updates in Diffusers' format
     ... --embedding=FILE[,FILE]               with learned words (textual inversion)
@@ -40,7 +42,8 @@ from experiments.run import generate, kept
 SETTINGS = ("sampler", "steps", "guidance_scale", "guidance_rescale", "guidance_interval")
 # What else the pictures depend on, flag by flag; files go in by what they hold.
 ASKED = ("negative_prompt", "label", "strength", "control_scale", "lora_scale", "size", "tile")
-FILES = ("image", "mask", "control", "controlnet", "lora", "embedding")
+ASKED += ("box",)
+FILES = ("image", "mask", "segments", "control", "controlnet", "lora", "embedding")
 SHOWN = 256  # pictures in grid.png
 # make(start=i) -> batches of pictures from number i on
 Make = Callable[..., Iterator[np.ndarray]]
@@ -60,6 +63,8 @@ def define(add: cli.Flags) -> None:
     add.add("string", "image", None, "To start from, to inpaint, or to upscale.")
     add.add("float", "strength", None, "How much of the image is made anew, in (0, 1].")
     add.add("string", "mask", None, "White where the image is to be made anew.")
+    add.add("string", "segments", None, "A map of labels, one a pixel: grey or palette PNG.")
+    add.add("multi_string", "box", None, "label,left,top,width,height, the sides in [0, 1].")
     add.add("multi_string", "controlnet", None, "A ControlNet: Diffusers' directory, or a run's.")
     add.add("multi_string", "control", None, "The picture that each ControlNet reads.")
     add.add("list", "control_scale", None, "Weight of each ControlNet (default 1).")
@@ -201,7 +206,8 @@ def main(values: flags.FlagValues) -> None:
         model = open_model(values)
         pipeline, scales = model.pipeline, cli.numbers(values, "control_scale", float)
         columns = pipeline.columns(wanted, values.negative_prompt, values.label)
-        columns |= pipeline.slots.read(values.image, values.mask, values.control or (), scales)
+        given = (values.image, values.mask, values.segments, values.box or (), values.control or ())
+        columns |= pipeline.slots.read(*given, scales)
         strength = 1.0 if values.strength is None else values.strength
         run = pipeline.compiled(strength=strength, tile=values.tile)
     make = functools.partial(pipeline.images, columns, values.num, drawn, run=run)

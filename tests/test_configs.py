@@ -12,7 +12,7 @@ import pytest
 from ml_collections import config_flags  # noqa: F401  (the flag type that commands read)
 
 from experiments.plan import cost as plan
-from experiments.run import build
+from experiments.run import build, given
 
 NAMES = sorted(
     path.stem
@@ -92,15 +92,36 @@ PARAMETERS = {
     },
     "ldm_imagenet256:f8": {
         "denoiser": 394_984_196,
-        "class_embedder": 1001 * 512,
+        "class_embedder": 1000 * 512,
         "autoencoder": VQ_F8,
     },
+    "ldm_inpainting:places": {"denoiser": 387_245_827, "autoencoder": 53_219_486},
+    "ldm_inpainting:digits": {"denoiser": 627_433 + 2 * 9 * 24},  # two channels beside x_t's
+    "ldm_super_resolution:openimages": {"denoiser": 113_622_563, "autoencoder": VQ_F4},
+    "ldm_super_resolution:fashion": {"denoiser": 627_433 + 9 * 24},
     "ldm_lsun256:beds": {"denoiser": LDM_256, "autoencoder": VQ_F4},
     "ldm_lsun256:churches": {"denoiser": 294_966_916, "autoencoder": KL_F8},
-    "ldm_text": {"denoiser": 872_300_484, "text_encoder": 581_994_042, "autoencoder": KL_F8},
     "meanflow_cifar10": {"denoiser": 53_634_563 + 128 * 512 + 512 + 512 * 512 + 512},
     "meanflow_digits:tuned": {**DIGITS, "denoiser": DIGITS_TOLD, "teacher": DIGITS["denoiser"]},
     "meanflow_digits:scratch": {**DIGITS, "denoiser": DIGITS_TOLD},
+    "ldm_layout:openimages": {
+        "denoiser": 246_277_379,
+        "text_encoder": 58_858_496,
+        "autoencoder": VQ_F4,
+    },
+    "ldm_layout:digits": {"denoiser": 1_687_075, "text_encoder": 165_760},
+    "ldm_semantic:landscapes": {
+        "denoiser": 215_229_315,
+        "rescaler": 182 * 3,
+        "autoencoder": VQ_F4,
+    },
+    "ldm_semantic:digits": {"denoiser": 629_163, "rescaler": 44},
+    "ldm_text:laion": {"denoiser": 872_300_484, "text_encoder": 581_994_042, "autoencoder": KL_F8},
+    "ldm_text:cc": {
+        "denoiser": 403_623_939,
+        "text_encoder": 186_154_682,
+        "autoencoder": VQ_F4,
+    },
     "signal_ddpm": {"denoiser": 726_305},
     "stable_diffusion:v1": V1,
     "stable_diffusion:v2": V2,
@@ -242,4 +263,8 @@ def test_the_text_encoder_is_trained_where_the_config_says_so():
     assert build.trained(load("ldm_text")) == ("text_encoder", "denoiser")
     assert build.trained(load("stable_diffusion")) == ("denoiser",)
     assert build.trained(load("ldm_imagenet256")) == ("class_embedder", "denoiser")
-    assert build.null_label(load("ldm_imagenet256")) == 1000
+    assert [build.null_label(load("ldm_imagenet256", stage)) for stage in ("f4", "f8")] == [
+        1000
+    ] * 2
+    labels = [given.told(load("ldm_imagenet256", stage))["label"] for stage in ("f4", "f8")]
+    assert [label.has_null for label in labels] == [True, False]

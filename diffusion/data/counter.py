@@ -11,7 +11,9 @@ It is written in whole-array integer arithmetic, so that it is fast in batches a
 under every release of NumPy (whose own generators promise no such thing).
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -50,3 +52,32 @@ def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     order = np.argsort(bits(seed, epoch, np.arange(length)), kind="stable")
     order.flags.writeable = False
     return order
+
+
+@dataclasses.dataclass
+class Draws:
+    """What is drawn for one example, one after another: each draw has a key of its own."""
+
+    key: tuple[int, ...]
+    count: int = 0
+
+    def uniform(self, low: float | int = 0, high: float | int = 1, shape: Any = ()) -> Any:
+        """In [low, high): a number, or float64 of `shape`."""
+        size = int(np.prod(shape))
+        drawn = bits(*self.key, self.count + np.arange(size)) >> np.uint64(11)
+        self.count += size
+        values = low + (high - low) * drawn * 2.0**-53
+        return values.reshape(shape) if shape else float(values[0])
+
+    def below(self, high: int) -> int:
+        """A whole number of 0 .. high - 1."""
+        return int(self.uniform(0, high))
+
+    def normal(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Unit normal, by Box and Muller's transform."""
+        radius = np.sqrt(-2 * np.log1p(-self.uniform(shape=shape)))
+        return radius * np.cos(2 * np.pi * self.uniform(shape=shape))
+
+    def order(self, length: int) -> list[int]:
+        """0 .. length - 1 in any order."""
+        return np.argsort(self.uniform(shape=(length,))).tolist()

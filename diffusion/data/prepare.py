@@ -21,6 +21,7 @@ def prepare(
     data_dir: str | pathlib.Path,
     source_dir: str | pathlib.Path | None = None,
     max_bad_images: int = 0,
+    names: str | pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Writes data set `name` under `data_dir`, unless it is there already and whole.
 
@@ -30,6 +31,7 @@ def prepare(
       source_dir: the publisher's own files (CIFAR-10 python batches, MNIST's idx.gz, LSUN's lmdb),
         or a folder of images.
       max_bad_images: files of a folder that are no image to skip before it is an error.
+      names: a file of names, one a line, of the folder's images to take, and no others.
 
     Returns:
       The directory of the data set's version.
@@ -54,7 +56,7 @@ def prepare(
     elif source_dir is not None:
         from diffusion.data.builders.local_files import local_files, readers
 
-        files = readers.read(name, pathlib.Path(source_dir), max_bad_images)
+        files = readers.read(name, pathlib.Path(source_dir), max_bad_images, names)
         builder = local_files.builder(name, files, data_dir)
     else:
         return _finish(name, _from_catalogue(name, data_dir))

@@ -27,7 +27,7 @@ import numpy as np
 from diffusion.interop import text_encoder
 from diffusion.interop.files import Rules, Weights, to_params, to_tensors
 from diffusion.interop.unet import unet_shapes
-from diffusion.models.layers import ClassEmbedder
+from diffusion.models.embedders import ClassEmbedder, SpatialRescaler
 from diffusion.models.text_encoder import TextTransformer
 from diffusion.models.unet import UNet
 
@@ -210,6 +210,18 @@ def read_class_embedder(weights: Weights, module: ClassEmbedder) -> dict[str, An
     """The embedding of classes, cond_stage_model.embedding.weight."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(1, jnp.int32))["params"]
     return to_params(under(weights, CONDITION), shapes, ())
+
+
+def read_rescaler(weights: Weights, module: SpatialRescaler) -> dict[str, Any]:
+    """The convolution of maps of labels, cond_stage_model.channel_mapper.weight."""
+    name = f"{CONDITION}channel_mapper.weight"
+    found = weights.tensors.get(name)
+    if found is None or found.shape != (module.channels, module.classes, 1, 1):
+        raise ValueError(
+            f"{_file(weights)} has no {name} of {module.classes} labels to {module.channels} "
+            "channels, which the config has: give another file or config"
+        )
+    return {"kernel": np.ascontiguousarray(np.asarray(found)[..., 0, 0].T)}
 
 
 def bert_rules(layers: int) -> Rules:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Key, Num
 
 from diffusion.models import convolution, target
 from diffusion.models.group_norm import GroupNorm
@@ -235,22 +235,6 @@ class ResBlock(nn.Module):
         if not self.scale_shift:
             return norm(h, shift, silu=True)
         return norm(h, scale_shift=tuple(jnp.split(shift, 2, axis=-1)), silu=True)
-
-
-class ClassEmbedder(nn.Module):
-    """Labels as a context of one token (LDM on ImageNet); `num_classes` counts the null class.
-
-    A network beside the U-Net, as a text encoder is; CompVis calls it `cond_stage_model`.
-    """
-
-    num_classes: int
-    width: int
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, labels: Int[Array, "batch"]) -> Float[Array, "batch 1 width"]:
-        embed = nn.Embed(self.num_classes, self.width, dtype=self.dtype, name="embedding")
-        return embed(labels)[:, None, :]
 
 
 def timestep_embedding(

@@ -16,9 +16,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from diffusion.models.layers import Conv
+from diffusion.models.layers import Conv, Dropout
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -29,16 +29,24 @@ MIN_SIZE = 2 ** (len(STAGES) - 1)  # pixels a side that leave one place at the l
 class LPIPS(nn.Module):
     """`apply({"params": p}, x, y) -> (batch,)`, eq. 2 of images in [-1, 1], grey or colour.
 
-    dtype: what VGG computes in; features are compared in float32 or wider.
+    dtype: what VGG computes in; features are compared in float32 or wider. dropout: before each
+    head, where there are keys; LDM's training has a half.
     """
 
     dtype: Any = None
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width channels"], y: Float[Array, "..."]
+        self,
+        x: Float[Array, "batch height width channels"],
+        y: Float[Array, "..."],
+        keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch"]:
-        """ValueError where images are not planes of 1 or 3 channels, 16 pixels a side or more."""
+        """`keys`: of the dropout.
+
+        ValueError where images are not planes of 1 or 3 channels, 16 pixels a side or more.
+        """
         if x.ndim != 4 or x.shape[-1] not in (1, 3) or min(x.shape[1:3]) < MIN_SIZE:
             raise ValueError(
                 f"LPIPS of images of shape {tuple(x.shape[1:])}: it needs two axes of {MIN_SIZE} "
@@ -58,7 +66,8 @@ class LPIPS(nn.Module):
                 index += 1
             u, v = jnp.split(_unit(h.astype(wide)), 2)
             head = Conv(1, 1, use_bias=False, name=f"head_{stage}")
-            total += head(jnp.square(u - v)).mean((1, 2, 3))
+            difference = Dropout(self.dropout, name=f"dropout_{stage}")(jnp.square(u - v), keys)
+            total += head(difference).mean((1, 2, 3))
         return total
 
 

@@ -64,7 +64,7 @@ class UNet(nn.Module):
     transformer_depth: 0 is plain self-attention (DDPM, ADM); n is a spatial transformer of n blocks
         with cross-attention to `context`; one for all or one a level. The middle has the last's.
     num_classes: labels 0 .. num_classes - 1 (a null class counts) are embedded and added to temb;
-        for labels as context (LDM on ImageNet) put `layers.ClassEmbedder` before the U-Net.
+        for labels as context (LDM on ImageNet) put `embedders.ClassEmbedder` before the U-Net.
     pool_context: add a projection of the mean context token to temb. second_time: takes `s`.
     dtype: what to compute in; parameters stay float32. remat: None or a key of REMAT_POLICIES.
     """

@@ -6,10 +6,10 @@ picture is to be made anew:
     (1)  image to image, strength s (SDEdit, https://arxiv.org/abs/2108.01073, section 3):
          start at step k = n - floor(s n) from alpha(t_k) z + sigma(t_k) eps
     (2)  inpainting: the estimate of x_0 is m x_0 + (1 - m) z at every step (`process/guidance.py`),
-         and the image's own pixels are put back at the end; or, where the U-Net was trained for it
-         (nine channels: x_t, m, latents of the image with m blanked), by concatenation
-    (3)  super-resolution (LDM, https://arxiv.org/abs/2112.10752, section 4.4): the small image, as
-         large as the latents, joins x_t's channels
+         and the image's own pixels are put back at the end
+
+Where the denoiser was trained for it, m and the latents of what is left of the image, a small image
+or a map of labels join x_t's channels instead (`training/conditions.py: Concat`).
 """
 
 import dataclasses
@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.data import images
+from diffusion.data import annotations, images, layouts
 from diffusion.process import guidance
 from diffusion.process.gaussian import Denoise
 from diffusion.process.samplers import Sampler
 from diffusion.process.schedules import Schedule
 from diffusion.training import codec
+from diffusion.training.conditions import Concat
 
 Columns = dict[str, np.ndarray]
 
@@ -52,18 +53,23 @@ def read_image(path: str | pathlib.Path, size: Sequence[int], name: str, channel
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """What a model takes besides prompts. concat: what joins x_t's channels, "", "inpaint" or
-    "low_resolution"; sizes in places and in pixels, (height, width); so many control pictures."""
+    """What a model takes besides prompts. concat: what joins x_t's channels; sizes in places and in
+    pixels, (height, width); so many control pictures; channels of an image. layout: (length,
+    vocabulary, labels) of boxes as tokens, or None."""
 
-    concat: str
+    concat: Any
     latent_size: tuple[int, ...]
     image_size: tuple[int, ...]
     controls: int
+    channels: int = 3
+    layout: tuple[int, int, int] | None = None
 
     def read(
         self,
         image: str | None = None,
         mask: str | None = None,
+        segments: str | None = None,
+        boxes: Sequence[str] = (),
         controls: Sequence[str] = (),
         control_scales: Sequence[float] = (),
     ) -> Columns:
@@ -74,25 +80,30 @@ class Slots:
         """
         if mask and not image:
             raise ValueError(f"mask={mask} needs the --image that it covers")
-        if self.concat == "past":
+        kind = "" if self.concat is None else self.concat.kind
+        if kind == "past":
             raise ValueError(
                 "the model goes on from a window of past values, which no flag gives: use "
                 "`python -m experiments.evaluate.forecast`"
             )
-        if self.concat and not (image and (mask or self.concat != "inpaint")):
-            needs = "--image and --mask" if self.concat == "inpaint" else "--image"
-            trained = f"the model was trained with conditioning.concat={self.concat!r}"
-            raise ValueError(f"{trained}: give {needs}")
+        self._check(kind, image, mask, segments)
         if len(controls) != self.controls:
             raise ValueError(
                 f"{len(controls)} pictures for {self.controls} ControlNets: give one --control "
                 "for each, in their order"
             )
         found: Columns = {}
-        if image and self.concat == "low_resolution":
-            found["small"] = read_image(image, self.latent_size, "image")
+        if self.layout is not None:
+            found["tokens"] = self._boxes(boxes, *self.layout)
+        elif boxes:
+            raise ValueError(f"box={boxes[0]}, but the model reads no boxes: leave it out")
+        if self.concat is not None and segments:
+            found["segments"] = self._segments(segments, self.concat.rescaler.classes)
+        if self.concat is not None and image and kind == "low_resolution":
+            small = [side // self.concat.factor for side in self.latent_size]
+            found["small"] = read_image(image, small, "image", self.concat.shape[-1])
         elif image:
-            found["image"] = read_image(image, self.image_size, "image")
+            found["image"] = read_image(image, self.image_size, "image", self.channels)
         if mask:
             found["mask"] = read_image(mask, self.image_size, "mask", 1) > 127
         for i, path in enumerate(controls):
@@ -101,13 +112,53 @@ class Slots:
             found[f"hint_scale_{i}"] = np.array([scale], np.float32)
         return found
 
+    def _check(self, kind: str, image: str | None, mask: str | None, segments: str | None) -> None:
+        """That what the model was trained with is given, and nothing that it does not read."""
+        needs = {"low_resolution": ("image",), "semantic": ("segments",)}
+        needed = needs.get(kind, ("image", "mask") if kind else ())
+        given = {"image": image, "mask": mask, "segments": segments}
+        if missing := [name for name in needed if not given[name]]:
+            raise ValueError(
+                f"the model was trained with conditioning.concat={kind!r}: give --{missing[0]}"
+            )
+        if segments and kind != "semantic":
+            raise ValueError(
+                f"segments={segments}, but the model reads no map of labels: leave it out"
+            )
+        if mask and kind in needs:
+            raise ValueError(f"mask={mask}, but the model was trained without: leave it out")
+
+    def _boxes(self, boxes: Sequence[str], length: int, words: int, labels: int) -> np.ndarray:
+        """int32 (1, length)."""
+        if not 0 < len(boxes) <= (most := layouts.objects(length)):
+            raise ValueError(
+                f"the model reads 1 to {most} boxes, but {len(boxes)} are given: give --box=label,"
+                "left,top,width,height for each"
+            )
+        return layouts.tokens(layouts.parse(boxes, labels)[None], length, words)
+
+    def _segments(self, path: str, classes: int) -> np.ndarray:
+        """uint8 (1, height, width)."""
+        found = annotations.read_segments(path)[None]
+        if found.shape[1:] != self.image_size:
+            height, width = self.image_size
+            raise ValueError(
+                f"segments={path} has {found.shape[1]}x{found.shape[2]} labels, but "
+                f"{height}x{width} are needed: resize it, to the nearest"
+            )
+        if found.max() >= classes:
+            raise ValueError(
+                f"segments={path} has the label {found.max()}, but the model knows 0..{classes - 1}"
+                ": map the others to one of these"
+            )
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a batch's images become. told: arguments of the network; latent: z, where there is one
-    to start from; hole: m of eq. 2, as large as z; image and mask: the pixels to put back."""
+    """What a batch's images become. latent: z, where there is one to start from; hole: m of eq. 2,
+    as large as z; image and mask: the pixels to put back."""
 
-    told: dict[str, Any]
     latent: jax.Array | None = None
     hole: jax.Array | None = None
     image: Any = None
@@ -128,11 +179,12 @@ class Inputs:
 
     def pasted(self, pixels: jax.Array) -> jax.Array:
         """The image's own pixels where the mask is 0."""
-        return pixels if self.mask is None else jnp.where(self.mask, pixels, self.image)
+        given = self.mask is not None and self.image is not None
+        return pixels if not given else jnp.where(self.mask > 0, pixels, self.image)
 
 
 def prepare(
-    concat: str,
+    concat: Concat | None,
     batch: Mapping[str, Any],
     encode: Callable[[jax.Array], jax.Array],
     downsampling: int,
@@ -140,16 +192,11 @@ def prepare(
     """Traced into the one program of a sampling run. `encode`: [-1, 1] to what is diffused."""
     image: Any = batch.get("image")
     mask: Any = batch.get("mask")
-    told: dict[str, Any] = {}
-    if concat == "low_resolution":
-        told["concat"] = codec.signed(batch["small"])
+    if concat is not None:  # it is told of them
+        return Inputs(image=image, mask=mask)
     hole: Any = None if mask is None else _shrunk(mask.astype(jnp.float32), downsampling)
-    if concat == "inpaint":
-        masked = encode(codec.signed(image) * (1 - mask))
-        told["concat"] = jnp.concatenate([hole, masked], axis=-1)
-        return Inputs(told, image=image, mask=mask)
     latent = None if image is None else encode(codec.signed(image))
-    return Inputs(told, latent, hole, image, mask)
+    return Inputs(latent, hole, image, mask)
 
 
 def _shrunk(mask: jax.Array, factor: int) -> jax.Array:

@@ -32,8 +32,7 @@ from diffusion.training.parallel import BATCH, make_mesh, to_host
 class Pipeline:
     """A denoiser with all it needs to make pictures. `params` holds every network, by name.
 
-    extra: the latents' shift and scale. concat: what joins x_t's channels (`inputs.Slots`).
-    batch_size: pictures at a time.
+    extra: the latents' shift and scale. batch_size: pictures at a time.
     """
 
     task: Denoiser
@@ -42,7 +41,6 @@ class Pipeline:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     first_stage: Any = None
     tokenizer: Tokenizer | None = None
-    concat: str = ""
     batch_size: int = 64
 
     @property
@@ -54,7 +52,29 @@ class Pipeline:
         """What it takes besides prompts."""
         space = self.task.sample_shape[:-1]
         pixels = tuple(side * self.downsampling for side in space)
-        return inputs.Slots(self.concat, space, pixels, len(self.task.controlnets))
+        channels = self.task.sample_shape[-1] if self.first_stage is None else 3
+        controls, past = len(self.task.controlnets), self.task.conditions.get("past")
+        joined = self.concat or past
+        return inputs.Slots(joined, space, pixels, controls, channels, self.layout)
+
+    @property
+    def layout(self) -> tuple[int, int, int] | None:
+        """Tokens, words and labels of boxes, where it reads some."""
+        text: Any = self.task.conditions.get("text")
+        if text is None or not text.labels:
+            return None
+        return len(text.null_tokens), text.encoder.vocab_size, text.labels
+
+    @property
+    def concat(self) -> Any:
+        """What joins x_t's channels: a `conditions.Concat`, or None."""
+        return self.task.conditions.get("concat")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns of a data set's batch that it is given, beside prompts and labels."""
+        boxes = ("tokens",) if self.layout else ()
+        return boxes if self.concat is None else (*boxes, *self.concat.reads)
 
     def changed(self, **given: Any) -> "Pipeline":
         """With other settings; those that are None stay."""
@@ -213,9 +233,10 @@ class Pipeline:
             params = task.merged(params)
             encode = functools.partial(codec.encode, bare.first_stage, params, bare.extra)
             given = inputs.prepare(bare.concat, batch, encode, bare.downsampling)
-            told, nothing = {**task.condition(params, batch), **given.told}, None
+            batch = task.ready(batch, encode, functools.partial(codec.scaled, extra=bare.extra))
+            told, nothing = task.condition(params, batch), None
             if empty := conditions.null(task.conditions, params, batch):
-                nothing = {**task.condition(params, {**batch, **empty}), **given.told}
+                nothing = task.condition(params, {**batch, **empty})
             scale = batch.get("guidance_scale")
             denoise = how.denoise(functools.partial(task.predict, params), told, nothing, scale)
             x = ks.normal(first, (len(indices), *task.sample_shape))  # of (seed, i) alone

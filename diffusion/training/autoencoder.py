@@ -12,8 +12,7 @@ that `kl_weight` of 1e-6 is relative to a sum over pixels, and LPIPS, one number
 once for each value. VQ models (`vqperceptual.py`) take means instead: `reduction` "mean" divides
 (1) by N, and L_reg is codebook_weight times the mean of the bottleneck's loss, whose own two
 weights are the network's (`bottleneck.py`, eq. 4). lambda L_G, and the loss of the second network,
-the discriminator: `adversarial.py`. LDM's `logvar` is left out: it is a parameter there, but in no
-optimiser's list, and so stays 0.
+the discriminator: `adversarial.py`. LDM's `logvar`, in no optimiser's list, stays 0: left out.
 
 Lambda is a ratio of two gradients' norms at the decoder's last layer. Their pull-backs reach no
 further than that layer (the compiler drops the rest), so a step is one forward and one backward
@@ -49,10 +48,10 @@ Batch = dict[str, Array]
 class Autoencoder:
     """Equations 1-3 on `batch["image"]` (uint8). Holds no arrays.
 
-    sample_shape: (*space, channels) of the images. reconstruction: "l1" or "l2".
-    regularizer_weight: kl_weight, or codebook_weight of a VQ network. adversary: None for none.
-    perceptual: LPIPS, a module whose parameters are the frozen "perceptual"; None where its weight
-    is 0. reseed_every_steps: of dead codes (`codebook.py`; 0: never), which needs the batch_size.
+    sample_shape: (*space, channels) of the images. reconstruction: "l1" or "l2". adversary: None
+    for none. regularizer_weight: kl_weight, or codebook_weight of a VQ network. perceptual: LPIPS,
+    whose parameters are the frozen "perceptual"; None where its weight is 0. reseed_every_steps: of
+    dead codes (`codebook.py`; 0: never), which needs the batch_size. initialise: of the network.
     """
 
     network: Any
@@ -64,6 +63,7 @@ class Autoencoder:
     regularizer_weight: float = 1e-6
     perceptual: Any = None
     perceptual_weight: float = 0.0
+    initialise: Callable[[Key[Array, ""], Params], Params] = lambda key, params: params
     adversary: Adversary | None = None
     reseed_every_steps: int = 0
     batch_size: int = 0
@@ -86,7 +86,8 @@ class Autoencoder:
     def init(self, key: Key[Array, ""]) -> TrainState:
         init_key, run_key = jax.random.split(key)
         x = jnp.zeros((1, *self.sample_shape))
-        params: Params = {"autoencoder": self.network.init(init_key, x)["params"]}
+        made = self.network.init(init_key, x)["params"]
+        params: Params = {"autoencoder": self.initialise(init_key, made)}
         extra: dict[str, Any] = {}
         if self.adversary is not None:
             made = self.adversary.init(jax.random.fold_in(init_key, 1), x)
@@ -124,8 +125,7 @@ class Autoencoder:
         params = state.inference_params["autoencoder"]
         x_hat, (bottleneck, z) = self._reconstruct(params, x, None)
         terms = self.terms(frozen, x, x_hat) | self._regularizer(bottleneck)
-        clipped = jnp.clip(x_hat, -1, 1)
-        terms |= quality.per_example(x, clipped, quality.SIGNED) | codec.moments(z)
+        terms |= quality.per_example(x, jnp.clip(x_hat, -1, 1), quality.SIGNED) | codec.moments(z)
         valid = batch["valid"].astype(jnp.float32)
         sums = {name: jnp.sum(value * valid) for name, value in terms.items()}
         return {"loss": self._loss(sums), **sums, "count": jnp.sum(valid)}
@@ -144,7 +144,7 @@ class Autoencoder:
     # -- its parts -----------------------------------------------------------------------------
 
     def terms(
-        self, frozen: Params, x: Float[Array, "batch ..."], x_hat: Array
+        self, frozen: Params, x: Float[Array, "batch ..."], x_hat: Array, keys: Array | None = None
     ) -> dict[str, Float[Array, " batch"]]:
         """Of equation 1 for each example: its error reduced, LPIPS, and its mean squared error."""
         error = x - x_hat  # float32 or wider, as the network puts x^ out
@@ -153,8 +153,7 @@ class Autoencoder:
         reduced = distance.sum(axes) if self.reduction == "sum" else distance.mean(axes)
         found = {"reconstruction": reduced, "mse": jnp.square(error).mean(axes)}
         if self.perceptual is not None:
-            variables = {"params": frozen["perceptual"]}
-            found["lpips"] = self.perceptual.apply(variables, x, x_hat)
+            found["lpips"] = self.perceptual.apply({"params": frozen["perceptual"]}, x, x_hat, keys)
         return found
 
     def _nll(self, means: dict[str, Array]) -> Array:
@@ -215,6 +214,7 @@ class Autoencoder:
     def _forward(self, params: Params, state: TrainState, batch: Batch, frozen: Params) -> Any:
         """Images, reconstructions, the way back from these, and both losses' gradients there."""
         x, keys = self._inputs(state, batch)
+        dropout = ks.stream(keys, ks.DROPOUT)
 
         def reconstruct(of_autoencoder):
             x_hat, (bottleneck, z) = self._reconstruct(of_autoencoder, x, keys)
@@ -222,7 +222,7 @@ class Autoencoder:
             return (x_hat, regularizer), (bottleneck, z)
 
         def nll(x_hat):
-            means = jax.tree.map(jnp.mean, self.terms(frozen, x, x_hat))
+            means = jax.tree.map(jnp.mean, self.terms(frozen, x, x_hat, dropout))
             return self._nll(means), means
 
         (x_hat, regularizer), pull, aux = jax.vjp(reconstruct, params["autoencoder"], has_aux=True)

@@ -1,4 +1,4 @@
-"""What a denoiser is told besides x_t and t: a caption, a class, control pictures.
+"""What a denoiser is told besides x_t and t: a caption, a class, control pictures, other channels.
 
 A condition makes columns of a batch into arguments of the network, and knows the columns that say
 nothing: the empty caption, the null class. Training puts these in place of some of a batch's own;
@@ -6,12 +6,14 @@ guidance wants both (classifier-free guidance, arXiv:2207.12598, algorithms 1 an
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
+
+from diffusion.training import codec
 
 Batch = Mapping[str, Array]
 Given = dict[str, Any]  # arguments of the network, by name
@@ -45,6 +47,7 @@ class Text:
     encoder: Any
     null_tokens: tuple[int, ...]
     mask_padding: bool = False
+    labels: int = 0  # of boxes, which the tokens are of (`data/layouts.py`); 0: captions
 
     def init(self, key):
         tokens = jnp.zeros((1, len(self.null_tokens)), jnp.int32)
@@ -120,17 +123,81 @@ class Hints:
 class Past:
     """A column "past" (batch, k length, channels), what came before the window, as channels that
     join x_t's: at each place the values of that place k windows ago, .. , one window ago.
-    length: of a window.
+    length: of a window. channels: that join.
     """
 
     length: int
+    channels: int
+    kind: ClassVar[str] = "past"
 
     def init(self, key):
-        return {}, {}
+        return {"concat": jnp.zeros((1, self.length, self.channels))}, {}
 
     def encode(self, params, batch, keys=None):
         past = batch["past"].reshape(len(batch["past"]), -1, self.length, batch["past"].shape[2])
         return {"concat": jnp.moveaxis(past, 1, 2).reshape(len(past), self.length, -1)}
+
+    def null(self, params, batch):
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Concat:
+    """What joins x_t's channels: always told, never dropped.
+
+        "low_resolution"  "small", uint8, in [-1, 1], enlarged `factor` times by bicubic to x_t's
+                          size (LDM, arXiv:2112.10752, section 4.4; SR3, arXiv:2104.07636)
+        "inpaint"         [mask in {0, 1}, latents of the image with a grey hole]: Stable Diffusion
+        "inpaint_ldm"     [latents of the image with a black hole, mask in {-1, 1}]: CompVis's
+                          inpainting_big (CompVis/latent-diffusion: scripts/inpaint.py)
+        "semantic"        what `rescaler`, trained with the denoiser, makes of labels "segments"
+
+    "mask" is 1 where the image is to be made. shape: (*space, channels) of what joins, as trained.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    factor: int = 1
+    rescaler: Any = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns of a batch."""
+        kinds = {"low_resolution": ("small",), "semantic": ("segments",)}
+        return kinds.get(self.kind, ("image", "mask", "masked"))
+
+    def init(self, key):
+        given = {"concat": jnp.zeros((1, *self.shape))}
+        if self.rescaler is None:
+            return given, {}
+        sides = (side * 2**self.rescaler.halvings for side in self.shape[:-1])
+        return given, {"rescaler": self.rescaler.init(key, jnp.zeros((1, *sides), int))["params"]}
+
+    def ready(self, batch: Batch, encode: Callable, scaled: Callable = lambda z: z) -> Batch:
+        """The batch with "masked", latents of what is left of "image": `encode` of [-1, 1], or
+        those that are stored, `scaled`."""
+        if self.kind not in ("inpaint", "inpaint_ldm"):
+            return batch
+        if "masked" in batch:
+            return {**batch, "masked": scaled(batch["masked"])}
+        hole = 0.0 if self.kind == "inpaint" else -1.0
+        left = jnp.where(batch["mask"] > 0, hole, codec.signed(batch["image"]))
+        return {**batch, "masked": encode(left)}
+
+    def encode(self, params, batch, keys=None):
+        if self.kind == "semantic":
+            segments = batch["segments"].astype(jnp.int32)
+            return {"concat": self.rescaler.apply({"params": params["rescaler"]}, segments)}
+        if self.kind == "low_resolution":
+            small = codec.signed(batch["small"])
+            space = [side * self.factor for side in small.shape[1:-1]]
+            shape = (len(small), *space, small.shape[-1])
+            return {"concat": jax.image.resize(small, shape, "cubic") if self.factor > 1 else small}
+        masked = batch["masked"]
+        step = batch["mask"].shape[1] // masked.shape[1]
+        mask = batch["mask"][:, ::step, ::step].astype(masked.dtype)  # the nearest, as the authors'
+        parts = [mask, masked] if self.kind == "inpaint" else [masked, 2 * mask - 1]
+        return {"concat": jnp.concatenate(parts, axis=-1)}
 
     def null(self, params, batch):
         return {}

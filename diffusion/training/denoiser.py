@@ -20,6 +20,7 @@ more often (Improved DDPM section 3.3, arXiv:2102.09672; the equations are in `p
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,8 +51,7 @@ class Denoiser:
     `drop_condition` of them dropped in training. loss_history is the empty history of second-moment
     resampling, None: t as `draw` has it. lora: low-rank updates of the U-Net. controlnets: each
     reads one of the condition's hints; the first is "controlnet" among the parameters, the next
-    "controlnet_1". concat_channels: how many of the condition's join x_t's. teacher: a network,
-    frozen, as "teacher" among the parameters.
+    "controlnet_1". teacher: a network, frozen, as "teacher" among the parameters.
     """
 
     network: Any
@@ -63,7 +63,6 @@ class Denoiser:
     conditions: Mapping[str, Condition] = dataclasses.field(default_factory=dict)
     lora: Lora | None = None
     controlnets: tuple[Any, ...] = ()
-    concat_channels: int = 0
     drop_condition: float = 0.0
     autoencoder: Any = None
     teacher: Any = None
@@ -102,12 +101,13 @@ class Denoiser:
         network_key, condition_key = jax.random.split(key)
         params: Params = {}
         given: dict[str, Any] = {}
-        *space, channels = self.sample_shape
-        x, t = jnp.zeros((1, *space, channels + self.concat_channels)), jnp.zeros((1,))
+        x, t = jnp.zeros((1, *self.sample_shape)), jnp.zeros((1,))
         for condition in self.conditions.values():
             of_one, own = condition.init(condition_key)
             given |= of_one
             params |= own
+        if "concat" in given:
+            x = jnp.concatenate([x, given.pop("concat")], axis=-1)
         params["denoiser"] = self.network.init(network_key, x, t, **given)["params"]
         if self.teacher is not None:
             params["teacher"] = self.teacher.init(network_key, x, t, **given)["params"]
@@ -179,6 +179,8 @@ class Denoiser:
         """Equation 3 for each example, given one key an example; `step`: how many were taken."""
         params = self.merged(params)
         x0 = self.clean(params, extra, batch, keys, train)
+        encode = functools.partial(codec.encode, self.autoencoder, params, extra)
+        batch = self.ready(batch, encode, functools.partial(codec.scaled, extra=extra))
         condition = self.condition(params, batch, keys, train)
         dropout_keys = ks.stream(keys, ks.DROPOUT) if train else None
 
@@ -250,6 +252,11 @@ class Denoiser:
         if self.flip and train:
             x = ts.random_flip(x, ks.stream(keys, ks.DATA))
         return codec.encode(self.autoencoder, params, extra, x, drawn)
+
+    def ready(self, batch: Batch, encode: Callable, scaled: Callable = lambda z: z) -> Batch:
+        """The batch with what the other channels are made of (`conditions.Concat.ready`)."""
+        concat: Any = self.conditions.get("concat")
+        return batch if concat is None else concat.ready(batch, encode, scaled)
 
     def condition(
         self, params: Params, batch: Batch, keys: Array | None = None, train: bool = False

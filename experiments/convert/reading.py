@@ -19,7 +19,7 @@ from diffusion.interop import autoencoder, files, scheduler
 from diffusion.interop import text_encoder as text_encoders
 from diffusion.interop.autoencoder import load_scaling
 from diffusion.models.autoencoder import VQModel
-from experiments.run import build
+from experiments.run import build, given
 
 REMEDY = "fetch it, or name a pipeline's directory as --source"
 PIPELINES = (
@@ -192,6 +192,8 @@ def finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
     channels = build.sample_shape(config)[-1]
     kinds = {channels: "", 2 * channels + 1: "inpaint"}
     kinds[channels + config.data.channels] = "low_resolution"
+    if config.conditioning.concat:  # a config of CompVis's says it
+        kinds[channels + given.concat(config).shape[-1]] = config.conditioning.concat
     if found not in kinds or out not in (channels, 2 * channels):
         raise ValueError(
             f"{source} has {found} input and {out} output channels, but latents have {channels}: "

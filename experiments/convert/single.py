@@ -10,17 +10,22 @@ from ml_collections import ConfigDict
 from diffusion.data import tokenizer_files
 from diffusion.interop import compvis, compvis_ldm, single_file
 from experiments.convert.reading import Parts, fields, finish, first_stage_parts, stage_kind
-from experiments.run import build
+from experiments.run import build, given
 
 # Which config a CompVis file of these widths is: (of the U-Net, of its context).
 KNOWN = {
     (320, 768): "stable_diffusion:v1",
     (320, 1024): "stable_diffusion:v2",
-    (320, 1280): "ldm_text",
+    (320, 1280): "ldm_text:laion",
     (192, 512): "ldm_imagenet256:f4",
     (256, 512): "ldm_imagenet256:f8",
     (224, None): "ldm_celebahq256",
     (192, None): "ldm_lsun256:churches",
+    (160, None): "ldm_super_resolution:openimages",
+    (256, None): "ldm_inpainting:places",
+    (128, None): "ldm_semantic:landscapes",
+    (128, 512): "ldm_layout:openimages",
+    (192, 640): "ldm_text:cc",
 }
 
 
@@ -42,16 +47,20 @@ def from_compvis(
     if "class_embedder" in config.model:
         embedder = build.class_embedder(config)
         params["class_embedder"] = compvis_ldm.read_class_embedder(held, embedder)
+    if "rescaler" in config.model:
+        module = given.concat(config).rescaler
+        params["rescaler"] = compvis_ldm.read_rescaler(held, module)
     parts = Parts(config, params, compvis_ldm.scale_factor(held) or _scale(config))
     if "text_encoder" in config.model:
         encoder = build.text_encoder(config)
         params["text_encoder"] = compvis_ldm.read_text_encoder(held, encoder)
-        if tokenizer is None:
+        if tokenizer is None and build.reads_captions(config):
             raise ValueError(
                 f"{source} holds no tokenizer, which its text encoder needs: give --tokenizer=DIR "
                 "with vocab.json and merges.txt (CLIP) or vocab.txt (BERT)"
             )
-        parts.tokenizer = tokenizer_files.load(tokenizer)
+        if build.reads_captions(config):
+            parts.tokenizer = tokenizer_files.load(tokenizer)
     config.init_from = ""
     parts.config = finish(config, params["denoiser"], source)
     return parts

@@ -119,7 +119,7 @@ def _check_samples(config: ConfigDict) -> None:
             f"{CLASSIFIER} is empty, but evaluation.samples={wanted.samples}: name the run of a "
             "classifier on the same data, or set evaluation.samples=0"
         )
-    if "text_encoder" in config.model and not data.known(_data_name(config)).judged:
+    if build.reads_captions(config) and not data.known(_data_name(config)).judged:
         raise ValueError(
             f"evaluation.samples={wanted.samples} knows the captions of captioned_digits alone: "
             "set it to 0"
@@ -233,11 +233,11 @@ class Samples(Evaluator):
         if not num:
             return {}
         seen = next(self.run.eval_batches())
-        pipeline, given = self._pipeline(state), {}
-        words = pipeline.tokenizer
-        prompts = words.decode(seen["tokens"]) if words is not None else None
+        pipeline = self._pipeline(state)
+        given: Columns = {name: seen[name] for name in pipeline.reads if name in seen}
+        prompts = pipeline.tokenizer.decode(seen["tokens"]) if pipeline.tokenizer else None
         if "hint" in seen:
-            given = {"hint_0": seen["hint"], "hint_scale_0": np.ones(1, np.float32)}
+            given |= {"hint_0": seen["hint"], "hint_scale_0": np.ones(1, np.float32)}
         made = self._made(pipeline, pipeline.columns(prompts) | given, num)
         return {"samples": sheets.as_images(made)}
 
@@ -294,7 +294,7 @@ class Samples(Evaluator):
             folder = self.directory / "first_stage"
             params["autoencoder"], described, _ = weights.load_weights(folder)
             first_stage = build.autoencoder(ConfigDict(described))
-        if "text" in self.run.task.conditions:
+        if build.reads_captions(self.run.config):
             tokenizer = Tokenizer.load(self.directory / "tokenizer.json")
         given = {"first_stage": first_stage, "tokenizer": tokenizer}
         return generate.pipeline(self.run.config, self.run.task, params, **given)

@@ -12,9 +12,9 @@ from typing import Any
 from diffusion.metrics import frechet
 from diffusion.metrics.directions import higher_is_better
 from diffusion.process import gaussian
-from experiments.evaluate import adapters, distances, scores
+from experiments.evaluate import adapters, distances, placements, restorations, scores
 from experiments.evaluate.samples import Subject
-from experiments.run import build, data
+from experiments.run import build, data, given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,20 @@ METRICS: dict[str, Metric] = {
         scores.reconstruction,
         "first stage",
         "stage features",
+        axes=2,
+    ),
+    "restoration": Metric(
+        "of super-resolution and inpainting: PSNR, SSIM, with --classifier accuracy and Frechet "
+        "distance, of samples and of what needs no model",
+        restorations.restoration,
+        "samples",
+        axes=2,
+    ),
+    "placement": Metric(
+        "of boxes and maps of labels: whether digits are where they were asked for, and right",
+        placements.placement,
+        "samples",
+        "judge",
         axes=2,
     ),
     "psnr": Metric(
@@ -228,15 +242,10 @@ def _check_bound(subject: Subject, name: str) -> None:
         raise ValueError(
             f"{start}pixels, but {end} diffuses series: name a run of images or videos"
         )
-    if told := sorted(build.told(config).keys() - {"hint"}):
+    if told := sorted(given.told(config).keys() - {"hint"}):
         raise ValueError(
             f"{start}unconditional models, but {end} is told {told[0]}: name one that is told "
             "nothing"
-        )
-    if config.conditioning.concat:
-        raise ValueError(
-            f"{start}models of pixels alone, but {end} has conditioning.concat="
-            f"{config.conditioning.concat!r}: name a run without"
         )
     try:
         gaussian.posterior_tables(build.schedule(config))
@@ -249,6 +258,8 @@ CHECKS = {
     "clip_score": _check_captions,
     "bits_per_dim": _check_bound,
     **dict.fromkeys(adapters.KINDS, adapters.check),
+    "restoration": restorations.check,
+    "placement": placements.check,
 }
 
 

@@ -24,7 +24,7 @@ from diffusion.wording import Progress
 from experiments.evaluate import references, sample_sets, stream
 from experiments.evaluate.features import FeatureNetwork, Judge, Tools, attributes
 from experiments.host import cluster
-from experiments.run import data, generate, kept, workdir
+from experiments.run import build, data, generate, given, kept, workdir
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def captioned(self) -> bool:
-        return "text_encoder" in self.image_config.model
+        return build.reads_captions(self.image_config)
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:
@@ -119,6 +119,12 @@ class Samples:
             return compose.prompts(num, self.seed, held_out)
         return data.captions(self.run.image_config, num), {}
 
+    @functools.cached_property
+    def given(self) -> dict[str, Any]:
+        """Images of the evaluation split and what the samples are made of; {} for noise alone."""
+        config, epoch = self.run.image_config, references.UNSEEN_EPOCH
+        return given.columns(config, self.num, epoch) if given.reads(config) else {}
+
     def drawn(self, columns: Columns, num: int, start: int = 0) -> Iterator[np.ndarray]:
         """Batches of uint8, from sample `start` on."""
         images = self.run.model.pipeline.images(columns, num, [self.seed], start, self._sampler)
@@ -144,6 +150,7 @@ class Samples:
             return
         pipeline = self.run.model.pipeline
         columns = pipeline.columns(self.prompts(num, held_out)[0])
+        columns |= {name: self.given[name] for name in pipeline.reads if name in self.given}
         make = functools.partial(self.drawn, columns, num)
         if self.keep is None:
             yield from _shown(make(), num)
@@ -202,7 +209,8 @@ class Subject:
     @property
     def judge(self) -> Judge:
         judge = self.tools.judge
-        if self.run is not None and judge.data != (name := self.run.image_config.data.name):
+        name = "" if self.run is None else self.run.image_config.data.name
+        if name and judge.data != (data.known(name).like or name):
             raise ValueError(
                 f"--classifier={self.tools.classifier} was trained on {judge.data!r}, but "
                 f"{self.run} on {name!r}: name one of that"

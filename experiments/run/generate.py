@@ -50,9 +50,8 @@ def load(
 
 def pipeline(config: ConfigDict, task: Any, params: dict[str, Any], **given: Any) -> Pipeline:
     """What a config says of sampling, around networks."""
-    concat, size = config.conditioning.concat, config.sample.batch_size
     how = build.settings(config)
-    return Pipeline(task, how, params, **given, concat=concat, batch_size=size)
+    return Pipeline(task, how, params, **given, batch_size=config.sample.batch_size)
 
 
 def with_controlnet(model: Pipeline, directory: str | pathlib.Path) -> Pipeline:

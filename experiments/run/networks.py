@@ -86,7 +86,7 @@ def load(
         scale = build.lora(config).scale
         params["denoiser"] = lora.merge(params["denoiser"], params.pop("lora"), scale)
     path = directory / "tokenizer.json"
-    tokenizer = Tokenizer.load(path) if "text_encoder" in config.model else None
+    tokenizer = Tokenizer.load(path) if build.reads_captions(config) else None
     return Networks(
         config, params, saved.items["extra"], first_stage, tokenizer, made_from, saved.step
     )

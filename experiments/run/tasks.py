@@ -12,13 +12,16 @@ from ml_collections import ConfigDict
 from diffusion.models import target
 from diffusion.models.discriminator import PatchDiscriminator
 from diffusion.models.image_encoder import DigitClassifier
+from diffusion.models.initialisation import torch_defaults
 from diffusion.models.perceptual import LPIPS
 from diffusion.process import consistency, few_steps, losses
 from diffusion.training.adversarial import Adversary
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.classifier import Classifier
 from diffusion.training.denoiser import Denoiser
-from experiments.run import build
+from experiments.run import build, given
+
+INITIALISATIONS = {"ddpm": lambda key, params: params, "torch": torch_defaults}
 
 METHODS: dict[str, Callable[..., few_steps.Method]] = {
     "meanflow": few_steps.meanflow,
@@ -31,11 +34,13 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     networks = build.trained(config)
     noising, shape = build.schedule(config), build.sample_shape(config)
     _check_output(config, shape[-1])
-    if "controlnet" in config.model and config.data.flip:
-        raise ValueError("data.flip=True would not mirror a ControlNet's hints: set it to False")
+    images = config.data.name != "latents"
+    if config.data.flip and images and ("controlnet" in config.model or config.conditioning.concat):
+        raise ValueError(
+            "data.flip=True would not mirror a ControlNet's hints, nor what "
+            f"conditioning.concat={config.conditioning.concat!r} joins: set it to False"
+        )
     objective, draw, history = learning(config, noising, shape)
-    joined = {"": 0, "inpaint": 1 + shape[-1], "low_resolution": config.data.channels}
-    joined["past"] = _years(config, shape)
     build.settings(
         config
     )  # a sampler that the schedule cannot serve is refused now, not after training
@@ -47,10 +52,9 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         loss_history=history,
         optimizer=build.optimizer(config, networks),
         ema=build.ema(config, networks),
-        conditions=build.told(config, null_tokens),
+        conditions=given.told(config, null_tokens),
         lora=build.lora(config),
         controlnets=build.controlnets(config),
-        concat_channels=build.choose(joined, config.conditioning.concat, "conditioning.concat"),
         autoencoder=build.online_autoencoder(config),
         teacher=build.teacher(config),
         drop_condition=config.conditioning.drop,
@@ -59,32 +63,21 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     )
 
 
-def _years(config: ConfigDict, shape: tuple[int, ...]) -> int:
-    """How many channels the past of a window becomes."""
-    if config.conditioning.concat == "past" and (len(shape) != 2 or config.data.past % shape[0]):
-        raise ValueError(
-            f"conditioning.concat='past' is of series whose past is some windows long, but "
-            f"data.past={config.data.past} and data.image_size={config.data.image_size}: give a "
-            "multiple of the window"
-        )
-    return config.data.past // shape[0] * shape[-1]
-
-
 def learning(config: ConfigDict, noising: Any, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """The objective, the draw of its times and noise, and the history of losses that t is drawn
     by, or None."""
     section, history = config.process.objective, None
-    given = {"schedule": noising, "prediction": config.process.prediction}
+    told = {"schedule": noising, "prediction": config.process.prediction}
     if config.process.method != "denoise":
         make = build.choose(METHODS, config.process.method, "process.method")
         _check_method(config)
-        given["times"] = config.process.times
-        method = build.construct(make, section, "process.objective", **given)
+        told["times"] = config.process.times
+        method = build.construct(make, section, "process.objective", **told)
         draw = method.draw
         objective = target.forward_mode()(method.loss) if method.forward_mode else method.loss
     else:
-        given["variance"] = config.process.variance
-        objective = build.construct(losses.objective, section, "process.objective", **given)
+        told["variance"] = config.process.variance
+        objective = build.construct(losses.objective, section, "process.objective", **told)
         resample = config.process.times == "second_moment"
         history = losses.second_moment_history(noising) if resample else None
         times = None if resample else config.process.times or None
@@ -159,8 +152,9 @@ def first_stage(config: ConfigDict) -> Autoencoder:
         reconstruction=loss.reconstruction,
         reduction=loss.reduction,
         regularizer_weight=loss.codebook_weight if quantised else loss.kl_weight,
-        perceptual=LPIPS(dtype=dtype) if loss.perceptual_weight else None,
+        perceptual=LPIPS(dtype, 0.5 * loss.perceptual_dropout) if loss.perceptual_weight else None,
         perceptual_weight=loss.perceptual_weight,
+        initialise=build.choose(INITIALISATIONS, config.initialisation, "initialisation"),
         adversary=opponent,
         reseed_every_steps=loss.reseed_every_steps,
         batch_size=config.train.batch_size,

@@ -24,7 +24,9 @@ from diffusion.interop.perceptual import SOURCES, load_lpips
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
 from diffusion.training.state import TrainState
 from experiments.host import cli
-from experiments.run import build, checks, data, networks, tasks
+from experiments.run import build, checks, data, given, networks, tasks
+
+JOINED = ("small", "mask", "segments", "past")  # what joins x_t's channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _image_run(config: ConfigDict, placed: Parallel) -> Run:
     frozen = {**begun.frozen, **perceptual_weights(config)}
     source, steps = data.open_images(config, "train")
     tokenizer, tokens, extra = None, (), begun.extra
-    if "text_encoder" in config.model:
+    if build.reads_captions(config):
         tokenizer = begun.tokenizer or data.make_tokenizer(config.online.tokenizer, source, steps)
         tokens = data.null_tokens(config, tokenizer)
         data.count_cut(source, steps, tokenizer, len(tokens))
@@ -142,7 +144,9 @@ def _ends(config: ConfigDict, tokenizer: Tokenizer | None, length: int) -> list:
         _check_hints(config)
         kinds = {"edges": transforms.Edges()}
         ends.append(build.choose(kinds, config.conditioning.control, "conditioning.control"))
-    return [*ends, transforms.Keep(("image", "label", "tokens", "hint", "past"))]
+    if config.task == "denoiser":
+        ends.extend(given.joined(config))
+    return [*ends, transforms.Keep(("image", "label", "tokens", "hint", *JOINED))]
 
 
 def _check_hints(config: ConfigDict) -> None:
@@ -163,7 +167,7 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
     begun, tokens = networks.begin(config), ()
     source = latents.LatentSource(config.data.dir, latent_identity(config, begun))
     directory = pathlib.Path(config.data.dir)
-    if "text_encoder" in config.model:
+    if build.reads_captions(config):
         tokens = data.null_tokens(config, Tokenizer.load(directory / "tokenizer.json"))
     made = tasks.task(config, **({"null_tokens": tokens} if tokens else {}))
 
@@ -176,7 +180,8 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
                 shutil.copytree(directory / "first_stage", copy, dirs_exist_ok=True)
 
     context = ("context",) if config.latents.contexts else ()
-    stream = source, [transforms.Keep(("mean", "logvar", "tokens", *context, "label"))]
+    names = ("mean", "logvar", "tokens", *context, "label", "masked", *JOINED)
+    stream = source, [transforms.Keep(names)]
     scaling = {"latent_shift": source.shift, "latent_scale": source.scale}
     return Run(
         config,
@@ -199,6 +204,9 @@ def latent_identity(config: ConfigDict, begun: networks.Beginning) -> dict[str, 
         "image_size": config.data.image_size,
         "autoencoder": config.model.autoencoder.to_dict(),
     }
+    if given.reads(config):
+        names = ("concat", "downscale", "degradation", "masks", "layout")
+        made_from["conditioning"] = {name: config.conditioning[name] for name in names}
     if text := begun.frozen.get("text_encoder"):
         # Tokens are its tokenizer's, and what may be stored of it is its own.
         made_from["tokenizer"] = begun.tokenizer.sha256 if begun.tokenizer else None

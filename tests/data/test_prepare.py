@@ -188,6 +188,20 @@ def test_folder_with_metadata(folder, tmp_path):
         everything("mine", tmp_path / "data")
 
 
+def test_a_list_of_names_takes_those_alone(folder, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("2.npy\n0.png\n\n")  # CelebA-HQ's list has its authors' own suffix
+    prepare.prepare("some", tmp_path / "data", folder, names=names)
+    found = everything("some", tmp_path / "data", image_size=16)["image"]
+    wanted = [images.decode_image((folder / f"{i}.png").read_bytes(), 3, 16) for i in (0, 2)]
+    assert sorted(map(np.ndarray.tobytes, found)) == sorted(map(np.ndarray.tobytes, wanted))
+    names.write_text("2.png\n17.png\n")
+    with pytest.raises(ValueError, match=r"names 17, one of 1 of 2 that .* does not hold"):
+        prepare.prepare("none", tmp_path / "data", folder, names=names)
+    with pytest.raises(ValueError, match=r"--names=.*/no does not exist: name a text file"):
+        prepare.prepare("none", tmp_path / "data", folder, names=tmp_path / "no")
+
+
 def test_folder_with_text_files_and_with_classes_and_bare(folder, tmp_path):
     bare = readers.read_folder(folder)
     assert bare.keys == ("image",) and len(list(bare.splits["train"]())) == 4

@@ -102,7 +102,7 @@ def test_nine_channels_inpaint_as_diffusers_does(sd, reference, tmp_path):
     Image.fromarray(image).save(tmp_path / "in.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
     model = generate.load(run).pipeline
-    assert model.concat == "inpaint"
+    assert model.concat.kind == "inpaint"
     given = model.slots.read(str(tmp_path / "in.png"), str(tmp_path / "mask.png"))
     found = sd.ours(model, given=given)
     with pytest.MonkeyPatch.context() as patch:

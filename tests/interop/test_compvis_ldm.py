@@ -13,7 +13,7 @@ from diffusion.interop import compvis_ldm
 from diffusion.interop.files import Weights
 from diffusion.interop.unet import unet_shapes
 from diffusion.models.attention import AttentionBlock
-from diffusion.models.layers import ClassEmbedder
+from diffusion.models.embedders import ClassEmbedder, SpatialRescaler
 from diffusion.models.text_encoder import TextTransformer, ldm_bert
 from diffusion.models.unet import UNet
 
@@ -234,6 +234,13 @@ def test_ldms_bert_and_class_embedding():
     table = drawn(shapes(embedder, jnp.zeros(1, jnp.int32)))
     held = {"cond_stage_model.embedding.weight": np.asarray(table["embedding"]["embedding"])}
     same(compvis_ldm.read_class_embedder(weights(held), embedder), table)
+
+    rescaler = SpatialRescaler(5, 3)
+    kernel = drawn(shapes(rescaler, jnp.zeros((1, 4, 4), jnp.int32)))["kernel"]
+    held = {"cond_stage_model.channel_mapper.weight": np.asarray(kernel).T[..., None, None]}
+    same(compvis_ldm.read_rescaler(weights(held), rescaler), {"kernel": kernel})
+    with pytest.raises(ValueError, match=r"channel_mapper\.weight of 6 labels to 3"):
+        compvis_ldm.read_rescaler(weights(held), SpatialRescaler(6, 3))
 
 
 @pytest.mark.parametrize(

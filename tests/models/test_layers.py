@@ -256,12 +256,3 @@ def test_res_block_computes_in_its_dtype():
     assert half.dtype == jnp.bfloat16
     error = jnp.linalg.norm(half - exact) / jnp.linalg.norm(exact)
     assert 1e-5 < error < 2e-2
-
-
-def test_class_embedder_gives_one_token():
-    embedder = layers.ClassEmbedder(1001, 512)
-    labels = jnp.array([0, 1000])
-    params = embedder.init(jax.random.key(0), labels)
-    tokens = embedder.apply(params, labels)
-    assert tokens.shape == (2, 1, 512)
-    np.testing.assert_array_equal(tokens[1, 0], params["params"]["embedding"]["embedding"][1000])

@@ -108,3 +108,16 @@ def test_images_that_vgg_cannot_see_are_refused(shape):
     x = jnp.zeros(shape)
     with pytest.raises(Exception, match=r"LPIPS of images|[Tt]ype-check"):
         jax.eval_shape(LPIPS().init, jax.random.key(0), x, x)
+
+
+def test_dropout_of_the_heads_is_lightnings_on_average(params):
+    """nn.Dropout before each head, as in `train()`; without keys it does nothing."""
+    x, y = images()
+    module = LPIPS(dropout=0.5)
+    plain = distance(params, x, y)
+    np.testing.assert_array_equal(module.apply({"params": params}, x, y), plain)
+    run = jax.jit(lambda keys: module.apply({"params": params}, x, y, keys))
+    keys = jax.random.split(jax.random.key(0), (32, 2))
+    drawn = np.stack([run(k) for k in keys])
+    assert drawn.std(0).min() > 0
+    np.testing.assert_allclose(drawn.mean(0), plain, rtol=0.02)

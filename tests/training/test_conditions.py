@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.models.layers import ClassEmbedder
+from diffusion.models.embedders import ClassEmbedder
 from diffusion.training import conditions
-from diffusion.training.conditions import Hints, Label, Text
+from diffusion.training.conditions import Concat, Hints, Label, Text
 
 NULL = (7, 0, 0)
 TOKENS = jnp.array([[1, 2, 0], [3, 0, 0]], jnp.int32)
@@ -83,3 +83,33 @@ def test_control_pictures_lie_between_0_and_1(columns, scales):
     np.testing.assert_allclose([h[0, 0, 0, 0] for h in given["hints"]], [0.2, 0.4][: len(columns)])
     assert [int(s[0]) for s in given.get("hint_scales", ())] == list(scales or ())
     assert Hints().null({}, batch) == {} and Hints().encode({}, {}) == {}
+
+
+IMAGE = jnp.full((1, 4, 4, 1), 255, jnp.uint8)
+MASK = jnp.zeros((1, 4, 4, 1), jnp.uint8).at[:, :, 2:].set(1)
+
+
+@pytest.mark.parametrize(("kind", "hole", "order"), [("inpaint", 0, 1), ("inpaint_ldm", -1, -1)])
+def test_what_inpainting_joins_is_in_the_authors_order(kind, hole, order):
+    """Stable Diffusion: [mask 0 or 1, latents, grey hole]; CompVis: [latents, black, mask -1, 1]"""
+    concat = Concat(kind, (2, 2, 2))
+    ready = concat.ready({"image": IMAGE, "mask": MASK}, lambda x: x[:, ::2, ::2] * 3)
+    latents = np.broadcast_to(np.array([3.0, 3.0 * hole])[None, None, :, None], (1, 2, 2, 1))
+    np.testing.assert_array_equal(ready["masked"], latents)
+    mask = np.array([0.0, 1.0]) if kind == "inpaint" else np.array([-1.0, 1.0])
+    mask = np.broadcast_to(mask[None, None, :, None], (1, 2, 2, 1))
+    found = concat.encode({}, ready)["concat"]
+    np.testing.assert_array_equal(found, np.concatenate([mask, latents][::order], -1))
+    stored = {"masked": jnp.asarray(latents) / 3, "mask": MASK[:, ::2, ::2]}
+    again = concat.encode({}, concat.ready(stored, lambda x: x * 0, lambda z: 3 * z))
+    np.testing.assert_allclose(again["concat"], found, atol=1e-6)
+    assert concat.init(jax.random.key(0))[0]["concat"].shape == (1, 2, 2, 2)
+
+
+def test_a_small_picture_is_enlarged_to_the_size_of_x():
+    small = jnp.arange(0, 160, 10, dtype=jnp.uint8).reshape(1, 4, 4, 1)
+    same = Concat("low_resolution", (4, 4, 1)).encode({}, {"small": small})["concat"]
+    np.testing.assert_allclose(same, np.asarray(small) / 127.5 - 1, atol=1e-6)
+    found = Concat("low_resolution", (8, 8, 1), 2).encode({}, {"small": small})["concat"]
+    assert found.shape == (1, 8, 8, 1)
+    np.testing.assert_allclose(found.mean(), same.mean(), atol=1e-2)

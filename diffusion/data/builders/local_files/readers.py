@@ -43,21 +43,32 @@ class Files:
     classes: int = 0
 
 
-def read(name: str, source_dir: pathlib.Path, max_bad_images: int = 0) -> Files:
+def read(
+    name: str,
+    source_dir: pathlib.Path,
+    max_bad_images: int = 0,
+    names: str | pathlib.Path | None = None,
+) -> Files:
     """Chooses the reader of `source_dir` by what data set `name` is published as.
+
+    Args:
+      names: a file that names the images of a folder to read, and no others.
 
     Raises:
       ValueError: a file is missing, of the wrong size or checksum, or no image; names it.
     """
     if not source_dir.is_dir():
         raise ValueError(f"--source_dir={str(source_dir)!r} is not a directory")
+    published = name in ("mnist", "fashion_mnist", "cifar10") or any(source_dir.rglob("data.mdb"))
+    if names and published:
+        raise ValueError(f"--names={names} are of a folder of images, which {source_dir} is not")
     if name in ("mnist", "fashion_mnist"):
         return read_idx(source_dir)
     if name == "cifar10":
         return read_cifar10(source_dir)
-    if any(source_dir.rglob("data.mdb")):
+    if published:
         return read_lmdb(source_dir)
-    return read_folder(source_dir, max_bad_images)
+    return read_folder(source_dir, max_bad_images, names)
 
 
 def png(image: np.ndarray) -> bytes:
@@ -201,13 +212,18 @@ def _as_stored(data: bytes) -> bytes:
     return data if data.startswith((b"\x89PNG", b"\xff\xd8")) else png(np.asarray(image))
 
 
-def read_folder(source_dir: pathlib.Path, max_bad_images: int = 0) -> Files:
+def read_folder(
+    source_dir: pathlib.Path, max_bad_images: int = 0, names: str | pathlib.Path | None = None
+) -> Files:
     """Images as `folders.list_folder` finds them.
 
     Args:
       max_bad_images: files that are no image to skip, each named in the log, before it is an error.
+      names: a file that names those to read, one a line, whatever their suffix; None: all.
     """
     listed = folders.list_folder(source_dir)
+    if names:
+        listed = _named(listed, source_dir, pathlib.Path(names))
     classes = sorted({row["label"] for rows in listed.values() for row in rows if "label" in row})
     bad: list[pathlib.Path] = []
     splits = {
@@ -216,6 +232,27 @@ def read_folder(source_dir: pathlib.Path, max_bad_images: int = 0) -> Files:
     }
     keys = sorted(set(next(iter(listed.values()))[0]) - {"path"})
     return Files(splits, ("image", *keys), (None, None, 3), len(classes))
+
+
+def _named(listed: dict[str, list], root: pathlib.Path, file: pathlib.Path) -> dict[str, list]:
+    """Of what was found, what `file` names."""
+    if not file.is_file():
+        raise ValueError(f"--names={file} does not exist: name a text file, a name a line")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    wanted = {pathlib.PurePath(line).with_suffix("") for line in lines if line}
+    found = {
+        split: [row for row in rows if row["path"].relative_to(root).with_suffix("") in wanted]
+        for split, rows in listed.items()
+    }
+    there = {
+        row["path"].relative_to(root).with_suffix("") for rows in found.values() for row in rows
+    }
+    if missing := sorted(wanted - there):
+        raise ValueError(
+            f"--names={file} names {missing[0]}, one of {len(missing)} of {len(wanted)} that "
+            f"{root} does not hold: fetch them, or remove their lines"
+        )
+    return {split: rows for split, rows in found.items() if rows}
 
 
 def _folder_examples(

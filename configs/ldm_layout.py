@@ -1,0 +1,72 @@
+"""Layout to image: pictures of labelled boxes; LDM's on OpenImages, or two digits.
+
+    python -m experiments.encode_latents --config=configs/ldm_layout.py \
+        --config.latents.data_dir=IMAGES --config.data.boxes=BOXES.jsonl
+    python -m experiments.train --config=configs/ldm_layout.py --workdir=DIR \
+        --config.latents.data_dir=IMAGES --config.data.boxes=BOXES.jsonl
+    python -m experiments.sample --workdir=DIR --box=3,0.1,0.1,0.4,0.4 --box=7,0.5,0.5,0.4,0.4
+    python -m experiments.evaluate --workdir=DIR --metrics=placement --classifier=DIR
+
+`openimages` (default): https://arxiv.org/abs/2112.10752, section 4.3.1, in VQ-f4's 64x64x3 latents;
+up to 30 boxes are tokens (`diffusion/data/layouts.py`) of a transformer trained with the U-Net.
+Settings: CompVis/latent-diffusion, models/ldm/layout2img-openimages256/config.yaml (base_lr 2e-6
+times a batch of 24). 600 labels are OpenImages' boxable classes; steps (4.4M) as the paper's table
+15 is remembered; neither verified. Deviation: the centre square of a picture, where the authors
+crop at random and tell the crop. BOXES: a line a picture, `{"file_name": ..., "boxes": [[label,
+left, top, width, height], ...]}` in fractions of its sides. Not trained here.
+
+`digits`: pixels, two digits of MNIST; two cores, experiments/results/layout/.
+"""
+
+from configs import common, common_ddpm, common_ldm
+
+
+def get_config(arg=None):
+    which, smoke = common.parse(arg, ("openimages", "digits"))
+    config = digits() if which == "digits" else openimages()
+    if not smoke:
+        return config
+    config.model.text_encoder.update({"vocab_size": 256, "max_length": 8, "layers": 2})
+    config.model.text_encoder.update({"width": 32, "heads": 2, "head_dim": 16})
+    config.conditioning.layout = min(config.conditioning.layout, 200)
+    return (common_ddpm.smoke_ddpm if which == "digits" else common_ldm.latent_smoke)(config)
+
+
+def openimages():
+    config = common_ldm.latent_diffusion("vq_f4", "folder")
+    config.latents.data_dir = ""
+    config.conditioning.layout = 600
+    config.process.schedule.beta_end = 0.0205
+    config.process.objective.norm = "l1"
+    config.model.denoiser.update(
+        {
+            "channels": 128,
+            "multipliers": (1, 2, 3, 4),
+            "attention": (False, True, True, True),
+            "head_dim": 32,
+            "transformer_depth": 3,
+        }
+    )
+    config.model.text_encoder = common_ldm.bert(width=512, layers=16)
+    config.model.text_encoder.update({"vocab_size": 8192, "max_length": 92})
+    config.train.steps = 4_400_000
+    config.train.batch_size = 24
+    config.optim.learning_rate = 4.8e-5
+    return config
+
+
+def digits():
+    config = common_ddpm.small("two_digits", steps=2500)
+    config.data.channels = 3
+    config.data.fit = "crop"
+    config.conditioning.layout = 10
+    config.conditioning.drop = 0.1
+    config.model.denoiser.update(
+        {"out_channels": 3, "channels": 32, "attention": (False, True, True), "heads": 2}
+    )
+    config.model.denoiser.transformer_depth = 1
+    config.model.text_encoder = common_ldm.bert(width=64, layers=2)
+    config.model.text_encoder.update({"vocab_size": 1024, "max_length": 8})
+    config.model.text_encoder.update({"heads": 4, "head_dim": 16, "logits_head": False})
+    config.sample.guidance_scale = 2.0
+    return config

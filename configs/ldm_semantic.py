@@ -1,0 +1,58 @@
+"""Semantic synthesis: pictures of maps of labels; LDM's on landscapes, or digits.
+
+    python -m experiments.encode_latents --config=configs/ldm_semantic.py \
+        --config.latents.data_dir=IMAGES --config.data.segments=MAPS
+    python -m experiments.train --config=configs/ldm_semantic.py --workdir=DIR \
+        --config.latents.data_dir=IMAGES --config.data.segments=MAPS
+    python -m experiments.sample --workdir=DIR --segments=MAP.png
+    python -m experiments.evaluate --workdir=DIR --metrics=placement --classifier=DIR
+
+`landscapes` (default): https://arxiv.org/abs/2112.10752, section 4.3.2, in VQ-f4's 64x64x3 latents;
+beside x_t stands what a rescaler, trained with the U-Net, makes of 182 labels. Settings:
+CompVis/latent-diffusion, models/ldm/semantic_synthesis256/config.yaml. Batch 48, hence the rate
+4.8e-5, and 360k steps as the paper's table 15 is remembered, not verified. MAPS: a folder of grey
+or palette PNGs, named as IMAGES' pictures. The paper samples at 512 x 1024 what was trained at 256:
+`--size=512,1024` and a map of that size. Not trained here.
+
+`digits`: pixels, captioned digits' own coverage; two cores, experiments/results/semantic/.
+"""
+
+from configs import common, common_ddpm, common_ldm
+
+
+def get_config(arg=None):
+    which, smoke = common.parse(arg, ("landscapes", "digits"))
+    config = digits() if which == "digits" else landscapes()
+    if not smoke:
+        return config
+    config.model.rescaler.classes = min(config.model.rescaler.classes, 16)
+    return (common_ddpm.smoke_ddpm if which == "digits" else common_ldm.latent_smoke)(config)
+
+
+def landscapes():
+    config = common_ldm.latent_diffusion("vq_f4", "folder")
+    common_ldm.degraded(config, "semantic", 0.0015, 0.0205, "l1")
+    config.latents.data_dir = ""
+    config.model.rescaler = {"classes": 182, "channels": 3, "halvings": 2}
+    config.model.denoiser.update(
+        {
+            "channels": 128,
+            "multipliers": (1, 4, 8),
+            "attention": (False, False, False),  # in the middle alone: 16 x 16 places
+            "heads": 8,
+        }
+    )
+    config.train.steps = 360_000
+    config.train.batch_size = 48
+    config.optim.learning_rate = 4.8e-5
+    return config
+
+
+def digits():
+    config = common_ddpm.small("segmented_digits", steps=1500)
+    config.data.channels = 3
+    config.data.fit = "crop"
+    config.model.denoiser.out_channels = 3
+    config.conditioning.concat = "semantic"
+    config.model.rescaler = {"classes": 11, "channels": 4, "halvings": 0}
+    return config

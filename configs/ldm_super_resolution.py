@@ -1,0 +1,56 @@
+"""Super-resolution by a factor of 4: LDM's `bsr_sr`, 64 to 256 pixels; or a small one, 8 to 32.
+
+    python -m experiments.prepare_data --config=configs/ldm_super_resolution.py --source_dir=IMAGES
+    python -m experiments.encode_latents --config=configs/ldm_super_resolution.py
+    python -m experiments.train --config=configs/ldm_super_resolution.py --workdir=DIR
+    python -m experiments.sample --workdir=DIR --image=SMALL.png
+    python -m experiments.evaluate --workdir=DIR --metrics=restoration
+
+`openimages` (default): https://arxiv.org/abs/2112.10752, section 4.4, in VQ-f4's 64x64x3 latents,
+beside which the small picture stands as it is. Settings: CompVis/latent-diffusion,
+models/ldm/bsr_sr/config.yaml (base_lr 1e-6 times a batch of 64), the degradation of
+`diffusion/data/degrade.py`. Steps (860k) as the paper's table 15 is remembered; not verified.
+Deviation: pictures are centre squares, several degradations stored of each (`latents.epochs`),
+where the authors crop a random half to the whole. IMAGES: a folder. Not trained here.
+
+`fashion`: pixels, as SR3 (https://arxiv.org/abs/2104.07636) has it: Fashion-MNIST at 32 pixels, and
+beside x_t the picture of 8 pixels, enlarged by bicubic; two cores,
+experiments/results/super_resolution/.
+"""
+
+from configs import common, common_ddpm, common_ldm
+
+
+def get_config(arg=None):
+    which, smoke = common.parse(arg, ("openimages", "fashion"))
+    config = fashion() if which == "fashion" else openimages()
+    config.conditioning.downscale = 4
+    if not smoke:
+        return config
+    return (common_ddpm.smoke_ddpm if which == "fashion" else common_ldm.latent_smoke)(config)
+
+
+def openimages():
+    config = common_ldm.latent_diffusion("vq_f4", "openimages")
+    common_ldm.degraded(config, "low_resolution", 0.0015, 0.0155, "l2")
+    config.conditioning.degradation = "bsr_light"
+    config.latents.epochs = 4
+    config.model.denoiser.update(
+        {
+            "channels": 160,
+            "multipliers": (1, 2, 2, 4),
+            "attention": (False, False, False, True),
+            "head_dim": 32,
+        }
+    )
+    config.train.steps = 860_000
+    config.train.batch_size = 64
+    config.optim.learning_rate = 6.4e-5
+    config.sample.steps = 100
+    return config
+
+
+def fashion():
+    config = common_ddpm.small("fashion_mnist", steps=2500)
+    config.conditioning.concat = "low_resolution"
+    return config

@@ -1,0 +1,122 @@
+"""What a denoiser is told besides x_t and t, and what of each picture of the data it is made of."""
+
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion.data import degrade, layouts, loader, masks
+from diffusion.models.embedders import SpatialRescaler
+from diffusion.training import conditions
+from experiments.run import build, data
+
+
+def told(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> dict[str, conditions.Condition]:
+    """What a denoiser is told besides x_t and t, by name."""
+    found: dict[str, conditions.Condition] = {"hint": conditions.Hints()}
+    if "text_encoder" in config.model:
+        found["text"] = build.text(config, null_tokens)
+    if (null := build.null_label(config)) is not None:
+        known = config.conditioning.null_label
+        if not known and config.conditioning.drop:
+            raise ValueError(
+                f"conditioning.drop={config.conditioning.drop} needs a null class, which "
+                "conditioning.null_label=False says there is not: set drop to 0"
+            )
+        found["label"] = conditions.Label(null, build.class_embedder(config), known)
+    if config.conditioning.concat == "past":
+        shape = build.sample_shape(config)
+        found["past"] = conditions.Past(shape[0], past_channels(config, shape))
+    elif config.conditioning.concat:
+        found["concat"] = concat(config)
+    return found
+
+
+def past_channels(config: ConfigDict, shape: tuple[int, ...]) -> int:
+    """How many channels the past of a window becomes."""
+    if config.conditioning.concat == "past" and (len(shape) != 2 or config.data.past % shape[0]):
+        raise ValueError(
+            f"conditioning.concat='past' is of series whose past is some windows long, but "
+            f"data.past={config.data.past} and data.image_size={config.data.image_size}: give a "
+            "multiple of the window"
+        )
+    return config.data.past // shape[0] * shape[-1]
+
+
+def concat(config: ConfigDict) -> conditions.Concat:
+    """What joins x_t's channels."""
+    kind, shape = config.conditioning.concat, build.sample_shape(config)
+    channels = {
+        "inpaint": 1 + shape[-1],
+        "inpaint_ldm": 1 + shape[-1],
+        "low_resolution": config.data.channels,
+        "semantic": config.model.rescaler.channels if "rescaler" in config.model else 0,
+    }
+    joined = (*shape[:-1], build.choose(channels, kind, "conditioning.concat"))
+    if ("rescaler" in config.model) != (kind == "semantic"):
+        raise ValueError(
+            f"conditioning.concat={kind!r} and model.rescaler belong together where it is "
+            "'semantic': give both, or neither"
+        )
+    if kind != "semantic":
+        return conditions.Concat(kind, joined, shape[0] // small_size(config))
+    rescaler = build.construct(SpatialRescaler, config.model.rescaler, "model.rescaler")
+    if 2**rescaler.halvings * shape[0] != build.image_shape(config)[0]:
+        raise ValueError(
+            f"model.rescaler.halvings={rescaler.halvings} of data.image_size="
+            f"{config.data.image_size} does not give the {shape[0]} places of x_t: change one"
+        )
+    return conditions.Concat(kind, joined, rescaler=rescaler)
+
+
+def small_size(config: ConfigDict) -> int:
+    """Pixels a side of the small picture of "low_resolution"; for other kinds x_t's."""
+    by, places = config.conditioning.downscale, build.sample_shape(config)[0]
+    if config.conditioning.concat != "low_resolution" or not by:
+        return places
+    side = build.image_shape(config)[0]
+    if by < 1 or side % by or places % (side // by):
+        raise ValueError(
+            f"conditioning.downscale={by} of data.image_size={config.data.image_size} gives no "
+            f"picture that fills the {places} places of x_t a whole number of times: change one"
+        )
+    return side // by
+
+
+def reads(config: ConfigDict) -> bool:
+    """Whether it is given more than x_t, captions and classes."""
+    told = config.conditioning
+    return told.concat not in ("", "past") or told.layout > 0
+
+
+def joined(config: ConfigDict) -> list:
+    """The transforms that add to images what joins x_t's channels (`conditions.Concat`), and the
+    tokens of boxes."""
+    told, found = config.conditioning, []
+    if told.layout:
+        encoder = config.model.text_encoder
+        found = [layouts.Tokens(encoder.max_length, encoder.vocab_size, config.seed)]
+    with build.naming("conditioning"):
+        if told.concat == "semantic":
+            found.append(layouts.CheckSegments(config.model.rescaler.classes))
+        elif told.concat == "low_resolution":
+            factor = build.image_shape(config)[0] // small_size(config)
+            found.append(degrade.Degrade(told.degradation, factor, config.seed))
+        elif told.concat.startswith("inpaint"):
+            found.append(masks.Hide(told.masks, config.seed))
+    return found
+
+
+def columns(config: ConfigDict, num: int, epoch: int) -> dict[str, Any]:
+    """`num` images of the evaluation split, and what a denoiser is given of each (`joined`)."""
+    source, steps = data.open_images(config, config.data.eval_split)
+    if num > len(source):
+        raise ValueError(
+            f"--num={num}, but the split {config.data.eval_split!r} has {len(source)} pictures to "
+            "be given: ask for as many"
+        )
+    index = np.arange(num)
+    batch = loader.fetch(source, index, np.full_like(index, epoch), index, steps)
+    for step in joined(config):
+        batch = step({**batch, "epoch": np.full_like(index, epoch)})
+    return batch

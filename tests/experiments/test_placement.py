@@ -1,0 +1,93 @@
+"""Boxes and maps of labels through the commands: trained, sampled, measured."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import ldm_layout, ldm_semantic
+from experiments import sample, train
+from experiments.evaluate import __main__ as evaluate
+from experiments.evaluate import placements
+from experiments.host import cli
+
+
+def command(module, *argv):
+    return cli.run(module.define, module.main, [str(a) for a in argv])
+
+
+def trained(module, job, directory):
+    config = module.get_config("digits,smoke")
+    config.data.dir = str(job / "data")
+    config.model.denoiser.update({"multipliers": (1,), "attention": (False,)})
+    train.train(config.lock(), directory)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+
+
+def refused(capsys, *argv):
+    assert command(sample, *argv) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    return line
+
+
+def measured(job, run):
+    argv = (f"--workdir={run}", "--metrics=placement", "--num=6", "--weights=ema")
+    assert command(evaluate, *argv, f"--classifier={job}/classifier") == 0
+    return json.loads((run / "evaluation.json").read_text())["placement"]
+
+
+def test_boxes_train_sample_and_are_measured(job, tmp_path, capsys):
+    run = tmp_path / "run"
+    trained(ldm_layout, job, run)
+    argv = (f"--workdir={run}", "--num=2", f"--out={tmp_path}/made")
+    assert command(sample, *argv, "--box=3,0,0,0.4,0.4", "--box=7,0.5,0.5,0.4,0.4") == 0
+    found = measured(job, run)
+    assert found["data"]["outside"] == 0 and 0 <= found["samples"]["adherence"] <= 1
+    argv = (f"--workdir={run}", f"--out={tmp_path}/other")
+    assert "the model reads 1 to 2 boxes, but 0 are given" in refused(capsys, *argv)
+    assert "is not inside the picture" in refused(capsys, *argv, "--box=3,0.8,0,0.4,0.4")
+    assert "has a label outside 0..9" in refused(capsys, *argv, "--box=10,0,0,0.4,0.4")
+    assert "the model reads no captions" in refused(capsys, *argv, "--prompt=a seven")
+
+
+def test_maps_of_labels_train_sample_and_are_measured(job, tmp_path, capsys):
+    run = tmp_path / "run"
+    trained(ldm_semantic, job, run)
+    segments = np.zeros((32, 32), np.uint8)
+    segments[8:24, 14:18] = 2
+    Image.fromarray(segments).save(tmp_path / "map.png")
+    argv = (f"--workdir={run}", "--num=2", f"--out={tmp_path}/made")
+    assert command(sample, *argv, f"--segments={tmp_path}/map.png") == 0
+    found = measured(job, run)
+    assert found["data"]["iou"] > 0.9
+    argv = (f"--workdir={run}", f"--out={tmp_path}/other")
+    assert "give --segments" in refused(capsys, *argv)
+    Image.fromarray(segments + 60).save(tmp_path / "map.png")
+    assert "has the label 62, but the model knows 0..10" in refused(
+        capsys, *argv, f"--segments={tmp_path}/map.png"
+    )
+    Image.fromarray(segments[:16]).save(tmp_path / "map.png")
+    assert "has 16x32 labels, but 32x32 are needed" in refused(
+        capsys, *argv, f"--segments={tmp_path}/map.png"
+    )
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "map.png")
+    assert "its pixels are RGB" in refused(capsys, *argv, f"--segments={tmp_path}/map.png")
+
+
+def test_a_box_is_right_where_its_own_crop_is_its_label():
+    """A judge that knows a digit by its brightest value."""
+    layout = np.array([[[3, 0, 0, 14 / 32, 14 / 32], [7, 0.5, 0.5, 14 / 32, 14 / 32]]] * 3)
+    images = np.zeros((3, 32, 32, 3), np.uint8)
+    images[:, 2:9, 2:9], images[:, 20:25, 20:25] = 3, 7
+    images[1, 20:25, 20:25] = 4  # another digit
+    images[2, 2:20, 28:] = 9  # and light outside both
+
+    def judge(crops):
+        return crops.max((1, 2, 3)).astype(int), None
+
+    found = placements.of_boxes(images, {"layout": layout}, judge)
+    np.testing.assert_allclose(found["adherence"], 5 / 6)
+    np.testing.assert_allclose(found["whole"], 1 / 3)
+    assert found["outside"] == pytest.approx(9 * 72 / (9 * 72 + 3 * 49 + 7 * 25) / 3)

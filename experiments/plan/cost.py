@@ -153,6 +153,9 @@ def joined(config: ConfigDict, task: Any, size: int) -> dict[str, Any]:
         return {}
     image, latent = build.image_shape(config), task.sample_shape
     stored = config.data.name == "latents"
+    if kind == "past":
+        past = (size, config.data.past, image[-1])
+        return {"past": jax.ShapeDtypeStruct(past, jnp.float32)}
     if kind == "low_resolution":
         shapes = {"small": (given.small_size(config),) * 2 + image[-1:]}
     elif kind == "semantic":

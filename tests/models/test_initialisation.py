@@ -15,7 +15,8 @@ def test_layers_start_as_torchs():
     found = torch_defaults(jax.random.key(1), made)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, made)
     conv = found["decoder"]["up_0_res_0"]["conv2"]
-    theirs = torch.nn.Conv2d(64, 64, 3)
+    torch.manual_seed(0)
+    theirs = torch.nn.Conv2d(64, 1024, 3)  # as many inputs, and outputs enough to know the spread
     for ours, wanted in ((conv["kernel"], theirs.weight), (conv["bias"], theirs.bias)):
         wanted = wanted.detach().numpy()
         np.testing.assert_allclose(np.abs(ours).max(), np.abs(wanted).max(), rtol=0.1)

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs.common import denoiser
+from configs.common import denoiser, smoke
 
 
 def digits_data(config: ConfigDict) -> ConfigDict:
@@ -25,6 +25,49 @@ def digits_first_stage() -> ConfigDict:
             "groups": 24,
         }
     )
+
+
+def digits_stored(data_name: str, steps: int) -> ConfigDict:
+    """A denoiser on the default job's latents of pictures of digits, and how it is trained."""
+    config = denoiser()
+    config.data.update(name="latents", dir=f"runs/latents/{data_name}")
+    config.latents = {
+        "first_stage": "runs/quickstart/autoencoder",  # the workdir of its run
+        "data_name": data_name,
+        "data_dir": "runs/data",
+        "epochs": 1,  # compositions stored of each digit
+        "tokenizer": "word",  # trained on the captions: "word" or "bpe"
+        "scaling": "channel",  # "channel", "std" or "fixed"; see diffusion/data/latents.py
+        "scale": 1.0,  # of "fixed"
+        "scaling_examples": 0,  # of "std"; 0: all
+        "contexts": False,  # the text encoder is trained: there is nothing to store
+        "shard_size": 4500,
+        "batch_size": 250,
+    }
+    config.train.update(steps=steps, batch_size=16, log_every_steps=250, save_every_steps=3000)
+    config.optim.update(name="adamw", learning_rate=1e-3, warmup_steps=100, decay="cosine")
+    config.optim.update(decay_steps=steps, b2=0.99, weight_decay=1e-3, clip_norm=1.0)
+    config.ema.update(decay=0.999, ramp=True)
+    config.sample.update(sampler="dpmpp_2m", steps=25, batch_size=250)
+    config.evaluation.examples = 2000  # stored latents in a held-out loss; these are training ones
+    return config
+
+
+def smoke_stored(config: ConfigDict) -> ConfigDict:
+    """A run of seconds."""
+    config.latents.update({"epochs": 1, "shard_size": 1500})
+    config.sample.update({"steps": 2, "batch_size": 8})
+    return smoke(config)
+
+
+def digits_restored(data_name: str, steps: int, **told: object) -> ConfigDict:
+    """A denoiser of those latents that reads no captions: other channels join x_t's."""
+    config = digits_networks(digits_stored(data_name, steps))
+    del config.model.text_encoder
+    config.model.denoiser.update({"transformer_depth": 0, "pool_context": False})
+    config.conditioning.update({"drop": 0.0, **told})
+    config.latents.epochs = 2
+    return config
 
 
 def digits_networks(config: ConfigDict) -> ConfigDict:

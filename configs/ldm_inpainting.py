@@ -16,18 +16,25 @@ each time. Steps (360k), batch (128) and rate (1e-6) as the paper's table 15 is 
 verified; the published file has no batch, and a cosine from a tenth of base_lr x batch that ends at
 50,000 steps. IMAGES: a folder (Places). Not trained here.
 
-`digits`: pixels, MNIST's digits, a half hidden; two cores, experiments/results/inpainting/.
+`digits`: large digits in the centre, a half hidden, in the default job's 8x8x4 latents; two cores,
+experiments/results/inpainting/.
+
+`pixels`: MNIST's digits as they are, a half hidden, without a first stage. Not trained here.
 """
 
-from configs import common, common_ddpm, common_ldm
+from configs import common, common_ddpm, common_digits, common_ldm
 
 
 def get_config(arg=None):
-    which, smoke = common.parse(arg, ("places", "digits"))
-    config = digits() if which == "digits" else places()
-    if not smoke:
-        return config
-    return (common_ddpm.smoke_ddpm if which == "digits" else common_ldm.latent_smoke)(config)
+    which, smoke = common.parse(arg, ("places", "digits", "pixels"))
+    config = {"places": places, "digits": digits, "pixels": pixels}[which]()
+    small = {"places": common_ldm.latent_smoke, "digits": common_digits.smoke_stored}
+    return small.get(which, common_ddpm.smoke_ddpm)(config) if smoke else config
+
+
+def digits():
+    told = {"concat": "inpaint_ldm", "masks": "half"}
+    return common_digits.digits_restored("centred_digits", 2000, **told)
 
 
 def places():
@@ -52,7 +59,7 @@ def places():
     return config
 
 
-def digits():
+def pixels():
     config = common_ddpm.small("digits", steps=2500)
     config.conditioning.update({"concat": "inpaint_ldm", "masks": "half"})
     return config

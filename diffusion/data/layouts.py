@@ -141,6 +141,26 @@ class TwoDigits:
 
 
 @dataclasses.dataclass(frozen=True)
+class CentreDigits:
+    """Digits to pictures of them, large and in the centre, coloured as `compose` draws them.
+
+    Attributes:
+      glyphs: every digit of the source, resized.
+      seed: of what is drawn.
+    """
+
+    glyphs: compose.Glyphs
+    seed: int
+
+    def __call__(self, batch: Batch) -> Batch:
+        drawn = compose.draw_attributes(batch["label"], batch["index"], batch["epoch"], self.seed)
+        for name, value in (("size", "large"), ("place", "centre")):
+            which = compose.VALUES[name].index(value)
+            drawn[name] = np.full_like(drawn[name], which)
+        return {**batch, "image": compose.render(self.glyphs, batch["index"], drawn)}
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckSegments:
     """That there is a map of labels, and that each of them is one of `classes`."""
 

@@ -133,6 +133,11 @@ def _two(config: ConfigDict, source: Any) -> list:
     return [layouts.TwoDigits.of(source, config.seed)]
 
 
+def _centred(config: ConfigDict, source: Any) -> list:
+    (composed,) = _captioned(config, source)
+    return [layouts.CentreDigits(composed.glyphs, config.seed)]
+
+
 def _segmented(config: ConfigDict, source: Any) -> list:
     (composed,) = _captioned(config, source)
     return [composed, layouts.SegmentDigits(composed.glyphs)]
@@ -148,6 +153,9 @@ DATA_SETS = {
     ),
     "recoloured_digits": DataSet(
         _CAPTIONED, compose=_recoloured, captions=True, prompts=True, **_OF_MNIST
+    ),
+    "centred_digits": DataSet(
+        _CAPTIONED, compose=_centred, captions=False, like="captioned_digits", **_OF_MNIST
     ),
     "segmented_digits": DataSet(
         _CAPTIONED, compose=_segmented, captions=False, like="captioned_digits", **_OF_MNIST

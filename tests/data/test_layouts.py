@@ -68,6 +68,15 @@ def test_two_digits_lie_in_their_boxes_and_their_order_is_drawn():
     assert (said[:, 6:9] == 1023).all()
 
 
+def test_centred_digits_are_large_and_in_the_centre():
+    glyphs = compose.Glyphs.of(DIGITS.columns["image"][..., 0])
+    found = layouts.CentreDigits(glyphs, 0)(batch(DIGITS))["image"]
+    ground = found[:, :1, :1]
+    inked = (found != ground).any(-1)
+    assert not inked[:, [0, 5, 26, 31]].any() and not inked[:, :, [0, 5, 26, 31]].any()
+    assert inked[:, 6:26, 6:26].mean((1, 2)).min() > 0.2
+
+
 def test_segments_are_of_the_digits_own_pixels():
     glyphs = compose.Glyphs.of(DIGITS.columns["image"][..., 0])
     attributes = np.stack([np.arange(12) % 10, *[np.zeros(12, int)] * 4], 1)

@@ -36,7 +36,7 @@ def finite(directory):
 @pytest.fixture(scope="module")
 def inpainter(job, tmp_path_factory):
     directory = tmp_path_factory.mktemp("inpainting")
-    config = ldm_inpainting.get_config("digits,smoke")
+    config = ldm_inpainting.get_config("pixels,smoke")
     config.data.dir = str(job / "data")
     config.model.denoiser.update({"multipliers": (1,), "attention": (False,)})
     train.train(config.lock(), directory)
@@ -145,7 +145,7 @@ def test_bad_input_is_one_sentence(inpainter, tmp_path, capsys):
     ],
 )
 def test_a_config_that_cannot_be_is_refused(change, words, job, tmp_path):
-    config = ldm_inpainting.get_config("digits,smoke")
+    config = ldm_inpainting.get_config("pixels,smoke")
     config.data.dir = str(job / "data")
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=words):

@@ -17,6 +17,7 @@ features     Inception's features of uint8 images, as FID takes them; --peer=pyt
 data         the input pipeline of a config's prepared data, and the step fed by it
 checkpoint   saving and restoring the state, and what the hashes of the manifest add
 attention    kernels by length, on accelerators that have more than one
+device       all that a machine with an accelerator owes, in --budget_secs (`device.py`)
 growth       the step's time by batch (a + b B), by side, and by devices with their collectives
 
 A ratio is ours/peer in examples a second, of medians over all timed calls of all rounds. MFU is the
@@ -40,7 +41,7 @@ from ml_collections import ConfigDict
 from diffusion import files
 from diffusion.training.parallel import check_batch
 from diffusion.wording import Progress
-from experiments.benchmark import alone, growth, show
+from experiments.benchmark import alone, device, growth, show
 from experiments.benchmark.workload import describe, summary
 from experiments.host import cli
 from experiments.run import build
@@ -164,7 +165,7 @@ def fitted(config: ConfigDict) -> tuple[ConfigDict, dict[str, Any]]:
 
 def define(add: cli.Flags) -> None:
     add.config()
-    suites = [*COMPARED, FEATURES, *alone.SUITES, GROWTH]
+    suites = [*COMPARED, FEATURES, *alone.SUITES, GROWTH, device.SUITE]
     add.add("enum", "suite", "train", "What is measured.", suites)
     add.add("string", "peer", None, f"{', '.join(PEERS)}: measured beside us.")
     add.add("integer", "batch", None, "Examples a call; default: the config's train.batch_size.")
@@ -180,7 +181,9 @@ def define(add: cli.Flags) -> None:
     modes = ["", "default", "reduce-overhead", "max-autotune"]
     add.add("enum", "peer_compile", "", "torch.compile's mode; empty: eager.", modes)
     add.add("bool", "peer_channels_last", False, "Channels-last memory for the peer.")
-    add.add("string", "out", None, "A JSON file of all numbers.")
+    add.add("string", "out", None, "A JSON file of all numbers; of --suite=device a folder.")
+    add.add("float", "budget_secs", 500.0, "Of --suite=device: when it stops.")
+    add.add("bool", "smoke", False, "Of --suite=device: at the sizes of smoke.")
     add.add("string", "plot", None, "A PNG of examples a second.")
 
 
@@ -192,6 +195,11 @@ def main(values: flags.FlagValues) -> None:
         raise ValueError(f"--peer={values.peer} is unknown: use one of {', '.join(PEERS)}")
     if values.peer is not None and (values.peer == "pytorch-fid") != (values.suite == FEATURES):
         raise ValueError(f"--peer={values.peer} does not measure --suite={values.suite}")
+    if values.suite == device.SUITE:
+        if not values.out:
+            raise ValueError("--suite=device needs --out=DIR, where a JSON a row is kept")
+        device.device(pathlib.Path(values.out), values.budget_secs, values.smoke)
+        return
     if values.suite == FEATURES:
         work = _sizes(values) | {"suite": FEATURES, "batch": values.batch or 50}
         work |= {"dtype": "float32", "side": values.side}

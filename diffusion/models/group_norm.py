@@ -15,7 +15,7 @@ a shift of the channels' means; a second makes y. Backward, one pass over x and 
     (3)  db = sum dz,   da = sum dz x,   dz = dy y'(u)
 
 and one more dx = a dz + what the moments' derivatives add, a multiply-add of x. XLA would write dz
-once and read it twice: more than to compute it twice. No forward mode (`jax.jvp`) for GPUs.
+once and read it twice: more than to compute it twice. `target.forward_mode` takes (1).
 """
 
 import functools
@@ -63,7 +63,8 @@ class GroupNorm(nn.Module):
         out_dtype = self.dtype or jnp.result_type(x, scale)
         wide = jnp.promote_types(out_dtype, jnp.float32)
         scale, bias = promote_dtype(scale, bias, dtype=wide)
-        if target.current().platform == "gpu":
+        aim = target.current()
+        if aim.platform == "gpu" and not aim.forward_mode:
             told = {"scale": scale, "bias": bias, "shift": shift, "scale_shift": scale_shift}
             y: Array = in_few_passes(self.groups, self.epsilon, silu, x, told)
             return y.astype(out_dtype)

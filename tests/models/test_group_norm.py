@@ -75,3 +75,18 @@ def test_half_precision_is_kept_and_near():
     plain, gpu = both(GroupNorm(groups=4, dtype=jnp.bfloat16), params, x, shift, silu=True)
     assert gpu[0][1].dtype == gpu[1][1].dtype == jnp.bfloat16
     close(gpu, plain, 2e-2)
+
+
+def test_forward_mode_has_the_plain_formula():
+    x, (shift, *_), scales = drawn(jnp.float32)
+    params = {"params": {"scale": scales[0], "bias": scales[1]}}
+
+    def slope(x):
+        return jax.jvp(lambda x: GroupNorm(groups=4).apply(params, x, shift, silu=True), (x,), (x,))
+
+    plain = slope(x)
+    with target.handed(GPU):
+        with pytest.raises(TypeError, match="forward-mode"):
+            slope(x)
+        with target.forward_mode():
+            close(slope(x), plain, 1e-6)

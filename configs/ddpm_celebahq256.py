@@ -5,7 +5,8 @@
 
 Settings of the authors' `scripts/run_celebahq.py` (hojonathanho/diffusion): 113,673,219 parameters,
 500,000 steps of 64 (2.2 steps/s on a TPU v3-8, by the paper). The paper prints no FID for it. The
-30,000 images are in one split, "train".
+30,000 images are in one split, "train". Deviation: the gradient is clipped after the mean over
+devices, not before.
 """
 
 from configs import common, common_ddpm

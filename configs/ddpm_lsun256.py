@@ -6,7 +6,8 @@
 Settings of the authors' `scripts/run_lsun.py` (hojonathanho/diffusion): 113,673,219 parameters,
 batches of 64. The paper's FID: church 7.89, bedroom 6.36, cat 19.75 (the last two not re-checked
 here). Cats are not mirrored in training. The released church weights are of step 4,432,000, the
-paper says 1.2 million (pesser/pytorch_diffusion#2).
+paper says 1.2 million (pesser/pytorch_diffusion#2). Deviations: the authors resize by StyleGAN2's
+tool (Lanczos), here it is bicubic; they clip the gradient before the mean over devices, here after.
 """
 
 from configs import common, common_ddpm

@@ -4,10 +4,13 @@
     python -m experiments.encode_latents --config=configs/ldm_celebahq256.py
     python -m experiments.train --config=configs/ldm_celebahq256.py --workdir=DIR
 
-Needs a first stage VQ-f4 at `latents.first_stage`. Settings: CompVis/latent-diffusion,
-configs/latent-diffusion/celebahq-ldm-vq-4.yaml; its base_lr 2e-6 times the batch on one GPU is the
-rate here. Expected: FID 5.11, precision 0.72, recall 0.49 from 50,000 samples, 200 steps, eta 0
-(that repository's README); 410k steps as the paper has it. Not trained here: time not measured.
+Needs a first stage VQ-f4 at `latents.first_stage`. The authors train on 25,000 of the 30,000 images
+(`prepare_data --source_dir=IMAGES --names=celebahqtrain.txt`, of CompVis/taming-transformers), and
+resize from 1024 pixels by OpenCV's bilinear, Pillow's bicubic does here. Settings:
+CompVis/latent-diffusion, configs/latent-diffusion/celebahq-ldm-vq-4.yaml; its base_lr 2e-6 times
+the batch on one GPU is the rate here. Expected: FID 5.11, precision 0.72, recall 0.49 from 50,000
+samples, 200 steps, eta 0 (that repository's README); 410k steps as the paper has it. Not trained
+here: time not measured.
 """
 
 from configs import common, common_ldm

@@ -80,7 +80,7 @@ def decode_image(data: bytes, channels: int, image_size: int | None) -> np.ndarr
 
 
 def crop_resize(image: Image.Image, image_size: int) -> Image.Image:
-    """The centre square, resized bicubic: how LDM and DDPM prepared LSUN.
+    """The centre square, resized bicubic: how LDM prepared LSUN (DDPM's is StyleGAN2's, Lanczos).
 
     The authors' code crops to the shorter side, then resizes (CompVis latent-diffusion,
     ldm/data/lsun.py).

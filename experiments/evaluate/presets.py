@@ -8,8 +8,9 @@ DDPM https://arxiv.org/abs/2006.11239; LDM https://arxiv.org/abs/2112.10752 and 
 of steps, eta); Improved DDPM https://arxiv.org/abs/2102.09672; EDM https://arxiv.org/abs/2206.00364;
 rectified flow https://arxiv.org/abs/2209.03003.
 
-`scripts/sample_diffusion.py` of CompVis cuts pixels off to 8 bits; the others' rounding is to
-nearest here.
+`scripts/sample_diffusion.py` of CompVis and `scripts/image_sample.py` of improved-diffusion cut
+pixels off to 8 bits; EDM's `generate.py` rounds to nearest; DDPM's Inception sees floats that are
+not rounded at all (`diffusion_tf/tpu_utils/tpu_utils.py`), which are rounded to nearest here.
 """
 
 import dataclasses
@@ -87,10 +88,14 @@ PRESETS: dict[str, Preset] = {
     "ddpm_lsun_bedroom": _lsun("bedroom", 6.36),
     "ddpm_lsun_cat": _lsun("cat", 19.75),
     "iddpm_cifar10_simple": _cifar(
-        "iddpm_cifar10.py:simple", "Improved DDPM table 2", 2.90, sample={"steps": 4000}
+        *("iddpm_cifar10.py:simple", "Improved DDPM table 2", 2.90),
+        sample={"steps": 4000},
+        rounding="truncate",
     ),
     "iddpm_cifar10_hybrid": _cifar(
-        "iddpm_cifar10.py:hybrid", "Improved DDPM table 2", 3.19, sample={"steps": 4000}
+        *("iddpm_cifar10.py:hybrid", "Improved DDPM table 2", 3.19),
+        sample={"steps": 4000},
+        rounding="truncate",
     ),
     "edm_cifar10": _cifar(
         "edm_cifar10.py",

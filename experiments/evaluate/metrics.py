@@ -71,7 +71,8 @@ METRICS: dict[str, Metric] = {
         "of samples and their captions, by the CLIP of --clip", scores.clip_score, "samples", "clip"
     ),
     "bits_per_dim": Metric(
-        "the variational bound on the evaluation split, as DDPM computes it, and its terms",
+        "the variational bound on the evaluation split, as DDPM computes it, its terms, and rate "
+        "and distortion by step",
         scores.bits_per_dim,
         "data",
     ),

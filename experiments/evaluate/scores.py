@@ -54,16 +54,32 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
         found = bound(model.pipeline.params, batch["image"], batch["index"].astype(np.int32))
         parts.append({k: np.asarray(v)[batch["valid"]] for k, v in found.items()})
     every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    terms, prior = every["terms"].mean(0), float(every["prior"].mean())
     return {
         "bits_per_dim": {
             **beside({"mean": mean_interval(every["bits_per_dim"])}),
             "standard_error": float(every["bits_per_dim"].std() / np.sqrt(count)),
             "count": count,
             "split": model.config.data.eval_split,
-            "prior": float(every["prior"].mean()),
-            "terms": [float(f"{term:.4g}") for term in every["terms"].mean(0)],
+            "prior": prior,
+            "terms": _short(terms),
+            "rate_distortion": rate_distortion(prior, terms, every["x0_mse"].mean(0)),
         }
     }
+
+
+def rate_distortion(prior: float, terms: np.ndarray, mse: np.ndarray) -> dict[str, list[float]]:
+    """Progressive lossy coding (DDPM, arXiv:2006.11239, section 4.3, figure 5), for t = 0 .. T - 1.
+
+    rate: bits/dim that have brought x_t: the prior's, and the terms after t. distortion: of the x_0
+    estimated from it, the root of the mean squared error in levels of 0 to 255.
+    """
+    after = np.append(np.cumsum(terms[::-1])[::-1][1:], 0.0)
+    return {"rate": _short(prior + after), "distortion": _short(127.5 * np.sqrt(mse))}
+
+
+def _short(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
 
 
 def _both(subject: Subject) -> tuple[np.ndarray, np.ndarray]:

@@ -54,6 +54,11 @@ def test_a_learned_variance_samples_and_has_a_bound(learned):
     found = measured(learned, "bits_per_dim", "--num=3")["bits_per_dim"]
     assert found["count"] == 3 and len(found["terms"]) == 100
     np.testing.assert_allclose(sum(found["terms"]) + found["prior"], found["mean"], rtol=1e-3)
+    curve = found["rate_distortion"]
+    assert len(curve["rate"]) == len(curve["distortion"]) == 100
+    np.testing.assert_allclose(curve["rate"][-1], found["prior"], rtol=1e-3)
+    np.testing.assert_allclose(curve["rate"][0], found["mean"] - found["terms"][0], rtol=1e-3)
+    assert np.all(np.diff(curve["rate"]) <= 0) and curve["distortion"][-1] > 20
     # An untrained network codes no better than the prior's noise.
     assert found["mean"] > 1
 

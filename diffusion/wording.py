@@ -46,13 +46,14 @@ class Progress:
     """One line on stderr: `samples 1,200/50,000  3 min 20 s left`.
 
     On a terminal it is rewritten in place; elsewhere a plain line, every `every_secs` at most. The
-    time left follows from the pace since the first call of `at`, which leaves compilation out.
+    time left follows from the pace since the first call of `at`, which leaves compilation out; of
+    an unknown total (None) there is none.
     """
 
     def __init__(
         self,
         name: str,
-        total: int,
+        total: int | None,
         every_secs: int | float = 15,
         silent: bool = False,
         stream: Any = None,
@@ -73,10 +74,11 @@ class Progress:
         if self._silent or not (self._tty or now - self._said >= self._every_secs):
             return
         self._said = now
-        parts = [f"{self._name} {done:,}/{self._total:,}", *said]
-        if self._first[0] < done < self._total:
+        total = self._total or 0
+        parts = [f"{self._name} {done:,}" + (f"/{total:,}" if total else ""), *said]
+        if self._first[0] < done < total:
             pace = (now - self._first[1]) / (done - self._first[0])
-            parts.append(f"{duration(pace * (self._total - done))} left")
+            parts.append(f"{duration(pace * (total - done))} left")
         self._line("  ".join(parts), keep=not self._tty)
 
     def over(self, batches: Iterable[Batch], done: int = 0) -> Iterator[Batch]:

@@ -90,8 +90,11 @@ def run(directory: pathlib.Path, name: str) -> int:
     first = os.environ.get("SLURM_PROCID", "0") == "0"
     if first:
         mark(directory, name, "running", arguments)
+    told = {"WANDB_RUN_GROUP": directory.name, "WANDB_JOB_TYPE": "trial", "WANDB_TAGS": "sweep"}
     with (directory / "logs" / f"{name}.log").open("a") as log:
-        process = subprocess.Popen(training(arguments), stdout=log, stderr=log, cwd=ROOT)
+        process = subprocess.Popen(
+            training(arguments), stdout=log, stderr=log, cwd=ROOT, env={**told, **os.environ}
+        )
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: process.send_signal(number))
     status = process.wait()

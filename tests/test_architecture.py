@@ -14,11 +14,16 @@ GROUND = ("process", "models", "metrics", "files", "redact", "wording")
 # A room is a folder or a top module; it may import the rooms named here, itself aside.
 MAY_IMPORT = {
     **{LIBRARY + room: () for room in GROUND},
-    **dict.fromkeys(("diffusion.data", "diffusion.manifest"), ("diffusion.files",)),
+    "diffusion.data": ("diffusion.files", "diffusion.wording"),
+    "diffusion.manifest": ("diffusion.files",),
     **dict.fromkeys(("diffusion.pictures", "diffusion.weights"), ("diffusion.files",)),
     "diffusion.commands": (),
     "diffusion.checkpoint": ("diffusion.files", "diffusion.manifest"),
-    "diffusion.writers": ("diffusion.files", "diffusion.redact", "diffusion.wording"),
+    "diffusion.jsonl": ("diffusion.files",),
+    "diffusion.weights_and_biases": ("diffusion.files", "diffusion.jsonl", "diffusion.redact"),
+    "diffusion.writers": tuple(
+        f"diffusion.{room}" for room in ("jsonl", "redact", "weights_and_biases", "wording")
+    ),
     "diffusion.interop": ("diffusion.files", "diffusion.models"),
     "diffusion.training": ("diffusion.process", "diffusion.models", "diffusion.metrics"),
     "diffusion.sampling": tuple(

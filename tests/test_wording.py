@@ -121,3 +121,12 @@ def test_the_line_ends_when_the_reader_stops(clock):
     next(passed), next(passed)
     passed.close()
     assert stream.getvalue() == "rows 1/10\x1b[K\n"
+
+
+def test_progress_of_an_unknown_total_counts_alone():
+    stream = io.StringIO()
+    progress = wording.Progress("train examples", None, every_secs=0, stream=stream)
+    for done in (1, 2000):
+        progress.at(done)
+    progress.close()
+    assert stream.getvalue() == "train examples 1\ntrain examples 2,000\n"

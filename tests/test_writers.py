@@ -337,7 +337,7 @@ def stub(monkeypatch):
         run.config = types.SimpleNamespace(update=lambda v, **k: module.calls.append(("config", v)))
         return run
 
-    module.Error, module.init = Error, init
+    module.Error, module.init, module.teardown = Error, init, lambda: None
     module.Settings = lambda **settings: settings
     module.Image = lambda array: array.shape
     monkeypatch.setitem(sys.modules, "wandb", module)

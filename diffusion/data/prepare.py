@@ -7,9 +7,12 @@ Then the records are counted, the files hashed, and `provenance.json` written: a
 it is never read.
 """
 
+import contextlib
+import io
 import os
 import pathlib
 import socket
+import sys
 import urllib.parse
 from typing import Any
 
@@ -60,8 +63,25 @@ def prepare(
         builder = local_files.builder(name, files, data_dir)
     else:
         return _finish(name, _from_catalogue(name, data_dir))
-    builder.download_and_prepare()
+    _quietly(builder)
     return _finish(name, builder)
+
+
+def _quietly(builder: Any) -> None:
+    """Prepares what needs no download; what tensorflow-datasets says of it is told if it fails."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()  # ours say how far it is
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            builder.download_and_prepare()
+    except (ValueError, OSError):  # a sentence of ours says it all
+        raise
+    except BaseException:
+        print(said.getvalue(), file=sys.stderr, flush=True)
+        raise
+    finally:
+        tfds.enable_progress_bar()
 
 
 def _from_catalogue(name: str, data_dir: str | pathlib.Path) -> Any:

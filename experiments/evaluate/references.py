@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from diffusion import files
 from diffusion.data import loader
 from diffusion.metrics.frechet import FeatureStatistics, empty_statistics
+from diffusion.wording import Progress
 from experiments.evaluate import sample_sets, stream
 from experiments.evaluate.features import FeatureNetwork
 from experiments.host import cluster
@@ -134,14 +135,17 @@ def of_data(
     keys = ("pool", "spatial") if spatial else ("pool",)
     found: dict[str, FeatureStatistics] = {}
     index, vectors = [np.zeros(0, np.int64)], [np.zeros((0, network.dim), np.float32)]
+    progress = Progress("reference", count, silent=not cluster.is_first())
     for place, pixels in rows:
         made = network.run(pixels)
+        progress.at(int(place[-1]) + 1)
         for key in keys:
             start = found.get(key) or empty_statistics(made[key].shape[1])
             found[key] = start.update(made[key])
         kept = place < VECTORS
         index.append(place[kept])
         vectors.append(made["pool"][kept])
+    progress.close()
     found = {key: stream.gather_statistics(value) for key, value in found.items()}
     order = np.argsort(stream.gather(np.concatenate(index)))
     identity = {

@@ -56,6 +56,20 @@ def as_set(batch):
     return {(i.tobytes(), int(label)) for i, label in zip(batch["image"], batch["label"])}
 
 
+def test_preparing_is_quiet_and_says_how_far_it_is(idx, tmp_path, monkeypatch, capfd):
+    from diffusion.data.builders.local_files import local_files
+
+    class EveryTime(local_files.Progress):
+        def __init__(self, name, total):
+            super().__init__(name, total, every_secs=0)
+
+    monkeypatch.setattr(local_files, "Progress", EveryTime)
+    prepare.prepare("mnist", tmp_path / "data", idx[0])
+    out, err = capfd.readouterr()
+    assert out == "" and "train examples 30\n" in err and "test examples 10\n" in err
+    assert "Generating" not in err and "Dataset" not in err
+
+
 def test_idx_files_through_to_a_source(idx, tmp_path, monkeypatch):
     folder, made = idx
     read_idx = readers.read_idx

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from diffusion.data.builders.local_files.readers import Example, Files
+from diffusion.wording import Progress
 
 VERSION = "1.0.0"
 
@@ -30,13 +31,18 @@ def builder(name: str, files: Files, data_dir: str | pathlib.Path) -> Any:
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {split: self._generate_examples(read) for split, read in files.splits.items()}
+            return {
+                split: self._generate_examples(read, Progress(f"{split} examples", None))
+                for split, read in files.splits.items()
+            }
 
         def _generate_examples(
-            self, read: Callable[[], Iterator[Example]]
+            self, read: Callable[[], Iterator[Example]], progress: Progress
         ) -> Iterator[tuple[int, Example]]:
             for row, example in enumerate(read()):
                 yield row, {**example, "image": io.BytesIO(example["image"])}
+                progress.at(row + 1)
+            progress.close()
 
     Builder.name = set_name
     return Builder(data_dir=str(data_dir), file_format="array_record")

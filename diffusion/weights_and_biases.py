@@ -113,8 +113,8 @@ def stored_steps(path: pathlib.Path) -> Iterator[tuple[int, set[str]]]:
 
     data, at, pieces = path.read_bytes(), 7, []
     while at + 7 <= len(data):
-        if -at % BLOCK < 7:  # what is left of a block holds no piece
-            at += -at % BLOCK
+        if 0 < (left := -at % BLOCK) < 7:  # the end of a block, too short for a piece
+            at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
         pieces.append(data[at + 7 : at + 7 + length])

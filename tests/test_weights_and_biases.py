@@ -15,6 +15,8 @@ import time
 import pytest
 from PIL import Image
 
+from diffusion.weights_and_biases import stored_steps
+
 ROOT = pathlib.Path(__file__).parents[1]
 LIFE = textwrap.dedent(
     """
@@ -59,8 +61,8 @@ def records(workdir):
         data, at, pieces = path.read_bytes(), 7, []
         assert data.startswith(b":W&B")
         while at + 7 <= len(data):
-            if -at % 2**15 < 7:  # what is left of a block
-                at += -at % 2**15
+            if 0 < (left := -at % 2**15) < 7:  # the end of a block
+                at += left
                 continue
             length, kind = struct.unpack_from("<HB", data, at + 4)
             pieces.append(data[at + 7 : at + 7 + length])
@@ -122,6 +124,36 @@ def test_pictures_config_summary_and_whose_trial_it_is(stored):
         if record.HasField("summary"):
             summary |= items(record.summary.update)
     assert summary["loss"] == pytest.approx(1 / 12) and summary["step"] == 12
+
+
+@pytest.mark.parametrize("long", [0, 7, 2**15 - 14, 2**15, 100_000])
+def test_stored_steps_are_read_across_blocks(long, tmp_path):
+    """Messages that fill blocks to the last byte, and longer ones than a block."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, pieces = bytearray(b":W&B\0\0\0"), []
+    for step in range(200):
+        record = Record()
+        text = json.dumps("x" * ((long + 13 * step) % (long + 400)))
+        for name, value in (("step", json.dumps(step)), ("text", text)):
+            record.history.item.add(key=name, value_json=value)
+        pieces.append(record.SerializeToString())
+    for message in pieces:  # as LevelDB's writer does
+        first = True
+        while message or first:
+            left = 2**15 - len(data) % 2**15
+            if left < 7:
+                data += bytes(left)
+                left = 2**15
+            part, message = message[: left - 7], message[left - 7 :]
+            kind = (1 if first else 4) if not message else (2 if first else 3)
+            data += struct.pack("<IHB", 0, len(part), kind) + part
+            first = False
+    path = tmp_path / "run.wandb"
+    path.write_bytes(data)
+    assert list(stored_steps(path)) == [(step, {"step", "text"}) for step in range(200)]
+    path.write_bytes(data[:-3])  # cut off amid a message
+    assert [step for step, _ in stored_steps(path)] == [*range(199)]
 
 
 class Silent(http.server.BaseHTTPRequestHandler):

@@ -109,8 +109,9 @@ def stored_steps(path: pathlib.Path) -> Iterator[tuple[int, set[str]]]:
     That is a log in LevelDB's format: a header of 7 bytes, then blocks of 2^15 bytes that hold
     pieces of messages, each with checksum (4), length (2), kind (1: whole; 2, 3, 4: first to last).
     """
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
+    message: Any = wandb_internal_pb2
     data, at, pieces = path.read_bytes(), 7, []
     while at + 7 <= len(data):
         if 0 < (left := -at % BLOCK) < 7:  # the end of a block, too short for a piece
@@ -121,7 +122,7 @@ def stored_steps(path: pathlib.Path) -> Iterator[tuple[int, set[str]]]:
         at += 7 + length
         if at > len(data) or kind not in (1, 4):
             continue
-        items = Record.FromString(b"".join(pieces)).history.item
+        items = message.Record.FromString(b"".join(pieces)).history.item
         row = {item.key or item.nested_key[0]: item.value_json for item in items}
         pieces = []
         if "step" in row:

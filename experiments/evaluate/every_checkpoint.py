@@ -86,9 +86,12 @@ def report(subject: Subject, out: pathlib.Path) -> None:
 def _curves(path: pathlib.Path, directory: pathlib.Path, found: dict, begins: int | None) -> None:
     rows = writers.read(directory)
     rows += [{"step": step, **values} for step, values in found.items()]
+    every = {title: [logged(rows, key) for key in keys] for title, keys in PANELS.items()}
+    drawn = {title: [line for line in lines if line.x] for title, lines in every.items()}
     panels = [
-        Panel([logged(rows, key) for key in keys], {"title": title, "xlabel": "step"}, begins)
-        for title, keys in PANELS.items()
+        Panel(lines, {"title": title, "xlabel": "step"}, begins)
+        for title, lines in drawn.items()
+        if lines
     ]
     pictures.figure(path, panels, columns=3)
 

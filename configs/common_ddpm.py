@@ -8,18 +8,12 @@ from configs.common import denoiser, smoke
 def ddpm(name: str, flip: bool) -> ConfigDict:
     """What the authors' configs share (hojonathanho/diffusion, `scripts/run_*.py`)."""
     config = denoiser()
-    config.data.name = name
-    config.data.dir = "runs/data"
-    config.data.flip = flip
+    config.data.update(name=name, dir="runs/data", flip=flip)
     config.model.dtype = "float32"
-    config.train.log_every_steps = 100
-    config.train.save_every_steps = 10_000
-    config.optim.warmup_steps = 5000
-    config.optim.clip_norm = 1.0
+    config.train.update(log_every_steps=100, save_every_steps=10_000)
+    config.optim.update(warmup_steps=5000, clip_norm=1.0)
     config.ema.decay = 0.9999
-    config.sample.sampler = "ddpm"
-    config.sample.steps = 1000
-    config.sample.clip = True
+    config.sample.update(sampler="ddpm", steps=1000, clip=True)
     return config
 
 
@@ -63,18 +57,12 @@ def ddpm_unet_small() -> dict:
 def small(name: str, steps: int) -> ConfigDict:
     """DDPM of that network on grey images padded to 32x32, in small batches, for minutes."""
     config = ddpm(name, flip=False)
-    config.data.channels = 1
-    config.data.fit = "pad"
+    config.data.update(channels=1, fit="pad")
     config.model.denoiser = ddpm_unet_small()
-    config.train.steps = steps
-    config.train.batch_size = 16
+    config.train.update(steps=steps, batch_size=16)
     config.train.save_every_steps = steps // 2
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 100
-    config.optim.decay = "cosine"
-    config.optim.decay_steps = steps
-    config.ema.decay = 0.999
-    config.ema.ramp = True
+    config.optim.update(learning_rate=1e-3, warmup_steps=100, decay="cosine", decay_steps=steps)
+    config.ema.update(decay=0.999, ramp=True)
     config.evaluation.every_steps = steps // 2
     config.evaluation.examples = 1000
     config.sample.update({"sampler": "ddim", "steps": 50, "batch_size": 250})

@@ -6,8 +6,7 @@ from configs.common import denoiser, smoke
 
 
 def digits_data(config: ConfigDict) -> ConfigDict:
-    config.data.name = "captioned_digits"
-    config.data.dir = "runs/data"
+    config.data.update(name="captioned_digits", dir="runs/data")
     return config
 
 
@@ -101,11 +100,9 @@ def digits_networks(config: ConfigDict) -> ConfigDict:
         "activation": "gelu",
         "causal": False,
     }
-    config.conditioning.drop = 0.1
-    config.conditioning.mask_padding = True
+    config.conditioning.update(drop=0.1, mask_padding=True)
     config.process.schedule = {"name": "scaled_linear", "num_steps": 1000}
-    config.process.objective.weighting = "min_snr"
-    config.process.objective.gamma = 0.5
+    config.process.objective.update(weighting="min_snr", gamma=0.5)
     return config
 
 
@@ -149,16 +146,8 @@ def digits_adapter() -> ConfigDict:
         "scale": 1.0,
         "tokenizer": "word",
     }  # as `latent_diffusion`'s; the run's own count
-    config.train.batch_size = 16
-    config.train.log_every_steps = 50
-    config.optim.name = "adamw"
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 50
-    config.optim.decay = "cosine"
-    config.optim.b2 = 0.99
-    config.optim.clip_norm = 1.0
-    config.sample.sampler = "dpmpp_2m"
-    config.sample.steps = 25
-    config.sample.guidance_scale = 5.0
-    config.sample.batch_size = 250
+    config.train.update(batch_size=16, log_every_steps=50)
+    config.optim.update(name="adamw", learning_rate=1e-3, warmup_steps=50)
+    config.optim.update(decay="cosine", b2=0.99, clip_norm=1.0)
+    config.sample.update(sampler="dpmpp_2m", steps=25, guidance_scale=5.0, batch_size=250)
     return config

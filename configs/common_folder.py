@@ -32,10 +32,8 @@ def get_config(
         raise ValueError(f"config argument {arg!r}: these configs have no smoke, set their sizes")
     config = common.first_stage("kl") if which == "autoencoder" else common.denoiser()
     config.seed = seed
-    config.data.name = "folder"
-    config.data.dir = f"{root}/data"
-    config.data.eval_split = "validation"
-    config.data.image_size = image_size
+    config.data.update(name="folder", dir=f"{root}/data")
+    config.data.update(eval_split="validation", image_size=image_size)
     config.model.dtype = "float32"
     config.train.tensorboard = False  # both may be switched on as the run goes on
     config.wandb.mode = "disabled"
@@ -54,12 +52,10 @@ def get_config(
 
 def _training(config: ConfigDict, part: dict) -> None:
     steps = part["steps"]
-    config.train.steps = steps
-    config.train.batch_size = part["batch_size"]
+    config.train.update(steps=steps, batch_size=part["batch_size"])
     config.train.log_every_steps = max(steps // 50, 1)
     config.train.save_every_steps = max(steps // 4, 1)
-    config.optim.name = "adamw"
-    config.optim.learning_rate = part["learning_rate"]
+    config.optim.update(name="adamw", learning_rate=part["learning_rate"])
     config.optim.warmup_steps = min(100, max(steps // 10, 1))
     config.optim.decay = "cosine"
     config.optim.decay_steps = max(steps, 2)
@@ -67,15 +63,11 @@ def _training(config: ConfigDict, part: dict) -> None:
 
 
 def _autoencoder(config: ConfigDict) -> ConfigDict:
-    config.loss.reconstruction = "l2"
-    config.loss.kl_weight = 3.6e-3
+    config.loss.update(reconstruction="l2", kl_weight=3.6e-3)
     config.model.discriminator.update({"channels": 32, "layers": 2})  # of loss.adversarial="hinge"
     config.loss.adversarial_start_steps = config.train.steps // 2
     config.optim.clip_norm = float(3 * config.data.image_size**2)  # of the summed loss: 1 a value
-    config.evaluation.every_steps = config.train.steps
-    config.evaluation.examples = 500
-    config.evaluation.batch_size = 50
-    config.evaluation.preview = 8
+    config.evaluation.update(every_steps=config.train.steps, examples=500, batch_size=50, preview=8)
     return config
 
 
@@ -88,21 +80,15 @@ def _denoiser(config: ConfigDict, network: dict, text: dict | None, classes: int
         config.conditioning.drop = 0.1
         config.sample.guidance_scale = 3.0
     config.process.schedule = {"name": "scaled_linear", "num_steps": 1000}
-    config.process.objective.weighting = "min_snr"
-    config.process.objective.gamma = 0.5
-    config.optim.weight_decay = 1e-3
-    config.optim.clip_norm = 1.0
-    config.ema.decay = 0.999
-    config.ema.ramp = True
-    config.sample.sampler = "dpmpp_2m"
-    config.sample.steps = 25
-    config.sample.batch_size = 125
+    config.process.objective.update(weighting="min_snr", gamma=0.5)
+    config.optim.update(weight_decay=1e-3, clip_norm=1.0)
+    config.ema.update(decay=0.999, ramp=True)
+    config.sample.update(sampler="dpmpp_2m", steps=25, batch_size=125)
     config.sample.clip = "autoencoder" not in config.model
 
 
 def _latents(config: ConfigDict, root: str, text: dict | None) -> None:
-    config.data.name = "latents"
-    config.data.dir = f"{root}/latents"
+    config.data.update(name="latents", dir=f"{root}/latents")
     config.latents = {
         "first_stage": f"{root}/autoencoder",
         "data_name": "folder",

@@ -59,9 +59,7 @@ def latent_diffusion(stage: str, data_name: str) -> ConfigDict:
     latents of a VQ stage as they are.
     """
     config = denoiser()
-    config.data.name = "latents"
-    config.data.dir = f"runs/latents/{data_name}_{stage}"
-    config.data.image_size = 256
+    config.data.update(name="latents", dir=f"runs/latents/{data_name}_{stage}", image_size=256)
     config.latents = {
         "first_stage": f"runs/{stage}",  # the workdir of its run, or of a converted one
         "data_name": data_name,
@@ -95,15 +93,10 @@ def latent_diffusion(stage: str, data_name: str) -> ConfigDict:
         "beta_start": 0.0015,
         "beta_end": 0.0195,
     }
-    config.optim.name = "adamw"
-    config.optim.weight_decay = 1e-2
-    config.ema.decay = 0.9999
-    config.ema.ramp = True
-    config.ema.networks = ("denoiser",)
-    config.train.save_every_steps = 5000
-    config.train.log_every_steps = 100
-    config.sample.sampler = "ddim"
-    config.sample.steps = 200
+    config.optim.update(name="adamw", weight_decay=1e-2)
+    config.ema.update(decay=0.9999, ramp=True, networks=("denoiser",))
+    config.train.update(save_every_steps=5000, log_every_steps=100)
+    config.sample.update(sampler="ddim", steps=200)
     config.sample.options = {"eta": 0.0, "spacing": "stride", "steps_offset": 1, "final": "first"}
     config.sample.batch_size = 16
     config.evaluation.examples = 2000
@@ -125,8 +118,7 @@ def online_latents(stage: str, scale: float) -> ConfigDict:
     nothing is stored. Text encoder and tokenizer come from `init_from`, if it has any."""
     config = stored_folder(stage, scale)
     del config.latents
-    config.data.name = "folder"
-    config.data.dir = ""
+    config.data.update(name="folder", dir="")
     config.online = {
         "scale": scale,  # of the latents, where `init_from` does not say
         "tokenizer": "bpe",  # trained on the captions ("word", "bpe"), or a folder of its files
@@ -149,7 +141,7 @@ def lora(config: ConfigDict, rank: int) -> ConfigDict:
 def controlnet(config: ConfigDict, hint_widths: tuple[int, ...]) -> ConfigDict:
     """Train a ControlNet (https://arxiv.org/abs/2302.05543) beside the frozen U-Net."""
     config.model.controlnet = {
-        "hint_widths": hint_widths,  # of the convolutions on the condition; all but one halve it
+        "hint_widths": hint_widths  # of the convolutions on the condition; all but one halve it
     }
     config.conditioning.control = "edges"
     config.ema.update({"decay": 0.0, "networks": ()})
@@ -201,25 +193,16 @@ def latent_smoke(config: ConfigDict) -> ConfigDict:
 def ldm_first_stage(stage: str) -> ConfigDict:
     """One of `FIRST_STAGES` as LDM trains it, at 256 pixels, on any folder of images."""
     config = first_stage(FIRST_STAGES[stage]["name"])
-    config.data.name = "images"
-    config.data.dir = "runs/data"
-    config.data.eval_split = "validation"
-    config.data.image_size = 256
+    config.data.update(name="images", dir="runs/data", eval_split="validation", image_size=256)
     config.model.dtype = "float32"
     config.model.autoencoder = {"channels": 128, "blocks": 2, **FIRST_STAGES[stage]}
     config.model.discriminator.norm = "batch"
-    config.loss.perceptual_weight = 1.0
-    config.loss.perceptual_dropout = True
+    config.loss.update(perceptual_weight=1.0, perceptual_dropout=True)
     config.initialisation = "torch"
     config.loss.adversarial = "hinge"
-    config.optim.b1 = 0.5
-    config.optim.b2 = 0.9
-    config.train.log_every_steps = 100
-    config.train.save_every_steps = 5000
-    config.evaluation.every_steps = 10_000
-    config.evaluation.examples = 1000
-    config.evaluation.batch_size = 10
-    config.evaluation.preview = 8
+    config.optim.update(b1=0.5, b2=0.9)
+    config.train.update(log_every_steps=100, save_every_steps=5000)
+    config.evaluation.update(every_steps=10_000, examples=1000, batch_size=10, preview=8)
     return config
 
 

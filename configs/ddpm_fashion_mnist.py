@@ -14,24 +14,15 @@ from configs import common, common_ddpm
 def get_config(arg=None):
     kind, smoke = common.parse(arg, ("gpu", "cpu"))
     config = common_ddpm.ddpm("fashion_mnist", flip=False)
-    config.data.channels = 1
-    config.data.fit = "pad"
+    config.data.update(channels=1, fit="pad")
     config.model.denoiser = common_ddpm.ddpm_unet() | {"out_channels": 1}
-    config.train.steps = 20_000
-    config.train.batch_size = 128
-    config.optim.learning_rate = 2e-4
-    config.optim.warmup_steps = 1000
+    config.train.update(steps=20_000, batch_size=128)
+    config.optim.update(learning_rate=2e-4, warmup_steps=1000)
     config.ema.decay = 0.999
-    config.evaluation.every_steps = 2000
-    config.evaluation.examples = 1000
+    config.evaluation.update(every_steps=2000, examples=1000)
     if kind == "cpu":
         config.model.denoiser = common_ddpm.ddpm_unet_small()
-        config.train.steps = 14_000
-        config.train.batch_size = 16
-        config.train.log_every_steps = 100
-        config.train.save_every_steps = 2000
-        config.optim.learning_rate = 1e-3
-        config.optim.warmup_steps = 500
-        config.optim.decay = "cosine"
-        config.optim.decay_steps = 14_000
+        config.train.update(steps=14_000, batch_size=16, log_every_steps=100, save_every_steps=2000)
+        config.optim.update(learning_rate=1e-3, warmup_steps=500)
+        config.optim.update(decay="cosine", decay_steps=14_000)
     return common_ddpm.smoke_ddpm(config) if smoke else config

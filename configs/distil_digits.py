@@ -16,14 +16,12 @@ from configs import common, common_digits, digits_ldm
 def get_config(arg=None):
     which, smoke = common.parse(arg, ("jumps", "consistency"))
     config = digits_ldm.get_config("smoke" if smoke else None)
-    config.process.method = "consistency"
-    config.process.prediction = "velocity"
+    config.process.update(method="consistency", prediction="velocity")
     config.process.objective = {"teacher": "eps", "guidance_scale": 5.0, "skip": 0.04, "power": 0.5}
     config.model.denoiser.second_time = which == "jumps"
     config.process.objective.clean = 0.5 if which == "jumps" else 1.0
     common_digits.digits_teacher(config)
     config.conditioning.drop = 0.0
     config.sample.sampler = "meanflow" if which == "jumps" else "consistency"
-    config.sample.steps = 1
-    config.sample.guidance_scale = 1.0
+    config.sample.update(steps=1, guidance_scale=1.0)
     return config

@@ -23,12 +23,9 @@ def get_config(arg=None):
     config.process.objective = {"q": 2.0, "double_steps": 250 * 12_800 // BATCH}
     config.data.flip = False
     config.model.denoiser.dropout = 0.2
-    config.train.steps = 200_000
-    config.train.batch_size = BATCH
-    config.optim.learning_rate = 1e-4
-    config.optim.warmup_steps = 1000
+    config.train.update(steps=200_000, batch_size=BATCH)
+    config.optim.update(learning_rate=1e-4, warmup_steps=1000)
     config.ema.decay = 0.9999
-    config.sample.sampler = "consistency"
-    config.sample.steps = 2
+    config.sample.update(sampler="consistency", steps=2)
     config.sample.options = {"times": (80.0, 0.821)}
     return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -50,10 +50,8 @@ def places():
             "resblock_updown": True,
         }
     )
-    config.train.steps = 360_000
-    config.train.batch_size = 128
-    config.optim.learning_rate = 1e-6
-    config.optim.warmup_steps = 1000
+    config.train.update(steps=360_000, batch_size=128)
+    config.optim.update(learning_rate=1e-6, warmup_steps=1000)
     config.sample.steps = 50
     config.sample.options.eta = 0.0
     return config

@@ -49,18 +49,15 @@ def openimages():
     )
     config.model.text_encoder = common_ldm.bert(width=512, layers=16)
     config.model.text_encoder.update({"vocab_size": 8192, "max_length": 92})
-    config.train.steps = 4_400_000
-    config.train.batch_size = 24
+    config.train.update(steps=4_400_000, batch_size=24)
     config.optim.learning_rate = 4.8e-5
     return config
 
 
 def digits():
     config = common_ddpm.small("two_digits", steps=2500)
-    config.data.channels = 3
-    config.data.fit = "crop"
-    config.conditioning.layout = 10
-    config.conditioning.drop = 0.1
+    config.data.update(channels=3, fit="crop")
+    config.conditioning.update(layout=10, drop=0.1)
     config.model.denoiser.update(
         {"out_channels": 3, "channels": 32, "attention": (False, True, True), "heads": 2}
     )

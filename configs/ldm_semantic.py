@@ -42,16 +42,14 @@ def landscapes():
             "heads": 8,
         }
     )
-    config.train.steps = 360_000
-    config.train.batch_size = 48
+    config.train.update(steps=360_000, batch_size=48)
     config.optim.learning_rate = 4.8e-5
     return config
 
 
 def digits():
     config = common_ddpm.small("segmented_digits", steps=1500)
-    config.data.channels = 3
-    config.data.fit = "crop"
+    config.data.update(channels=3, fit="crop")
     config.model.denoiser.out_channels = 3
     config.conditioning.concat = "semantic"
     config.model.rescaler = {"classes": 11, "channels": 4, "halvings": 0}

@@ -48,8 +48,7 @@ def openimages():
             "head_dim": 32,
         }
     )
-    config.train.steps = 860_000
-    config.train.batch_size = 64
+    config.train.update(steps=860_000, batch_size=64)
     config.optim.learning_rate = 6.4e-5
     config.sample.steps = 100
     return config

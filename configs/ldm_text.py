@@ -51,8 +51,7 @@ def laion():
     config.process.schedule.update({"beta_start": 0.00085, "beta_end": 0.012})
     config.train.update(steps=390_000, batch_size=680)
     config.optim.learning_rate = 1e-4
-    config.sample.steps = 250
-    config.sample.guidance_scale = 1.5
+    config.sample.update(steps=250, guidance_scale=1.5)
     return config
 
 
@@ -68,7 +67,6 @@ def conceptual_captions():
         }
     )
     config.model.text_encoder = common_ldm.bert(width=640, layers=32)
-    config.train.steps = 390_000
-    config.train.batch_size = 28
+    config.train.update(steps=390_000, batch_size=28)
     config.optim.learning_rate = 5.6e-5
     return config

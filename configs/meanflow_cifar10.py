@@ -16,17 +16,11 @@ def get_config(arg=None):
     config = edm_cifar10.get_config()
     config.process.prediction = "velocity"
     config.process.schedule = {"name": "flow", "time_scale": 1.0}
-    config.process.method = "meanflow"
-    config.process.times = "logit_normal"
+    config.process.update(method="meanflow", times="logit_normal")
     config.process.objective = {"mean": -2.0, "std": 2.0, "equal": 0.25, "power": 0.75}
-    config.model.denoiser.second_time = True
-    config.model.denoiser.dropout = 0.2
-    config.train.steps = 800_000
-    config.train.batch_size = 1024
-    config.optim.learning_rate = 6e-4
-    config.optim.warmup_steps = 10_000
-    config.ema.decay = 0.99995
-    config.ema.ramp = False
-    config.sample.sampler = "meanflow"
-    config.sample.steps = 1
+    config.model.denoiser.update(second_time=True, dropout=0.2)
+    config.train.update(steps=800_000, batch_size=1024)
+    config.optim.update(learning_rate=6e-4, warmup_steps=10_000)
+    config.ema.update(decay=0.99995, ramp=False)
+    config.sample.update(sampler="meanflow", steps=1)
     return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -15,9 +15,7 @@ from configs import common, common_digits, digits_ldm
 def get_config(arg=None):
     which, smoke = common.parse(arg, ("tuned", "scratch"))
     config = digits_ldm.get_config("smoke" if smoke else None)
-    config.process.method = "meanflow"
-    config.process.prediction = "velocity"
-    config.process.times = "uniform"
+    config.process.update(method="meanflow", prediction="velocity", times="uniform")
     config.model.denoiser.second_time = True
     config.conditioning.drop = 0.0
     if which == "tuned":
@@ -28,7 +26,5 @@ def get_config(arg=None):
         config.conditioning.drop = 0.1
         config.process.objective = {"equal": 0.5, "guidance_scale": 5.0, "guidance_mix": 0.8}
     config.optim.b2 = 0.95
-    config.sample.sampler = "meanflow"
-    config.sample.steps = 1
-    config.sample.guidance_scale = 1.0
+    config.sample.update(sampler="meanflow", steps=1, guidance_scale=1.0)
     return config

@@ -106,9 +106,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def restore_params(
-    directory: str | os.PathLike,
-    items: Sequence[str] = ("params", "ema"),
-    step: int | None = None,
+    directory: str | os.PathLike, items: Sequence[str] = ("params", "ema"), step: int | None = None
 ) -> Items:
     """Reads only the top-level `items` of a saved state, as NumPy, without a target; read-only.
 

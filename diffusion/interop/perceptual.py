@@ -29,10 +29,7 @@ RULES: Rules = (
 
 
 def load_lpips(
-    vgg: str | os.PathLike,
-    heads: str | os.PathLike,
-    vgg_sha256: str = "",
-    heads_sha256: str = "",
+    vgg: str | os.PathLike, heads: str | os.PathLike, vgg_sha256: str = "", heads_sha256: str = ""
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(parameters of `models.perceptual.LPIPS`, SHA-256 by file).
 

@@ -280,8 +280,6 @@ def mean_token(
     return (tokens * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
 
 
-def to_tokens(
-    x: Float[Array, "batch *space channels"],
-) -> Float[Array, "batch tokens channels"]:
+def to_tokens(x: Float[Array, "batch *space channels"]) -> Float[Array, "batch tokens channels"]:
     """The places of the grid in row-major order."""
     return x.reshape(x.shape[0], -1, x.shape[-1])

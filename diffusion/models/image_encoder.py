@@ -73,9 +73,7 @@ class DigitClassifier(nn.Module):
         return nn.relu(self.hidden(h.reshape(h.shape[0], -1)))
 
 
-def contrast(
-    x: Float[Array, "batch height width channels"],
-) -> Float[Array, "batch height width"]:
+def contrast(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width"]:
     """Distance of each pixel from the frame's mean colour, over its largest value; eq. (1)."""
     edges = [x[:, 0], x[:, -1], x[:, 1:-1, 0], x[:, 1:-1, -1]]
     frame = jnp.concatenate(edges, axis=1).mean(axis=1)[:, None, None]

@@ -31,13 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from diffusion.models.attention import ACTIVATIONS, mean_token
 from diffusion.models.layers import Dense, timestep_embedding
-from diffusion.models.positions import (
-    patches,
-    per_axis,
-    rotary_angles,
-    sincos_positions,
-    unpatch,
-)
+from diffusion.models.positions import patches, per_axis, rotary_angles, sincos_positions, unpatch
 from diffusion.models.second_time import with_second_time
 from diffusion.models.transformer_blocks import Block, make_norm, table, zero_dense
 from diffusion.models.unet import REMAT_POLICIES

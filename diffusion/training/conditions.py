@@ -209,10 +209,7 @@ def null(conditions: Mapping[str, Condition], params: Params, batch: Batch) -> d
 
 
 def drop(
-    conditions: Mapping[str, Condition],
-    params: Params,
-    batch: Batch,
-    which: Bool[Array, " batch"],
+    conditions: Mapping[str, Condition], params: Params, batch: Batch, which: Bool[Array, " batch"]
 ) -> dict[str, Array]:
     """The batch, with columns that say nothing for the examples `which`."""
     found = dict(batch)

@@ -27,14 +27,7 @@ from diffusion.sampling.settings import Settings
 from diffusion.training import state as ts
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import Parallel, make_mesh
-from experiments.benchmark.workload import (
-    GRADIENTS,
-    INPUTS,
-    WEIGHTS,
-    inputs,
-    resident_bytes,
-    timed,
-)
+from experiments.benchmark.workload import GRADIENTS, INPUTS, WEIGHTS, inputs, resident_bytes, timed
 from experiments.plan import cost, hlo
 from experiments.run import build, tasks
 

@@ -12,11 +12,7 @@ from experiments.evaluate.metrics import METRICS, measure
 from experiments.evaluate.samples import Subject
 from experiments.host import cluster
 
-LABELS = {
-    "guidance_scale": "guidance scale",
-    "steps": "sampler steps",
-    "step": "training step",
-}
+LABELS = {"guidance_scale": "guidance scale", "steps": "sampler steps", "step": "training step"}
 COLUMNS = 4
 SKIPPED = ("guidance_scale", "steps", "step", "samples", "num_held_out")
 

@@ -61,11 +61,7 @@ class FeatureNetwork:
 
     def identity(self) -> dict[str, Any]:
         """What vectors must share to be compared."""
-        return {
-            "network": self.name,
-            "sha256": self.sha256,
-            "preprocessing": self.preprocessing,
-        }
+        return {"network": self.name, "sha256": self.sha256, "preprocessing": self.preprocessing}
 
     def key(self, metric: str) -> str:
         """The name that a number has in the results."""
@@ -232,10 +228,6 @@ def attributes(
         name: tuple(large[list(place)] / compose.CANVAS) for name, place in compose.PLACES.items()
     }
     found = adherence_metric.measure(
-        images,
-        colours=colours,
-        backgrounds=compose.BACKGROUNDS,
-        places=places,
-        sizes=compose.SIZES,
+        images, colours=colours, backgrounds=compose.BACKGROUNDS, places=places, sizes=compose.SIZES
     )
     return {**found, "digit": judge(images)[0]}

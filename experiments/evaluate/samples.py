@@ -70,11 +70,7 @@ class Run:
         chosen = {name: getattr(how, name) for name in ("sampler", "steps", "guidance_scale")}
         if "options" in sample and how.sampler == sample.sampler:  # they are one sampler's
             chosen["options"] = sample.options.to_dict()
-        return {
-            "step": self.model.step,
-            "checkpoint": self.model.checkpoint_hash,
-            "sample": chosen,
-        }
+        return {"step": self.model.step, "checkpoint": self.model.checkpoint_hash, "sample": chosen}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

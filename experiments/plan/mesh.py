@@ -37,14 +37,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from diffusion import wording
-from diffusion.training.parallel import (
-    AXES,
-    BATCH,
-    Parallel,
-    check_batch,
-    make_mesh,
-    unsharded,
-)
+from diffusion.training.parallel import AXES, BATCH, Parallel, check_batch, make_mesh, unsharded
 from experiments.plan import cost, hlo
 from experiments.run import tasks
 

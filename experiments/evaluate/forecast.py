@@ -96,15 +96,15 @@ def forecast(directory: pathlib.Path, num: int, seed: int) -> tuple[dict[str, An
     model = generate.load(directory)
     source, _ = data.open_images(config, "test")
     found = source.batch(np.arange(len(source)))
-    mean, std = (source.provenance[key] for key in ("mean", "std"))
-    outcome = found["image"][..., 0] * std + mean
+    starts, leads = found["start"], found["image"].shape[1]
     values = series.SERIES[config.data.name]()
-    values = values[: len(values) - config.data.left_out]
-    starts, leads = len(values) - config.data.held_out + np.arange(len(outcome)), outcome.shape[1]
+    outcome = values[starts[:, None] + np.arange(leads)]
     season, rng = config.data.season, np.random.default_rng(seed)
+    mean, std = (np.array(source.provenance[key]) for key in ("mean", "std"))
+    usual = mean[(starts[:, None] + np.arange(leads)) % season][:, None]
     smooth, trend = exponential_smoothing(values, starts, leads, season, seed, num)
     samples = {
-        "run": sampled(model, found["past"], num, seed) * std + mean,
+        "run": sampled(model, found["past"], num, seed) * std + usual,
         "seasonal_naive": seasonal_naive(values, starts, leads, season, rng, num),
         "exponential_smoothing": smooth,
     }
@@ -118,12 +118,12 @@ def plot(path: pathlib.Path, samples: dict[str, Any], outcome: Any) -> None:
     """Futures that follow each other: a row of panels, one a forecaster."""
     leads, panels = outcome.shape[1], []
     chosen = np.arange(0, len(outcome), leads)
-    x = np.arange(len(chosen) * leads) / leads
+    x = (np.arange(len(chosen) * leads) / leads).tolist()
     for name, drawn in samples.items():
         bands = [scores.interval(drawn[chosen], p) for p in (0.9, 0.5)]
-        middle = np.median(drawn[chosen], axis=1).reshape(-1)
+        middle = np.median(drawn[chosen], axis=1).reshape(-1).tolist()
         lines = [
-            pictures.Line(x, outcome[chosen].reshape(-1), "measured"),
+            pictures.Line(x, outcome[chosen].reshape(-1).tolist(), "measured"),
             pictures.Line(x, middle, "median"),
         ]
         shaded = [(x, low.reshape(-1), high.reshape(-1)) for low, high in bands]
@@ -132,7 +132,7 @@ def plot(path: pathlib.Path, samples: dict[str, Any], outcome: Any) -> None:
                 lines, {"title": name.replace("_", " "), "xlabel": "years"}, None, shaded
             )
         )
-    pictures.figure(path, panels, 1, size=(9, 2.4))
+    pictures.figure(path, panels, 1, size=(9.0, 2.4))
 
 
 def define(add: cli.Flags) -> None:

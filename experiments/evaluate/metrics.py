@@ -201,7 +201,7 @@ def _check_run(subject: Subject, name: str) -> None:
         )
     if config.task == "denoiser" and config.conditioning.concat == "past":
         raise ValueError(
-            f"--metrics={name} is of samples, but --workdir={subject.directory} goes on from past "
+            f"--metrics={name} is of samples, but {subject.run} goes on from past "
             "values: use `python -m experiments.evaluate.forecast`"
         )
     if metric.of == "first stage" and "autoencoder" not in config.model:

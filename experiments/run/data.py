@@ -91,7 +91,7 @@ def _series(config: ConfigDict, split: str) -> sources.Source:
 
 def _measured(config: ConfigDict, split: str) -> sources.Source:
     future, _ = build.image_shape(config)
-    given = {key: config.data[key] for key in ("past", "held_out", "left_out")}
+    given = {key: config.data[key] for key in ("past", "held_out", "left_out", "season")}
     return series.windows(config.data.name, future=future, split=split, **given)
 
 

@@ -34,7 +34,7 @@ def told(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> dict[str, con
 
 def past_channels(config: ConfigDict, shape: tuple[int, ...]) -> int:
     """How many channels the past of a window becomes."""
-    if config.conditioning.concat == "past" and (len(shape) != 2 or config.data.past % shape[0]):
+    if len(shape) != 2 or config.data.past < 1 or config.data.past % shape[0]:
         raise ValueError(
             f"conditioning.concat='past' is of series whose past is some windows long, but "
             f"data.past={config.data.past} and data.image_size={config.data.image_size}: give a "

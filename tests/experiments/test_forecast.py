@@ -77,7 +77,7 @@ def test_seasonal_naive_is_last_year_and_its_own_errors():
 
 def test_the_past_lies_beside_its_place_the_oldest_first():
     past = jnp.arange(2 * 9.0).reshape(2, 9, 1)
-    told = Past(3).encode({}, {"past": past}, None)["concat"]
+    told = Past(3, 3).encode({}, {"past": past}, None)["concat"]
     np.testing.assert_array_equal(told[0], [[0, 3, 6], [1, 4, 7], [2, 5, 8]])
     np.testing.assert_array_equal(told[1], told[0] + 9)
 

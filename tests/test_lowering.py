@@ -17,6 +17,11 @@ NAMES = sorted(
 )
 
 
+# One of each kind of network and task, with adapters; the others are in the slow suite.
+OFTEN = ("ddpm_cifar10", "digits_autoencoder", "digits_controlnet", "dit_imagenet256", "digits_ldm")
+SMOKES = [pytest.param(n, marks=[] if n in OFTEN else [pytest.mark.slow]) for n in NAMES]
+
+
 def lowered(name, argument, aim, *platforms):
     """The step's text for each platform, traced once for a target, in bfloat16."""
     config = importlib.import_module(f"configs.{name}").get_config(argument).unlock()
@@ -32,7 +37,7 @@ def lowered(name, argument, aim, *platforms):
     return texts, len(jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMOKES)
 def test_every_smoke_step_is_lowered_for_gpus_and_tpus(name):
     texts, leaves = lowered(name, "smoke", target.Target("gpu"), "cuda", "tpu")
     for text in texts:

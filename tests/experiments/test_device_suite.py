@@ -84,6 +84,8 @@ def test_cells_are_compiled_once_and_the_others_say_so(tmp_path, monkeypatch, ca
     assert not asked and capsys.readouterr().out.count("not compiled") == len(table.CELLS)
     table.compile_cells(tmp_path, 100)
     assert asked[:2] == [(512, "h100:1"), (128, "h100:1")] and len(asked) == len(table.CELLS)
+    table.compile_cells(tmp_path, 100)
+    assert {aim for _, aim in asked[len(table.CELLS) :]} == {"v6e:2x4"}  # the others are there
     rows = table.table(tmp_path).splitlines()[2:]
     assert all(row.count("|") == 12 for row in rows)
     assert "no, more" in rows[0] and "30.0 (40.0) | 17,067 | 50% | gradients 2 of" in rows[1]

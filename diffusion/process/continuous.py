@@ -26,6 +26,11 @@ def module(t: Times):
     return jnp if isinstance(t, jax.Array) else np
 
 
+def edm_norm(alpha: Levels, sigma: Levels, sigma_data: float | int) -> Levels:
+    """Std of x_t, of data's ``sigma_data``: 1 / c_in of EDM Table 1 (alpha=1)."""
+    return module(sigma).sqrt(sigma**2 + alpha**2 * sigma_data**2)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class EDM:
     """EDM's variance-exploding schedule: alpha = 1, sigma = t (EDM Table 1, last column)."""
@@ -72,8 +77,8 @@ class EDM:
         return module(t).log(as_float(t)) / 4
 
     def input_scale(self, t: Times) -> Levels:
-        """c_in = 1 / sqrt(sigma^2 + sigma_data^2) (EDM Table 1)."""
-        return 1 / module(t).sqrt(as_float(t) ** 2 + self.sigma_data**2)
+        """c_in of EDM Table 1."""
+        return 1 / edm_norm(1.0, as_float(t), self.sigma_data)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

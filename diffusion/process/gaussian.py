@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from diffusion.process.continuous import edm_norm
 from diffusion.process.schedules import Schedule
 
 PREDICTIONS = ("eps", "x0", "v", "velocity", "edm")
@@ -119,10 +120,6 @@ def posterior(
     return mean, gather("log_variance")
 
 
-def _edm_norm(alpha: Array, sigma: Array, d: float | int) -> Array:
-    return jnp.sqrt(sigma**2 + alpha**2 * d**2)
-
-
 def _pair_from_eps(eps, x, a, s, d):
     return (x - s * eps) / a, eps
 
@@ -141,7 +138,7 @@ def _pair_from_velocity(u, x, a, s, d):
 
 
 def _pair_from_edm(f, x, a, s, d):
-    n = _edm_norm(a, s, d)
+    n = edm_norm(a, s, d)
     return (a * d**2 * x / n + s * d * f) / n, (s * x / n - a * d * f) / n
 
 
@@ -153,7 +150,7 @@ CONVERSIONS: dict[str, tuple[Callable, Callable]] = {
     "velocity": (_pair_from_velocity, lambda x0, eps, a, s, d: eps - x0),
     "edm": (
         _pair_from_edm,
-        lambda x0, eps, a, s, d: (s * x0 - a * d**2 * eps) / (d * _edm_norm(a, s, d)),
+        lambda x0, eps, a, s, d: (s * x0 - a * d**2 * eps) / (d * edm_norm(a, s, d)),
     ),
 }
 
@@ -207,13 +204,11 @@ def apply_network(
 ) -> Array:
     """network(scaled x_t, conditioning of t [and of s]): c_in and c_noise of EDM Table 1, else x_t
     and t. s: where a jump ends, of a network of two times (`few_steps.py`).
-
-    c_in = 1 / sqrt(sigma^2 + alpha^2 sigma_data^2) where the network predicts EDM's F.
     """
     times = [jnp.asarray(schedule.conditioning(time)) for time in (t, s) if time is not None]
     if prediction == "edm":
         alpha, sigma = jnp.asarray(schedule.alpha(t)), jnp.asarray(schedule.sigma(t))
-        scale = 1 / _edm_norm(alpha, sigma, schedule.sigma_data)
+        scale = 1 / edm_norm(alpha, sigma, schedule.sigma_data)
     elif schedule.num_steps is not None:
         return network(x_t, *times)
     else:

@@ -13,6 +13,8 @@ import io
 import json
 import os
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -162,7 +164,7 @@ def shrink(found: Found, directory: pathlib.Path, size: int) -> dict[str, Any]:
         return known
     total = sum(map(len, found.rows.values()))
     progress, left_out, counts = wording.Progress("pictures", total), dict(found.left_out), {}
-    with contextlib.closing(progress), files.whole_folder(directory) as folder:
+    with contextlib.closing(progress), _renamed(directory) as folder:
         for split, rows in found.rows.items():
             reasons = _write(rows, folder / split, size, progress, sum(counts.values()))
             counts[split] = len(rows) - len(reasons)
@@ -178,6 +180,20 @@ def shrink(found: Found, directory: pathlib.Path, size: int) -> dict[str, Any]:
         known |= {"classes": classes, "left_out": left_out}
         files.write_json(folder / ".about.json", known)
     return known
+
+
+@contextlib.contextmanager
+def _renamed(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder that becomes `directory` if the block ends well, and is gone if not. Its files,
+    thousands, are not synced one by one: what a power cut tears is refused when it is decoded."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(

@@ -132,6 +132,7 @@ def lora(config: ConfigDict, rank: int) -> ConfigDict:
         "rank": rank,
         "alpha": float(rank),  # the update is alpha / rank times the product
         "targets": ("to_q", "to_k", "to_v", "to_out"),  # dense layers of attention
+        "initialisation": "uniform",  # of the first factor: PEFT's, or "gaussian"
     }
     config.optim.learning_rate = 1e-4
     config.ema.update({"decay": 0.0, "networks": ()})

@@ -26,13 +26,22 @@ Tree = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which layers are adapted, and how: `targets` are names of dense layers ("to_q", ...)."""
+    """Which layers are adapted, and how: `targets` are names of dense layers ("to_q", ...).
+
+    initialisation: of A, "uniform" or "gaussian" (`init`).
+    """
 
     rank: int = 4
     alpha: float | int = 4.0
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out")
+    initialisation: str = "uniform"
 
     def __post_init__(self) -> None:
+        if self.initialisation not in ("uniform", "gaussian"):
+            raise ValueError(
+                f"model.lora.initialisation={self.initialisation!r} is unknown: use uniform or "
+                "gaussian"
+            )
         if self.rank < 1:
             raise ValueError(f"model.lora.rank={self.rank} must be at least 1")
 
@@ -44,7 +53,8 @@ class Lora:
     def init(self, key: Key[Array, ""], params: Mapping[str, Any]) -> Tree:
         """Updates that change nothing yet, for the layers of `params` (arrays, or their shapes).
 
-        A is uniform within in^(-1/2), as PEFT has it. ValueError where no layer has a target's
+        A is uniform within in^(-1/2), as PEFT has it, or N(0, 1 / rank^2), as Diffusers' training
+        scripts ask of it (init_lora_weights="gaussian"). ValueError where no layer has a target's
         name.
         """
         kernels = self._kernels(params)
@@ -54,7 +64,11 @@ class Lora:
             bound = width**-0.5
             layer_key = jax.random.fold_in(key, number)
             shape = (width, self.rank)
-            flat[*path, "down"] = jax.random.uniform(layer_key, shape, minval=-bound, maxval=bound)
+            if self.initialisation == "gaussian":
+                down = jax.random.normal(layer_key, shape) / self.rank
+            else:
+                down = jax.random.uniform(layer_key, shape, minval=-bound, maxval=bound)
+            flat[*path, "down"] = down
             flat[*path, "up"] = jnp.zeros((self.rank, out))
         return unflatten_dict(flat)
 

@@ -87,9 +87,19 @@ def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:
     if not path.is_file():
         raise ValueError(f"{flag}={workdir} holds no run (no config.json): train one first")
     found = files.read_json(path, "restore it from a copy")
-    task = found.get("task")
-    known = common.denoiser() if task == "denoiser" else common.base(task)
-    return ConfigDict(_renamed(_completed(found, json.loads(to_json(known))))).lock()
+    known = json.loads(to_json(_known(found)))
+    return ConfigDict(_renamed(_completed(found, known))).lock()
+
+
+def _known(found: dict) -> ConfigDict:
+    """The keys that today's configs of such a run share; gives its model those it lacks."""
+    task, model = found.get("task"), found.get("model")
+    parts = model if isinstance(model, dict) else {}
+    if isinstance(lora := parts.get("lora"), dict):
+        parts["lora"] = {"initialisation": "uniform", **lora}
+    if task == "autoencoder" and isinstance(first := parts.get("autoencoder"), dict):
+        return common.first_stage(first.get("name"))
+    return common.denoiser() if task == "denoiser" else common.base(task)
 
 
 def _renamed(found: dict) -> dict:

@@ -1,5 +1,6 @@
 """Workdirs made when the denoiser was called by the kind of its network, "unet", are read."""
 
+import importlib
 import json
 import shutil
 
@@ -95,3 +96,25 @@ def test_a_damaged_old_config_is_left_as_it_is(tmp_path, broken):
     (tmp_path / "config.json").write_text(json.dumps(body))
     found = workdir.read_config(tmp_path).to_dict()
     assert {key: found[key] for key in broken} == broken
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "gained"),
+    [
+        ("digits_autoencoder", None, ("initialisation", "loss.perceptual_dropout")),
+        ("stable_diffusion", "lora", ("model.lora.initialisation", "conditioning.layout")),
+        ("ldm_imagenet256", "f4", ("conditioning.downscale", "conditioning.masks")),
+    ],
+)
+def test_a_run_from_before_a_key_was_there_is_this_configs(name, arg, gained, tmp_path):
+    config = importlib.import_module(f"configs.{name}").get_config(arg).lock()
+    workdir.claim(tmp_path, config, "")
+    old = json.loads((tmp_path / "config.json").read_text())
+    for key in gained:
+        *sections, last = key.split(".")
+        inner = old
+        for section in sections:
+            inner = inner[section]
+        del inner[last]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert workdir.check(tmp_path, config)

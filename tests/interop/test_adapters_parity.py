@@ -304,5 +304,10 @@ def test_a_new_update_changes_nothing_and_a_wrong_target_is_refused(unet):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="to_z"):
         Lora(targets=("to_z",)).init(jax.random.key(1), params)
+    gaussian = jax.tree.leaves(Lora(8, initialisation="gaussian").init(jax.random.key(1), params))
+    drawn = np.concatenate([np.ravel(leaf) for leaf in gaussian if np.any(leaf)])
+    np.testing.assert_allclose(drawn.std(), 1 / 8, rtol=0.1)  # PEFT's, whatever the width
+    with pytest.raises(ValueError, match=r"model\.lora\.initialisation='zeros' is unknown"):
+        Lora(initialisation="zeros")
     with pytest.raises(ValueError, match="rank=0"):
         Lora(rank=0)

@@ -123,7 +123,7 @@ def digits_transformer() -> dict:
         "pool_context": True,
         "qk_norm": True,
         "norm": "rms",
-        "positions": "rotary",
+        "positions": "both",  # the caption says where, which distances alone do not tell
         "activation": "swiglu",
         "mult": 8 / 3,
     }

@@ -15,7 +15,7 @@ https://arxiv.org/abs/2212.09748, section 3.2):
 Gates g and the last W start at zero: each block starts as the identity, the network as zero.
 Patches and positions are `models/positions.py`'s.
 
-LightningDiT (https://arxiv.org/abs/2501.01423) is `positions="rotary"`, `norm="rms"`,
+LightningDiT (https://arxiv.org/abs/2501.01423) is `positions="both"`, `norm="rms"`,
 `activation="swiglu"`, `mult=8 / 3`. Initialisation is DiT's (`facebookresearch/DiT: models.py`):
 q, k and v as one matrix there, hence their smaller scale here.
 """
@@ -50,7 +50,8 @@ class Transformer(nn.Module):
     modulation: "zero" (eq. 3) or "single" (eq. 4). cross: looks at `context`, of `context_width`
     after a projection (two dense layers). pool_context: adds a projection of the mean context token
     to c, as the U-Net does. num_classes: labels, the null class counted.
-    positions: "sincos" or "rotary". norm: "layer" (no parameters) or "rms" (a scale). qk_norm:
+    positions: "sincos"; "rotary", which knows distances alone and no place; or "both". norm:
+    "layer" (no parameters) or "rms" (a scale). qk_norm:
     norms of each head's q and k. registers: learned tokens beside the patches (arXiv:2309.16588).
     activation: of the feed-forward, `models/attention.py`'s. epsilon: of the norms, of that before
     the feed-forward `mlp_epsilon` where it is given (Diffusers' DiT has 1e-5).
@@ -106,9 +107,9 @@ class Transformer(nn.Module):
         places, angles = self._places(grid, patch), None
         u = Dense(self.width, dtype=self.dtype, name="patches")(patches(x, patch))
         u = u.reshape(len(x), -1, self.width)
-        if self.positions == "sincos":
+        if self.positions != "rotary":
             u = u + jnp.asarray(sincos_positions(places, self.width), u.dtype)[None]
-        else:
+        if self.positions != "sincos":
             angles = rotary_angles(places, self.width // self.heads, self.registers)
         u = self._with_registers(u)
         c, shared = self._condition(x, t, labels, context, context_mask, s)
@@ -215,7 +216,7 @@ class Transformer(nn.Module):
     def _check(self, context: Array | None, labels: Array | None, residuals: Any) -> None:
         for key, allowed in (
             ("modulation", ("zero", "single")),
-            ("positions", ("sincos", "rotary")),
+            ("positions", ("sincos", "rotary", "both")),
             ("norm", ("layer", "rms")),
             ("remat", (None, *REMAT_POLICIES)),
         ):

@@ -247,3 +247,12 @@ def test_the_mean_word_is_told_as_the_time_is():
     assert np.abs(module.apply({"params": params}, x, t, 2 * words, mask) - out).max() > 1e-2
     with pytest.raises(ValueError, match="pool_context=True but a context is not given"):
         module.apply({"params": params}, x, t)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "sincos", "both"])
+def test_rotary_positions_alone_tell_no_place(kind):
+    """Of patches that are all the same it makes patches that are all the same."""
+    module, x, t = Transformer(**TINY, positions=kind), jnp.ones((1, 8, 8, 3)), jnp.ones(1)
+    out = module.apply({"params": random_params(module, x, t)}, x, t)
+    spread = np.ptp(np.asarray(positions.patches(out, (2, 2))), axis=(1, 2)).max()
+    assert (spread < 1e-5) == (kind == "rotary")

@@ -7,21 +7,30 @@
 arXiv:2310.02279, its loss without GAN): the network is told where a jump ends, so one network
 serves any number of steps. `consistency`: jumps to clean data alone (Song et al. 2023,
 arXiv:2303.01469). Guidance is the teacher's, in each of its steps of 1 / 25, and is in the student
-for good. Numbers and pictures: experiments/results/few_steps/.
+for good. `progressive`: 8 steps of DDIM from 16 of the teacher's (Salimans and Ho 2022,
+arXiv:2202.00512); a run on top of it halves them again with --config.init_from=DIR and, of
+--config.process.objective, .teacher=v .guidance_scale=1 .steps=4 (and --config.sample.steps=4).
+Numbers: experiments/results/few_steps/.
 """
 
 from configs import common, common_digits, digits_ldm
 
 
 def get_config(arg=None):
-    which, smoke = common.parse(arg, ("jumps", "consistency"))
+    which, smoke = common.parse(arg, ("jumps", "consistency", "progressive"))
     config = digits_ldm.get_config("smoke" if smoke else None)
-    config.process.update(method="consistency", prediction="velocity")
-    config.process.objective = {"teacher": "eps", "guidance_scale": 5.0, "skip": 0.04, "power": 0.5}
-    config.model.denoiser.second_time = which == "jumps"
-    config.process.objective.clean = 0.5 if which == "jumps" else 1.0
     common_digits.digits_teacher(config)
     config.conditioning.drop = 0.0
-    config.sample.sampler = "meanflow" if which == "jumps" else "consistency"
-    config.sample.update(steps=1, guidance_scale=1.0)
+    config.process.objective = {"teacher": "eps", "guidance_scale": 5.0}
+    config.sample.guidance_scale = 1.0
+    if which == "progressive":
+        config.process.update(method="progressive", prediction="v")
+        config.process.objective.steps = 8
+        config.sample.update(sampler="ddim", steps=8, options={"spacing": "uniform"})
+        return config
+    config.process.update(method="consistency", prediction="velocity")
+    jumps = which == "jumps"
+    config.process.objective.update(skip=0.04, power=0.5, clean=0.5 if jumps else 1.0)
+    config.model.denoiser.second_time = jumps
+    config.sample.update(sampler="meanflow" if jumps else "consistency", steps=1)
     return config

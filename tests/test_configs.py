@@ -72,6 +72,7 @@ PARAMETERS = {
     "digits_ldm:unet": DIGITS,
     "digits_ldm:transformer": {**DIGITS, "denoiser": DIGITS_TRANSFORMER},
     "distil_digits:jumps": {**DIGITS, "denoiser": DIGITS_TOLD, "teacher": DIGITS["denoiser"]},
+    "distil_digits:progressive": {**DIGITS, "teacher": DIGITS["denoiser"]},
     "distil_digits:consistency": {**DIGITS, "teacher": DIGITS["denoiser"]},
     "ect_cifar10": {"denoiser": 53_634_563},
     "edm_cifar10": {"denoiser": 53_634_563},

@@ -231,6 +231,11 @@ class Denoiser:
             found = [scale.reshape(-1, *[1] * (r.ndim - 1)) * r for r in found]
             total = found if total is None else [a + b for a, b in zip(total, found)]
         if s is not None:
+            if not hasattr(self.network, "second_time"):
+                kind = type(self.network).__name__
+                raise ValueError(
+                    f"{kind} cannot be told where a jump ends: use a U-Net or Transformer"
+                )
             given["s"] = s
         return self.network.apply(
             {"params": params["denoiser"]}, x, t, residuals=total, keys=keys, **given

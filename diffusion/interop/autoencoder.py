@@ -15,6 +15,7 @@ does not scale, so they are read apart (`load_scaling`) and written on request.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jaxtyping import PyTree
 from diffusion.interop.files import (
     OLD_ATTENTION_NAMES,
     Rules,
+    naming,
     read_config,
     refuse_unknown,
     require,
@@ -79,13 +81,21 @@ def load_autoencoder(
     `dtype`: what the module computes in. ValueError naming the file for anything missing, broken,
     of another shape, or of an architecture that is not LDM's.
     """
-    config = read_config(directory, CLASSES)
-    module = _module(config, directory, dtype)
-    size = module.downsampling
-    image = jnp.zeros((1, size, size, module.image_channels))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    module, shapes = described(directory, dtype)
     weights = read_weights(directory, STEM).renamed(OLD_ATTENTION_NAMES)
     return module, to_params(weights, shapes, RULES)
+
+
+def described(
+    directory: str | os.PathLike, dtype: Any = None
+) -> tuple[AutoencoderKL | VQModel, Any]:
+    """(module, the shapes of its parameters), by the directory's config."""
+    config = read_config(directory, CLASSES)
+    with naming(Path(directory) / "config.json"):
+        module = _module(config, directory, dtype)
+        size = module.downsampling
+        image = jnp.zeros((1, size, size, module.image_channels))
+        return module, jax.eval_shape(module.init, jax.random.key(0), image)["params"]
 
 
 def load_scaling(directory: str | os.PathLike) -> tuple[float, float]:

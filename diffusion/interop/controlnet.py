@@ -62,9 +62,10 @@ def load_controlnet(directory: str | os.PathLike) -> tuple[ControlNet, dict[str,
     widths = tuple(config.pop("conditioning_embedding_out_channels", None) or (16, 32, 96, 256))
     rest = {key: value for key, value in config.items() if key not in SUPPORTED}
     same = {**rest, "_class_name": CONDITIONAL, **(mirrored if down else {})}
-    unet, in_channels, width = read_unet_config(same, source)
-    module = beside(unet, widths)
-    shapes = controlnet_shapes(module, in_channels, width)
+    with files.naming(source):
+        unet, in_channels, width = read_unet_config(same, source)
+        module = beside(unet, widths)
+        shapes = controlnet_shapes(module, in_channels, width)
     weights = read_weights(directory, STEM).renamed(files.OLD_ATTENTION_NAMES)
     return module, files.to_params(weights, shapes, RULES)
 

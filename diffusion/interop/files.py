@@ -22,9 +22,10 @@ layout:
     anything else             -> its own name, as it is
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,22 @@ def refuse_unknown(config: Mapping[str, Any], known: Iterable[str], source: obje
             f"{source}: {odd[0]}={config[odd[0]]!r} is not a key that is known here: remove it if "
             "it changes nothing"
         )
+
+
+@contextlib.contextmanager
+def naming(source: object) -> Iterator[None]:
+    """What goes wrong with a config's values, as a ValueError that names its file."""
+    try:
+        yield
+    except ValueError as error:
+        if str(source) in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error
+    except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        raise ValueError(
+            f"{source} has a value of another type or size than its class takes ({error}): fetch "
+            "it again"
+        ) from error
 
 
 def torch_name(path: Sequence[str], rules: Rules) -> str:

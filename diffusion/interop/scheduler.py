@@ -5,6 +5,8 @@ prediction_type  epsilon, sample, v_prediction             eps, x0, v
 _class_name  DDIM, PNDM (skip_prk_steps or not), DDPM,     ddim, plms or pndm, ddpm,
     EulerDiscrete, EulerAncestralDiscrete, HeunDiscrete,   euler, euler_ancestral, heun,
     DPMSolverMultistep, UniPCMultistep                     dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc
+    LMSDiscrete, DEISMultistep, KDPM2Discrete, LCM, TCD    lms, deis, dpm2, lcm, tcd
+use_karras_sigmas, ..._exponential_..., ..._beta_...       spacing; process.schedule.between
 
 Every key is honoured, harmless, or refused by name. Harmless is one that its class does not take,
 which Diffusers leaves out as well, and one that has no effect with the others' values.
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.files import read_json
+from diffusion.interop.files import naming
 from diffusion.interop.scheduler_keys import BETAS, CLASSES, FINAL, PREDICTIONS, VARIANCES
 
 SAMPLERS = {
@@ -27,14 +30,22 @@ SAMPLERS = {
     "HeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
     "UniPCMultistepScheduler": "unipc",
+    "LMSDiscreteScheduler": "lms",
+    "DEISMultistepScheduler": "deis",
+    "KDPM2DiscreteScheduler": "dpm2",
+    "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
 }
 # Diffusers' spacings where they are not those of the same name here.
 OPEN = {"leading": "open", "linspace": "uniform", "trailing": "trailing"}
 EVEN = {"linspace": "even"}
 SPACINGS: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc"), OPEN),
-    **dict.fromkeys(("euler", "euler_ancestral", "heun"), EVEN),
+    **dict.fromkeys(("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "deis"), OPEN),
+    **dict.fromkeys(("euler", "euler_ancestral", "heun", "lms", "dpm2"), EVEN),
 }
+BY_LEVEL = {f"use_{kind}_sigmas": kind for kind in ("karras", "exponential", "beta")}
+BY_LEVEL["use_lu_lambdas"] = "exponential"
+LEVEL = ("euler", "euler_ancestral", "heun", "lms", "dpm2")  # work in sigma / alpha, as k-diffusion
 
 
 @dataclass(frozen=True)
@@ -72,15 +83,33 @@ def read_scheduler(directory: str | Path, **replaced: Any) -> Scheduler:
         if key not in everywhere and not key.startswith("_"):
             raise ValueError(f"{path}: {key}={value!r} is no key of a scheduler that is known here")
         allowed = known.get(key, (None, None))[1]
+        default = known.get(key, (None,))[0]
+        if not _alike(value, default):
+            raise ValueError(
+                f"{path}: {key}={value!r} of {named} must be like {default!r}: mend it"
+            )
         if allowed is not None and value not in allowed:
             raise ValueError(
                 f"{path}: {key}={value!r} of {named} is not supported: only "
                 f"{', '.join(map(repr, allowed))}"
             )
+    with naming(path):
+        return _read(config, known, path)
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value is of its default's type; a whole number is a float as well."""
+    if default is None or isinstance(default, list):
+        return True
+    kinds = (int, float) if type(default) is float else (type(default),)
+    return isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+
+
+def _read(config: dict[str, Any], known: Mapping[str, Any], path: Path) -> Scheduler:
     sampler = _sampler(config, path)
     _check(config, path)
     return Scheduler(
-        _schedule(config),
+        _schedule(config, sampler),
         PREDICTIONS[config["prediction_type"]],
         sampler,
         _options(config, sampler, known),
@@ -92,6 +121,16 @@ def read_scheduler(directory: str | Path, **replaced: Any) -> Scheduler:
 def _check(config: Mapping[str, Any], path: Path) -> None:
     """What no single key tells."""
     spacing, named, wrong = config["timestep_spacing"], config["_class_name"], ""
+    by_level = [key for key in BY_LEVEL if config.get(key) and key in CLASSES[named]]
+    if len(by_level) > 1:
+        wrong = f"{by_level[0]}=True and {by_level[1]}=True exclude each other"
+    elif by_level and named[:3] == "DPM" and config["beta_schedule"] == "squaredcos_cap_v2":
+        wrong = f"{by_level[0]}=True cuts times by float32's last bit with squaredcos_cap_v2"
+    elif by_level and config.get("rescale_betas_zero_snr"):
+        wrong = f"{by_level[0]}=True has no end with rescale_betas_zero_snr=True"
+    betas, total = config.get("trained_betas"), config["num_train_timesteps"]
+    if betas and len(betas) != total:
+        wrong = f"trained_betas has {len(betas)} entries, and num_train_timesteps={total}"
     last = spacing == "trailing" or (spacing == "leading" and config["steps_offset"])
     if config.get("variance_type") == "fixed_large" and named == "DDPMScheduler" and last:
         wrong = f"variance_type='fixed_large' with timestep_spacing={spacing!r} ends with noise"
@@ -114,31 +153,59 @@ def _sampler(config: Mapping[str, Any], path: Path) -> str:
     return "dpmpp_2m_sde" if sde else "dpmpp_3m" if order == 3 else "dpmpp_2m"
 
 
-def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+def _schedule(config: Mapping[str, Any], sampler: str) -> dict[str, Any]:
     name = BETAS[config["beta_schedule"]]
+    between = _between(config, sampler)
+    if config.get("trained_betas"):
+        return {"name": "betas", "betas": [float(b) for b in config["trained_betas"]], **between}
     schedule = {"name": name, "num_steps": config["num_train_timesteps"]}
     if name != "cosine":  # which has no ends
         schedule |= {"beta_start": config["beta_start"], "beta_end": config["beta_end"]}
     if config.get("rescale_betas_zero_snr"):
         schedule["zero_terminal_snr"] = True
-    return schedule
+    return schedule | between
+
+
+def _by_level(config: Mapping[str, Any]) -> str | None:
+    """The key that spaces levels, not times."""
+    taken = CLASSES[config["_class_name"]]
+    return next((key for key in BY_LEVEL if key in taken and config.get(key)), None)
+
+
+def _between(config: Mapping[str, Any], sampler: str) -> dict[str, str]:
+    """What the network is told of a time between whole ones."""
+    key = _by_level(config)
+    if sampler == "dpm2" or (key and sampler in LEVEL):
+        return {"between": "log"}
+    if not key:
+        return {}
+    return {"between": "log_round"}
 
 
 def _options(config: Mapping[str, Any], sampler: str, known: Mapping[str, Any]) -> dict[str, Any]:
     spacing = config["timestep_spacing"]
+    if sampler in ("lcm", "tcd"):
+        more = {} if sampler == "tcd" else {"timestep_scaling": config["timestep_scaling"]}
+        return {"original_steps": config["original_inference_steps"], **more}
     options: dict[str, Any] = {"spacing": SPACINGS.get(sampler, {}).get(spacing, spacing)}
+    key = _by_level(config)
+    if key and sampler in LEVEL:
+        options = {"spacing": BY_LEVEL[key], "span": options["spacing"]}
+    elif key:  # between the schedule's own ends
+        options, spacing = {"spacing": BY_LEVEL[key]}, ""
     if spacing == "leading" and config["steps_offset"]:
         options["steps_offset"] = config["steps_offset"]
     if "set_alpha_to_one" in known and not config["set_alpha_to_one"]:
         options["final"] = "first"
     if "final_sigmas_type" in known and config["final_sigmas_type"] != "zero":
         options["final"] = FINAL[config["final_sigmas_type"]]
-    if sampler in ("euler", "euler_ancestral", "heun") and spacing != "leading":
+    if sampler in LEVEL and spacing != "leading":
         options["prior"] = "level"
     if sampler == "ddim" and config["clip_sample"]:
         options["clip"] = float(config["clip_sample_range"])
     if "solver_order" in known:
-        if config["solver_order"] == 1 or (sampler == "unipc" and config["solver_order"] != 2):
+        own = sampler in ("unipc", "deis") and config["solver_order"] != 2
+        if config["solver_order"] == 1 or own:
             options["order"] = config["solver_order"]
         if not config["lower_order_final"]:
             options["lower_order_final"] = False
@@ -149,7 +216,7 @@ def _options(config: Mapping[str, Any], sampler: str, known: Mapping[str, Any]) 
 
 def _clips(config: Mapping[str, Any], sampler: str, path: Path) -> bool:
     """x0 to [-1, 1] before it is used; DDIM has an option for what Diffusers does there."""
-    if sampler not in ("ddpm", "heun") or not config["clip_sample"]:
+    if sampler not in ("ddpm", "heun", "lcm") or not config["clip_sample"]:
         return False
     if config["clip_sample_range"] != 1:
         raise ValueError(
@@ -160,7 +227,7 @@ def _clips(config: Mapping[str, Any], sampler: str, path: Path) -> bool:
 
 def scheduler_config(scheduler: Scheduler) -> dict[str, Any]:
     """What Diffusers reads. ValueError naming what it has no word for."""
-    betas = {ours: theirs for theirs, ours in BETAS.items()}
+    betas = {ours: theirs for theirs, ours in BETAS.items()} | {"betas": "linear"}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     schedule, options = scheduler.schedule, scheduler.options
     for key, table, value in (
@@ -169,7 +236,7 @@ def scheduler_config(scheduler: Scheduler) -> dict[str, Any]:
     ):
         if value not in table:
             raise ValueError(f"{key}={value!r} cannot be written for Diffusers: it has no such one")
-    if schedule.get("time_scale", 1) != 1:
+    if "betas" not in schedule and schedule.get("time_scale", 1) != 1:
         raise ValueError(
             f"process.schedule.time_scale={schedule['time_scale']} cannot be written for "
             "Diffusers: its networks are told t"
@@ -178,6 +245,12 @@ def scheduler_config(scheduler: Scheduler) -> dict[str, Any]:
     named = {ours: theirs for theirs, ours in SAMPLERS.items()} | {"plms": "PNDMScheduler"}
     named |= dict.fromkeys(("dpmpp_3m", "dpmpp_2m_sde"), "DPMSolverMultistepScheduler")
     name = named.get(scheduler.sampler, "DDIMScheduler")
+    by_level = {ours: theirs for theirs, ours in BY_LEVEL.items() if theirs != "use_lu_lambdas"}
+    by_level_key = by_level.get(options.get("spacing", ""))
+    if by_level_key:  # as if of the times between whose levels it is
+        options = {**options, "spacing": options.get("span", "uniform")}
+        if by_level_key == "use_exponential_sigmas" and schedule.get("between") == "log_round":
+            by_level_key = "use_lu_lambdas"
     spacings = SPACINGS.get(scheduler.sampler, {})
     default = "leading" if name in ("DDIMScheduler", "PNDMScheduler") else "linspace"
     spacing = {ours: theirs for theirs, ours in spacings.items()}.get(
@@ -205,12 +278,23 @@ def scheduler_config(scheduler: Scheduler) -> dict[str, Any]:
         "algorithm_type": ("sde-" if scheduler.sampler == "dpmpp_2m_sde" else "") + "dpmsolver++",
         "variance_type": "learned_range" if scheduler.variance == "learned" else scheduler.variance,
     }
-    if schedule["name"] != "cosine":
+    config["original_inference_steps"] = options.get("original_steps", 50)
+    config["timestep_scaling"] = options.get("timestep_scaling", 10.0)
+    if by_level_key:
+        config[by_level_key] = True
+    if schedule["name"] == "betas":
+        config |= {
+            "trained_betas": schedule["betas"],
+            "num_train_timesteps": len(schedule["betas"]),
+        }
+    elif schedule["name"] != "cosine":
         start, end = {"ddpm_linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}[
             schedule["name"]
         ]
         config["beta_start"] = schedule.get("beta_start", start)
         config["beta_end"] = schedule.get("beta_end", end)
+    if name == "DEISMultistepScheduler":
+        config |= {"algorithm_type": "deis", "solver_type": "logrho"}
     if name == "DPMSolverMultistepScheduler":  # whose variance is that of a network of 6 channels
         config["variance_type"] = None
     return {key: value for key, value in config.items() if key in CLASSES[name] or key[0] == "_"}

@@ -16,7 +16,7 @@ COMMON: dict[str, tuple[Any, tuple | None]] = {
     "beta_start": (0.0001, None),
     "beta_end": (0.02, None),
     "beta_schedule": ("linear", tuple(BETAS)),
-    "trained_betas": (None, OFF),
+    "trained_betas": (None, None),
     "prediction_type": ("epsilon", tuple(PREDICTIONS)),
     "steps_offset": (0, None),
 }
@@ -28,8 +28,10 @@ THRESHOLD = {
     "sample_max_value": (1.0, None),
 }
 SIGMAS: dict[str, tuple[Any, tuple | None]] = {
-    f"use_{kind}_sigmas": (False, OFF) for kind in ("karras", "exponential", "beta")
+    f"use_{kind}_sigmas": (False, None) for kind in ("karras", "exponential", "beta")
 }
+# Where Diffusers cuts times to whole ones: the least and the greatest by float32's last bit.
+WHOLE = SIGMAS | dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas"), (False, OFF))
 FLOW = {  # without its sigmas the shift has no effect
     "use_flow_sigmas": (False, OFF),
     "flow_shift": (1.0, None),
@@ -42,6 +44,19 @@ VARIANCES = {
     "fixed_small_log": "fixed_small",  # the same by way of its logarithm
     "fixed_large": "fixed_large",
     "learned_range": "learned",
+}
+FEW: dict[str, tuple[Any, tuple | None]] = {
+    **(COMMON | ZERO_SNR | THRESHOLD),
+    "beta_start": (0.00085, None),
+    "beta_end": (0.012, None),
+    "beta_schedule": ("scaled_linear", tuple(BETAS)),
+    "original_inference_steps": (50, None),
+    "clip_sample": (False, None),
+    "clip_sample_range": (1.0, None),
+    # Of no effect: the last time is stepped to itself, and the times are counted from the others'.
+    "set_alpha_to_one": (True, None),
+    "timestep_spacing": ("leading", None),
+    "timestep_scaling": (10.0, None),
 }
 FINAL = {"zero": "clean", "sigma_min": "first"}
 CLASSES: dict[str, dict[str, tuple[Any, tuple | None]]] = {
@@ -88,20 +103,20 @@ CLASSES: dict[str, dict[str, tuple[Any, tuple | None]]] = {
         "clip_sample_range": (1.0, None),
     },
     "DPMSolverMultistepScheduler": {
-        **(COMMON | ZERO_SNR | SIGMAS | THRESHOLD | FLOW),
+        **(COMMON | ZERO_SNR | WHOLE | THRESHOLD | FLOW),
         "timestep_spacing": ("linspace", SPACED),
         "algorithm_type": ("dpmsolver++", ("dpmsolver++", "sde-dpmsolver++")),
         "solver_order": (2, (1, 2, 3)),
         "solver_type": ("midpoint", ("midpoint", "logrho", "bh1", "bh2")),  # all of them the first
         "lower_order_final": (True, None),
         "euler_at_final": (False, OFF),
-        "use_lu_lambdas": (False, OFF),
+        "use_lu_lambdas": (False, None),
         "lambda_min_clipped": (float("-inf"), (float("-inf"),)),
         "variance_type": (None, OFF),
         "final_sigmas_type": ("zero", tuple(FINAL)),
     },
     "UniPCMultistepScheduler": {
-        **(COMMON | ZERO_SNR | SIGMAS | THRESHOLD | FLOW | ENDS),
+        **(COMMON | ZERO_SNR | WHOLE | THRESHOLD | FLOW | ENDS),
         "timestep_spacing": ("linspace", SPACED),
         "predict_x0": (True, (True,)),
         "solver_order": (2, (1, 2, 3)),
@@ -112,4 +127,23 @@ CLASSES: dict[str, dict[str, tuple[Any, tuple | None]]] = {
         "shift_terminal": (None, OFF),
         "final_sigmas_type": ("zero", tuple(FINAL)),
     },
+    "LMSDiscreteScheduler": {**(COMMON | SIGMAS), "timestep_spacing": ("linspace", SPACED)},
+    "DEISMultistepScheduler": {
+        **(COMMON | WHOLE | THRESHOLD | FLOW),
+        "timestep_spacing": ("linspace", SPACED),
+        "algorithm_type": ("deis", ("deis",)),
+        "solver_order": (2, (1, 2, 3)),
+        "solver_type": ("logrho", ("logrho",)),
+        "lower_order_final": (True, None),
+    },
+    "KDPM2DiscreteScheduler": {
+        **(COMMON | SIGMAS),
+        "use_karras_sigmas": (False, OFF),  # it rounds whole times then, and half-way ones not
+        "beta_start": (0.00085, None),
+        "beta_end": (0.012, None),
+        "prediction_type": ("epsilon", ("epsilon", "v_prediction")),  # it refuses samples itself
+        "timestep_spacing": ("linspace", SPACED),
+    },
+    "LCMScheduler": FEW,
+    "TCDScheduler": FEW,  # which clips nothing
 }

@@ -11,6 +11,7 @@ Stable Diffusion 2.x stores OpenCLIP's first 23 of 24 layers; what is written of
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,9 @@ from jaxtyping import PyTree
 
 from diffusion.interop.files import (
     Rules,
+    naming,
     read_config,
+    refuse_unknown,
     require,
     to_params,
     to_tensors,
@@ -43,6 +46,32 @@ RULES: Rules = (
     (r"^/final_norm/", r"/final_layer_norm/"),
 )
 
+# The first value of each is the default; heads that were pruned have other shapes.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("quick_gelu", "gelu"),
+    "pruned_heads": ({},),
+    "quantization_config": (None,),
+}
+READ = {
+    *("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"),
+    *("num_hidden_layers", "num_attention_heads", "layer_norm_eps"),
+}
+# What changes no hidden state without dropout: how to begin, to project, to pool, to generate, and
+# what Transformers notes of every model.
+FREE = """
+    architectures model_type transformers_version torch_dtype dtype projection_dim attention_dropout
+    dropout initializer_range initializer_factor bos_token_id eos_token_id pad_token_id sep_token_id
+    return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss
+    tie_word_embeddings chunk_size_feed_forward is_encoder_decoder is_decoder use_cache prefix
+    cross_attention_hidden_size add_cross_attention tie_encoder_decoder max_length min_length
+    do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens finetuning_task id2label label2id tokenizer_class problem_type
+    decoder_start_token_id task_specific_params gradient_checkpointing
+""".split()
+
 NOT_TEXT = r"^(vision_model|visual_projection|text_projection|logit_scale)\b|position_ids$"
 
 
@@ -54,12 +83,18 @@ def load_text_encoder(
     `dtype`: what the module computes in. ValueError naming the file for anything missing, broken,
     of another shape, or of an architecture that is not CLIP's.
     """
-    config = read_config(directory, CLASSES)
-    module = _module(config.get("text_config") or config, directory, dtype)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+    module, shapes = described(directory, dtype)
     weights = read_weights(directory, STEM).without(NOT_TEXT)
     return module, to_params(weights.renamed([(rf"^{re.escape(PREFIX)}", "")]), shapes, RULES)
+
+
+def described(directory: str | os.PathLike, dtype: Any = None) -> tuple[TextTransformer, Any]:
+    """(module, the shapes of its parameters), by the directory's config."""
+    config = read_config(directory, CLASSES)
+    with naming(Path(directory) / "config.json"):
+        module = _module(_text_config(config, directory), directory, dtype)
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return module, jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
 
 
 def save_text_encoder(
@@ -81,10 +116,23 @@ def _layers(module: TextTransformer) -> int:
     return module.layers - module.skip_layers
 
 
+def _text_config(config: dict[str, Any], source: object) -> dict[str, Any]:
+    """Of the text half; Transformers lets text_config_dict win over text_config."""
+    found = config.get("text_config") or config
+    for key, value in (config.get("text_config_dict") or {}).items():
+        if key not in FREE and found.get(key, value) != value:
+            raise ValueError(
+                f"{source}: text_config has {key}={found[key]!r} and text_config_dict {value!r}: "
+                "say the same in both"
+            )
+    return found
+
+
 def _module(config: dict[str, Any], source: object, dtype: Any) -> TextTransformer:
     """Defaults are those of `CLIPTextConfig`, which older files leave out."""
     width, inner = config.get("hidden_size", 512), config.get("intermediate_size", 2048)
-    require(config, {"hidden_act": ("quick_gelu", "gelu")}, source)
+    require(config, SUPPORTED, source)
+    refuse_unknown(config, {*SUPPORTED, *READ, *FREE}, source)
     return TextTransformer(
         vocab_size=config.get("vocab_size", 49408),
         max_length=config.get("max_position_embeddings", 77),

@@ -40,11 +40,18 @@ def load_unet(directory: str | os.PathLike) -> tuple[UNet, dict[str, Any]]:
     ValueError naming the file and the key for a config that the module cannot express, and for
     weights that are missing, truncated, of another shape or left over.
     """
-    config = files.read_config(directory, {PLAIN, CONDITIONAL})
-    module, in_channels, context_width = read_unet_config(config, Path(directory) / "config.json")
-    shapes = unet_shapes(module, in_channels, context_width)
+    module, shapes = described(directory)
     weights = read_weights(directory, STEM).renamed(files.OLD_ATTENTION_NAMES)
     return module, files.to_params(weights, shapes, RULES)
+
+
+def described(directory: str | os.PathLike) -> tuple[UNet, Any]:
+    """(module, the shapes of its parameters), by the directory's config."""
+    source = Path(directory) / "config.json"
+    config = files.read_config(directory, {PLAIN, CONDITIONAL})
+    with files.naming(source):
+        module, in_channels, context_width = read_unet_config(config, source)
+        return module, unet_shapes(module, in_channels, context_width)
 
 
 def save_unet(

@@ -65,16 +65,22 @@ class Schedule(Protocol):
     def input_scale(self, t: Times) -> Levels: ...
 
 
+BETWEEN = ("variance", "log", "log_round")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Discrete:
     """A variance-preserving schedule of T levels, given by alpha_bar (T,), float64.
 
+    Between whole t alpha_bar is linear, or with ``between`` "log" log(sigma/alpha), as k-diffusion
+    has it; "log_round" also tells the network the nearest whole t.
     Raises ValueError unless 1 >= alpha_bar_0 > alpha_bar_1 > ... >= 0 and T >= 1.
     """
 
     alpha_bar: np.ndarray
     sigma_data: float | int = 0.5
     time_scale: float | int = 1  # the network is told so many times t
+    between: str = "variance"
 
     variance_preserving = True
     prior_std = 1.0
@@ -96,6 +102,13 @@ class Discrete:
             raise ValueError(
                 f"alpha_bar must decrease strictly, but alpha_bar[{rising[0]}] = "
                 f"{table[rising[0]]} is followed by {table[rising[0] + 1]}: choose every beta > 0"
+            )
+        if self.between not in BETWEEN:
+            raise ValueError(f"between={self.between!r} is unknown: choose {', '.join(BETWEEN)}")
+        if self.between != "variance" and table[-1] == 0:
+            raise ValueError(
+                f"between={self.between!r} needs a last level with signal, which zero terminal SNR "
+                "has not: choose variance"
             )
         table.flags.writeable = False
         object.__setattr__(self, "alpha_bar", table)
@@ -124,27 +137,37 @@ class Discrete:
     def alpha(self, t: Times) -> Levels:
         if _is_integer(t):
             return _gather(self._tables["alpha"], t)
+        if self.between != "variance":
+            return (1 + module(t).exp(-self.logsnr(t))) ** -0.5
         return module(t).sqrt(_interpolate(self.alpha_bar, t))
 
     def sigma(self, t: Times) -> Levels:
         if _is_integer(t):
             return _gather(self._tables["sigma"], t)
+        if self.between != "variance":
+            return (1 + module(t).exp(self.logsnr(t))) ** -0.5
         return module(t).sqrt(_interpolate(self._tables["noise"], t))
 
     def logsnr(self, t: Times) -> Levels:
         if _is_integer(t):
             return _gather(self._tables["logsnr"], t)
+        if self.between != "variance":
+            return _interpolate(self._tables["logsnr"], t)
         signal, noise = _interpolate(self.alpha_bar, t), _interpolate(self._tables["noise"], t)
         with np.errstate(divide="ignore"):
             return module(t).log(signal) - module(t).log(noise)
 
     def time(self, logsnr: Times) -> np.ndarray:
         """The (fractional) t of this logsnr, clamped to [0, T-1]; NumPy float64."""
-        noise = 1 / (1 + np.exp(np.minimum(np.asarray(logsnr, np.float64), 700.0)))
         steps = np.arange(self.num_steps, dtype=np.float64)
+        if self.between != "variance":
+            return np.asarray(np.interp(-np.asarray(logsnr), -self._tables["logsnr"], steps))
+        noise = 1 / (1 + np.exp(np.minimum(np.asarray(logsnr, np.float64), 700.0)))
         return np.asarray(np.interp(noise, self._tables["noise"], steps))
 
     def conditioning(self, t: Times) -> Times:
+        if self.between == "log_round" and not _is_integer(t):
+            t = module(t).round(as_float(t))
         return t if self.time_scale == 1 else self.time_scale * as_float(t)
 
     def input_scale(self, t: Times) -> Levels:

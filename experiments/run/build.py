@@ -36,6 +36,7 @@ SCHEDULES: dict[str, Callable[..., schedules.Schedule]] = {
     "sigmoid": schedules.sigmoid,
     "edm": schedules.edm,
     "flow": schedules.flow,
+    "betas": schedules.from_betas,  # betas: one a step
 }
 DENOISERS: dict[str, Any] = {"unet": UNet, "transformer": Transformer, "mmdit": MMDiT}
 AUTOENCODERS: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel}
@@ -85,11 +86,14 @@ def naming(key: str, above: Collection[str] = ()) -> Iterator[None]:
 def schedule(config: ConfigDict) -> schedules.Schedule:
     section = config.process.schedule
     make = choose(SCHEDULES, section.name, "process.schedule.name")
-    rest = {k: v for k, v in section.items() if k != "zero_terminal_snr"}
+    rest = {k: v for k, v in section.items() if k not in ("zero_terminal_snr", "between")}
     made = construct(make, rest, "process.schedule")
     if "zero_terminal_snr" in section and section.zero_terminal_snr:
         with naming("process.schedule"):
-            return schedules.zero_terminal_snr(made)
+            made = schedules.zero_terminal_snr(made)
+    if "between" in section:
+        with naming("process.schedule"):
+            made = dataclasses.replace(made, between=section.between)
     return made
 
 

@@ -57,10 +57,16 @@ SAMPLER_ROWS = {
     "dopri5": ({"rtol": 10}, 37),  # at most
     "meanflow": ({}, 6),
     "consistency": ({}, 6),
+    "lms": ({}, 6),
+    "deis": ({"order": 3}, 6),
+    "dpm2": ({}, 11),
+    "lcm": ({}, 6),
+    "tcd": ({}, 6),
 }
 OF_FLOW = {"euler_maruyama", "dopri5"}
 # samplers that work in sigma/alpha, which has no value at zero terminal SNR
-NEED_SIGNAL = {"plms", "pndm", "heun churn"}
+NEED_SIGNAL = {"plms", "pndm", "heun churn", "lms", "deis", "dpm2"}
+COUNTING = {"lcm", "tcd"}  # visit some of the times that their models are trained on
 
 
 def test_no_row_is_missing():
@@ -141,7 +147,11 @@ def test_sampler(name, schedule_name):
         with pytest.raises(ValueError, match="of rectified flow's path"):
             make()
         return
-    if name not in OF_FLOW and schedule_name in ("zero_terminal_snr", "flow"):
+    if name in COUNTING and schedule.num_steps is None:
+        with pytest.raises(ValueError, match="count a schedule's steps"):
+            make()
+        return
+    if schedule_name in ("zero_terminal_snr", "flow") and name not in OF_FLOW | COUNTING:
         make = functools.partial(make, spacing="trailing")
         if name in NEED_SIGNAL:
             with pytest.raises(ValueError, match="infinite at the first time"):
@@ -170,7 +180,7 @@ def test_sampler(name, schedule_name):
     assert len(traces) == 1, "the denoiser is in the program once, however many stages"
     run(x + 1, keys)
     assert len(traces) == 1, "one compilation serves every call"
-    if schedule.num_steps is not None and "churn" not in name and name != "pndm":
+    if schedule.num_steps is not None and "churn" not in name and name not in ("pndm", "dpm2"):
         assert traces[0] == jnp.int32
     assert out.shape == x.shape and out.dtype == x.dtype and xs.shape == (7, *x.shape)
     assert np.all(np.isfinite(xs))

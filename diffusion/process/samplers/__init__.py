@@ -14,6 +14,8 @@ from diffusion.process.samplers.few_steps import consistency, meanflow
 from diffusion.process.samplers.flow import dopri5, euler_maruyama
 from diffusion.process.samplers.grid import SPACINGS, Grid, make_grid
 from diffusion.process.samplers.karras import euler, euler_ancestral, heun
+from diffusion.process.samplers.lcm import lcm, tcd
+from diffusion.process.samplers.multistep import deis, dpm2, lms
 from diffusion.process.samplers.plms import plms, pndm
 from diffusion.process.samplers.unipc import unipc
 
@@ -33,6 +35,11 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "dopri5": dopri5,
     "meanflow": meanflow,
     "consistency": consistency,
+    "lms": lms,
+    "deis": deis,
+    "dpm2": dpm2,
+    "lcm": lcm,
+    "tcd": tcd,
 }
 
 __all__ = ["SAMPLERS", "SPACINGS", "Grid", "Sampler", "make_grid", "sample", "step_noise"]

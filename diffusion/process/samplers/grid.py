@@ -12,11 +12,15 @@ discrete schedule of T levels (names as in Lin et al. Table 2, arXiv:2305.08891)
     open      i floor(T/(n+1)) + offset, i = n .. 1        "leading" in Diffusers' DPM-Solver, UniPC
     even      linspace(T-1, 0, n), not rounded            "linspace" in Diffusers' Euler and Heun
 
-and for any schedule, as real times between the schedule's ends:
+and for any schedule, as real times:
 
     karras    sigma/alpha = (max^(1/rho) + i/(n-1) (min^(1/rho) - max^(1/rho)))^rho
                                                           EDM eq. 5, arXiv:2206.00364
+    exponential   log(sigma/alpha) uniform over n levels, both ends
+    beta      min + q (max - min), q the quantiles of Beta(0.6, 0.6) at 1 .. 0; arXiv:2407.12173
     logsnr    logsnr uniform over n+1 levels, last dropped    DPM-Solver §3.3, arXiv:2206.00927
+
+between the schedule's ends, or those of the spacing that is ``span``.
 
 On continuous schedules linspace and uniform are those lines without rounding, and trailing is
 uniform. The final level is ``clean`` (alpha = 1, sigma = 0; Diffusers' set_alpha_to_one), ``first``
@@ -27,6 +31,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import betaincinv
 
 from diffusion.process.schedules import Schedule
 
@@ -39,8 +44,11 @@ SPACINGS = (
     "open",
     "even",
     "karras",
+    "exponential",
+    "beta",
     "logsnr",
 )
+LEVELS = ("karras", "exponential", "beta", "logsnr")
 
 COUNTED = ("leading", "stride", "open")  # in whole steps from the least noise
 
@@ -84,6 +92,7 @@ def make_grid(
     final: str | float | int = "clean",
     times: Sequence | np.ndarray | None = None,
     rho: float | int = 7.0,
+    span: str = "",
     prior: str = "unit",
 ) -> Grid:
     """The grid of ``steps`` evaluated times (50), or of exactly these ``times``.
@@ -96,7 +105,19 @@ def make_grid(
     if times is None:
         steps = 50 if steps is None else steps
         _check_steps(schedule, steps)
-        times = _spaced(schedule, steps, spacing or default_spacing(schedule), steps_offset, rho)
+        spacing = spacing or default_spacing(schedule)
+        if span:
+            if spacing not in LEVELS:
+                raise ValueError(
+                    f"span={span!r} with spacing={spacing!r}: only {', '.join(LEVELS)} have one"
+                )
+            ends = _spaced(schedule, steps, span, steps_offset)[[0, -1]]
+        else:
+            ends = np.asarray(schedule.time_range)[::-1]
+        if spacing in LEVELS:
+            times = _by_level(schedule, steps, spacing, rho, ends)
+        else:
+            times = _spaced(schedule, steps, spacing, steps_offset)
         steps = None
     times = _checked_times(schedule, np.asarray(times), steps)
     if prior not in ("unit", "level"):
@@ -134,9 +155,7 @@ def _check_steps(schedule: Schedule, steps: int) -> None:
         )
 
 
-def _spaced(
-    schedule: Schedule, steps: int, spacing: str, offset: int, rho: float | int
-) -> np.ndarray:
+def _spaced(schedule: Schedule, steps: int, spacing: str, offset: int) -> np.ndarray:
     if spacing not in SPACINGS:
         raise ValueError(f"spacing={spacing!r} is unknown: choose one of {', '.join(SPACINGS)}")
     if offset and spacing not in COUNTED:
@@ -144,8 +163,6 @@ def _spaced(
             f"steps_offset={offset} with spacing={spacing!r}, but only {', '.join(COUNTED)} have "
             "an offset: set it to 0"
         )
-    if spacing in ("karras", "logsnr"):
-        return _by_level(schedule, steps, spacing, rho)
     if schedule.num_steps is not None:
         return _discrete(schedule.num_steps, steps, spacing, offset)
     if spacing in COUNTED:
@@ -181,9 +198,11 @@ def _discrete(total: int, steps: int, spacing: str, offset: int) -> np.ndarray:
     return times.astype(np.int64)
 
 
-def _by_level(schedule: Schedule, steps: int, spacing: str, rho: float | int) -> np.ndarray:
-    low, high = schedule.time_range
-    ends = np.array([float(schedule.logsnr(np.asarray(float(t)))) for t in (high, low)])
+def _by_level(
+    schedule: Schedule, steps: int, spacing: str, rho: float | int, between: np.ndarray
+) -> np.ndarray:
+    """`between`: the first and the last time."""
+    ends = np.array([float(schedule.logsnr(np.asarray(float(t)))) for t in between])
     if not np.all(np.isfinite(ends)):
         raise ValueError(
             f"spacing={spacing!r} needs a finite logsnr at both ends of the schedule, "
@@ -191,8 +210,14 @@ def _by_level(schedule: Schedule, steps: int, spacing: str, rho: float | int) ->
         )
     if spacing == "logsnr":
         return schedule.time(np.linspace(ends[0], ends[1], steps + 1)[:-1])
-    largest, least = np.exp(-0.5 * ends) ** (1 / rho)
-    level = (largest + np.linspace(0, 1, steps) * (least - largest)) ** rho
+    if spacing == "exponential":
+        return schedule.time(np.linspace(ends[0], ends[1], steps))
+    largest, least = np.exp(-0.5 * ends)
+    if spacing == "beta":
+        level = least + betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, steps)) * (largest - least)
+    else:
+        largest, least = largest ** (1 / rho), least ** (1 / rho)
+        level = (largest + np.linspace(0, 1, steps) * (least - largest)) ** rho
     return schedule.time(-2 * np.log(level))
 
 

@@ -47,9 +47,9 @@ def plms(schedule: Schedule, steps: int | None = None, **options) -> Sampler:
     for i in range(grid.steps):
         if i == 1:
             rows[0]["end"] = False
-            rows.append(_row(grid, schedule, 0, 1, IMPROVED_EULER, at=1, push=False))
-        rows.append(_row(grid, schedule, i, i + 1, ADAMS_BASHFORTH[min(i, 3)]))
-    return _sampler(grid, rows)
+            rows.append(transfer(grid, schedule, 0, 1, IMPROVED_EULER, at=1, push=False))
+        rows.append(transfer(grid, schedule, i, i + 1, ADAMS_BASHFORTH[min(i, 3)]))
+    return assemble(grid, rows)
 
 
 def pndm(schedule: Schedule, steps: int | None = None, **options) -> Sampler:
@@ -67,18 +67,18 @@ def pndm(schedule: Schedule, steps: int | None = None, **options) -> Sampler:
             "least 4: raise it or use plms"
         )
     rows = [row for i in range(3) for row in _runge_kutta(grid, schedule, i)]
-    rows += [_row(grid, schedule, i, i + 1, ADAMS_BASHFORTH[3]) for i in range(3, grid.steps)]
-    return _sampler(grid, rows)
+    rows += [transfer(grid, schedule, i, i + 1, ADAMS_BASHFORTH[3]) for i in range(3, grid.steps)]
+    return assemble(grid, rows)
 
 
 def _runge_kutta(grid: Grid, schedule: Schedule, i: int) -> list[dict]:
     half, whole = i + 0.5, i + 1
     last = [RUNGE_KUTTA_STAGES[3], 0, 0, 0, 1.0]
     stages = [
-        _row(grid, schedule, i, half, EULER, at=i),
-        _row(grid, schedule, i, half, EULER, at=half, push=False),
-        _row(grid, schedule, i, whole, EULER, at=half, push=False),
-        _row(grid, schedule, i, whole, last, at=whole, push=False),
+        transfer(grid, schedule, i, half, EULER, at=i),
+        transfer(grid, schedule, i, half, EULER, at=half, push=False),
+        transfer(grid, schedule, i, whole, EULER, at=half, push=False),
+        transfer(grid, schedule, i, whole, last, at=whole, push=False),
     ]
     for k, (row, gain) in enumerate(zip(stages, RUNGE_KUTTA_STAGES)):
         row.update(gain=gain, keep=float(k > 0), end=k == 3)
@@ -95,7 +95,7 @@ def _level(grid: Grid, schedule: Schedule, place: float | int) -> tuple[float, f
     return t, float(schedule.alpha(np.asarray(t))), float(schedule.sigma(np.asarray(t)))
 
 
-def _row(
+def transfer(
     grid: Grid,
     schedule: Schedule,
     source: int,
@@ -123,7 +123,8 @@ def _row(
     }
 
 
-def _sampler(grid: Grid, rows: list[dict]) -> Sampler:
+def assemble(grid: Grid, rows: list[dict]) -> Sampler:
+    """The sampler of rows made by `transfer`."""
     table = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     if np.issubdtype(grid.times.dtype, np.integer) and np.all(table["t"] % 1 == 0):
         table["t"] = table["t"].astype(np.int64)

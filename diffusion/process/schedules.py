@@ -202,7 +202,7 @@ def _interpolate(table: np.ndarray, t: Times) -> Levels:
     return (1 - weight) * _gather(table, low) + weight * _gather(table, high)
 
 
-def from_betas(betas: np.ndarray | list, time_scale: float | int = 1) -> Discrete:
+def from_betas(betas: np.ndarray | list | tuple, time_scale: float | int = 1) -> Discrete:
     """The discrete schedule of these betas (T,), each in (0, 1]."""
     return Discrete(np.cumprod(1 - np.asarray(betas, np.float64)), time_scale=time_scale)
 

@@ -6,7 +6,7 @@ _class_name  DDIM, PNDM (skip_prk_steps or not), DDPM,     ddim, plms or pndm, d
     EulerDiscrete, EulerAncestralDiscrete, HeunDiscrete,   euler, euler_ancestral, heun,
     DPMSolverMultistep, UniPCMultistep                     dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc
     LMSDiscrete, DEISMultistep, KDPM2Discrete, LCM, TCD    lms, deis, dpm2, lcm, tcd
-use_karras_sigmas, ..._exponential_..., ..._beta_...       spacing; process.schedule.between
+use_karras_sigmas, ..._exponential_..., ..._beta_...       spacing; the schedule's `between`
 
 Every key is honoured, harmless, or refused by name. Harmless is one that its class does not take,
 which Diffusers leaves out as well, and one that has no effect with the others' values.

@@ -75,10 +75,10 @@ def sizes(found: Found, root: pathlib.Path, seed: int) -> tuple[Choices, list[st
         "text": text,
         "classes": classes,
     }
-    device = jax.devices()[0].device_kind
+    device, middle = jax.devices()[0].device_kind, int(statistics.median(found.sides))
+    limit = ", and this device has time for no more" if middle >= 2 * side else ""
     why = [
-        f"{side} x {side} pixels: half of the pictures are {int(statistics.median(found.sides))} "
-        f"or more, and {'this accelerator' if large else 'CPU cores'} have time for no more",
+        f"{side} x {side} pixels: half of the pictures are {middle} or more{limit}",
         f"diffusion of {'latents, an eighth of the pixels a side' if latents else 'pixels'}",
         f"batches of {batch}, on {len(jax.devices())} x {device}",
         said,

@@ -156,7 +156,7 @@ def _evaluate(job: Job, get: Any, last: str, about: dict, seed: int) -> dict[str
     root, config = job.root, get()
     data, classes = root / "data", about["classes"]
     of = functools.partial(_pictures, data, size=config.data.image_size, classes=classes)
-    train, held_out = of("train"), of("validation")
+    train, held_out = of("train"), of("validation").shuffled(seed)  # classes lie one after another
     pipeline = generate.load(root / last).pipeline
     asked = None
     if held_out.said is not None:

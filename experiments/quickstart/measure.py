@@ -37,6 +37,11 @@ class Pictures:
     pixels: np.ndarray
     said: list[str] | None
 
+    def shuffled(self, seed: int) -> "Pictures":
+        order = np.random.default_rng(seed).permutation(len(self.pixels))
+        said = None if self.said is None else [self.said[i] for i in order]
+        return Pictures(self.pixels[order], said)
+
     def first(self, num: int) -> "Pictures":
         return Pictures(self.pixels[:num], None if self.said is None else self.said[:num])
 

@@ -252,6 +252,14 @@ def test_distances_grow_with_what_is_wrong():
     assert abs(found["same"]["kid"]) < 0.05
 
 
+def test_pictures_keep_what_is_said_of_them_when_shuffled():
+    before = pictures(40)
+    after = before.shuffled(3)
+    assert after.said != before.said and sorted(after.said) == sorted(before.said)
+    known = {x.tobytes(): said for x, said in zip(before.pixels, before.said)}
+    assert [known[x.tobytes()] for x in after.pixels] == after.said
+
+
 # -- wrong folders -------------------------------------------------------------------------------
 
 

@@ -44,6 +44,13 @@ def test_tokens_are_tamings():
     assert none[0].tolist() == theirs([], 92, 8192)
 
 
+def test_boxes_of_an_upright_image_are_cropped_above_and_below(tmp_path):
+    Image.fromarray(np.zeros((40, 20, 3), np.uint8)).save(tmp_path / "a.png")
+    boxes = np.array([[1, 0, 0.25, 1, 0.25], [2, 0, 0, 1, 0.2]], np.float32)
+    found = annotations._cropped(boxes, tmp_path / "a.png")
+    np.testing.assert_allclose(found, [[1, 0, 0, 1, 0.5]], atol=1e-6)
+
+
 def test_two_digits_lie_in_their_boxes_and_their_order_is_drawn():
     two = layouts.TwoDigits.of(DIGITS, 3)
     made = two(batch(DIGITS))

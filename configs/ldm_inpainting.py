@@ -16,8 +16,8 @@ each time. Steps (360k), batch (128) and rate (1e-6) as the paper's table 15 is 
 verified; the published file has no batch, and a cosine from a tenth of base_lr x batch that ends at
 50,000 steps. IMAGES: a folder (Places). Not trained here.
 
-`digits`: large digits in the centre, a half hidden, in the default job's 8x8x4 latents; two cores,
-experiments/results/inpainting/.
+`digits`: large digits in the centre, a half hidden, in the default job's 8x8x4 latents, for minutes
+of a CPU. Not measured.
 
 `pixels`: MNIST's digits as they are, a half hidden, without a first stage. Not trained here.
 """

@@ -15,7 +15,7 @@ times a batch of 24). 600 labels are OpenImages' boxable classes; steps (4.4M) a
 crop at random and tell the crop. BOXES: a line a picture, `{"file_name": ..., "boxes": [[label,
 left, top, width, height], ...]}` in fractions of its sides. Not trained here.
 
-`digits`: pixels, two digits of MNIST; two cores, experiments/results/layout/.
+`digits`: pixels, two digits of MNIST, for minutes of a CPU. Not measured.
 """
 
 from configs import common, common_ddpm, common_ldm

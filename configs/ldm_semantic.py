@@ -14,7 +14,7 @@ CompVis/latent-diffusion, models/ldm/semantic_synthesis256/config.yaml. Batch 48
 or palette PNGs, named as IMAGES' pictures. The paper samples at 512 x 1024 what was trained at 256:
 `--size=512,1024` and a map of that size. Not trained here.
 
-`digits`: pixels, captioned digits' own coverage; two cores, experiments/results/semantic/.
+`digits`: pixels, captioned digits' own coverage, for minutes of a CPU. Not measured.
 """
 
 from configs import common, common_ddpm, common_ldm

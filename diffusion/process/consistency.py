@@ -17,6 +17,7 @@ Consistency tuning (ECT, arXiv:2406.14548) starts from a trained network, on EDM
 With the teacher's velocity for the rest, too, it is progressive distillation (arXiv:2202.00512).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -26,7 +27,7 @@ from jaxtyping import Array, Key
 
 from diffusion.process import few_steps, gaussian, losses
 from diffusion.process.keys import stream
-from diffusion.process.schedules import EDM, Schedule
+from diffusion.process.schedules import EDM
 
 
 def _jump(u: Array, parts: tuple[Array, Array], v: Array, rest: Array) -> Array:
@@ -38,22 +39,8 @@ def _jump(u: Array, parts: tuple[Array, Array], v: Array, rest: Array) -> Array:
     return u - few_steps.held(share * v + (1 - share) * rest)
 
 
-def consistency(
-    schedule: Schedule,
-    prediction: str = "edm",
-    *,
-    times: str = "",
-    clean: float | int = 1.0,
-    skip: float | int = 0.0,
-    q: float | int = 2.0,
-    double_steps: int = 0,
-    huber: float | int = 0.0,
-    power: float | int = 0.0,
-    offset: float | int = 1e-3,
-    teacher: str = "",
-    guidance_scale: float | int = 1.0,
-    **options: Any,
-) -> few_steps.Method:
+@dataclasses.dataclass(frozen=True)
+class Consistency(few_steps.Method):
     """Consistency training from data, or distillation of a teacher: eq. 1.
 
     clean: the share of draws whose jump ends at clean data; below 1 for networks of two times. r is
@@ -61,94 +48,106 @@ def consistency(
     times smaller every ``double_steps`` steps of training (0: never). The error is weighed as
     MeanFlow's where ``power`` is given, else by eq. 3 with c = ``huber``.
     """
-    flow = few_steps.Flow(schedule, prediction, teacher, guidance_scale)
-    if not 0 <= clean <= 1:
-        raise ValueError(f"clean={clean} is a share of the draws: give one in [0, 1]")
-    if not teacher and guidance_scale != 1:
-        raise ValueError(
-            f"guidance_scale={guidance_scale} without a teacher, but a consistency function has no "
-            "velocity to guide: set it to 1, or give a teacher"
-        )
-    if not (0 < skip < 1 or (skip == 0 and isinstance(schedule, EDM) and q > 1)):
-        raise ValueError(
-            f"skip={skip} must lie in (0, 1), or be 0 with EDM's schedule and q > 1 (ECT's steps)"
-        )
-    times = times or ("lognormal" if isinstance(schedule, EDM) else "uniform")
-    low, high = schedule.time_range
 
-    def tau(t: Array) -> Array:
-        return jnp.where(t > low, flow.tau(t), 0.0)
+    prediction: str = "edm"
+    _: dataclasses.KW_ONLY
+    clean: float | int = 1.0
+    skip: float | int = 0.0
+    q: float | int = 2.0
+    double_steps: int = 0
+    huber: float | int = 0.0
+    power: float | int = 0.0
+    offset: float | int = 1e-3
 
-    def loss(network: Any, x0: Array, triple: Array, noise: Array):
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.clean <= 1:
+            raise ValueError(f"clean={self.clean} is a share of the draws: give one in [0, 1]")
+        if not self.teacher and (self.guidance_scale != 1 or self.guidance_mix):
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale}, guidance_mix={self.guidance_mix} without a "
+                "teacher, but a consistency function has no velocity to guide: set them to 1 and "
+                "0, or give a teacher"
+            )
+        given, ect = 0 < self.skip < 1, isinstance(self.schedule, EDM) and self.q > 1
+        if not given and not (self.skip == 0 and ect):
+            raise ValueError(
+                f"skip={self.skip} must lie in (0, 1), or be 0 with EDM's schedule and q > 1 "
+                "(ECT's steps)"
+            )
+
+    def loss(self, network: Any, x0: Array, triple: Array, noise: Array) -> tuple[Array, dict]:
         t, r, s = triple.T
-        x_t = gaussian.q_sample(schedule, x0, t, noise)
-        v = flow.wanted(network, x0, noise, x_t, t)
-        end = () if clean == 1 else (s,)
-        u = flow.of(network, x_t, t, *end)
-        rest = flow.of(network, flow.moved(x_t, t, r, v), r, *end)
-        error = _jump(u, (flow.tau(t) - tau(r), tau(r) - tau(s)), v, rest)
-        if power:
-            return few_steps.weighed(error, power, offset)
-        alpha, sigma = jnp.asarray(schedule.alpha(t)), jnp.asarray(schedule.sigma(t))
-        error = gaussian.expand(flow.tau(t), x_t) * error
+        x_t = gaussian.q_sample(self.schedule, x0, t, noise)
+        v = self.wanted(network, x0, noise, x_t, t)
+        end = () if self.clean == 1 else (s,)
+        u = self.of(network, x_t, t, *end)
+        rest = self.of(network, self.moved(x_t, t, r, v), r, *end)
+        parts = self.tau(t) - self._end(r), self._end(r) - self._end(s)
+        error = _jump(u, parts, v, rest)
+        if self.power:
+            return few_steps.weighed(error, self.power, self.offset)
+        alpha, sigma = jnp.asarray(self.schedule.alpha(t)), jnp.asarray(self.schedule.sigma(t))
+        error = gaussian.expand(self.tau(t), x_t) * error
         square = jnp.sum(error.reshape(len(error), -1) ** 2, axis=1)
-        w = losses.weight("edm", "x0", alpha, sigma, sigma_data=schedule.sigma_data)
-        value = w * (jnp.sqrt(square + huber**2 + 1e-20) - huber)
+        w = losses.weight("edm", "x0", alpha, sigma, sigma_data=self.schedule.sigma_data)
+        value = w * (jnp.sqrt(square + self.huber**2 + 1e-20) - self.huber)
         return value, {"mse": square / error[0].size}
 
-    def draw(keys: Key[Array, "batch"], x0: Array, step: Any = 0) -> tuple[Array, Array]:
-        t, s = few_steps.interval_times(keys, schedule, times, 0, **options).T
-        if clean == 1:
-            t = few_steps.named_times(keys, schedule, times, losses.TIME_PURPOSE, options)
-        ends = jax.vmap(jax.random.uniform)(stream(keys, few_steps.EQUAL_PURPOSE)) < clean
+    def _end(self, t: Array) -> Array:
+        """tau of a jump's end: the least time stands for clean data."""
+        return jnp.where(t > self.schedule.time_range[0], self.tau(t), 0.0)
+
+    def draw(self, keys: Key[Array, "batch"], x0: Array, step: Any = 0) -> tuple[Array, Array]:
+        low, high = self.schedule.time_range
+        t, s = self.two_times(keys)
+        if self.clean == 1:
+            t = self.drawn(keys)
+        ends = jax.vmap(jax.random.uniform)(stream(keys, few_steps.EQUAL_PURPOSE)) < self.clean
         s = jnp.where(ends, low, s)
-        if skip:
-            r = t - skip * (high - low)
+        if self.skip:
+            r = t - self.skip * (high - low)
         else:
-            stage = jnp.asarray(step) // (double_steps or 2**30) + 1.0
-            r = t * (1 - (1 + 8 * jax.nn.sigmoid(-t)) / q**stage)
+            stage = jnp.asarray(step) // (self.double_steps or 2**30) + 1.0
+            r = t * (1 - (1 + 8 * jax.nn.sigmoid(-t)) / self.q**stage)
         triple = jnp.stack([t, jnp.maximum(r, s), s], axis=1)
         return triple.astype(jnp.result_type(float)), losses.noise_like(keys, x0)
 
-    return few_steps.Method(loss, draw)
 
-
-def progressive(
-    schedule: Schedule,
-    prediction: str = "v",
-    *,
-    times: str = "",
-    steps: int = 1,
-    teacher: str = "",
-    guidance_scale: float | int = 1.0,
-) -> few_steps.Method:
+@dataclasses.dataclass(frozen=True)
+class Progressive(few_steps.Method):
     """Progressive distillation to ``steps`` steps of DDIM, from a teacher's twice as many: eq. 1,
     its rest the teacher's too; the error of x_0 times max(SNR, 1) (arXiv:2202.00512 section 4).
     """
-    flow = few_steps.Flow(schedule, prediction, teacher, guidance_scale)
-    if not teacher or times or steps < 1:
-        raise ValueError(
-            f"teacher={teacher!r}, times={times!r}, steps={steps}: it needs a teacher's "
-            "prediction, draws times of its own (leave process.times empty), and at least 1 step"
-        )
-    low, high = schedule.time_range
 
-    def loss(network: Any, x0: Array, triple: Array, noise: Array):
+    prediction: str = "v"
+    _: dataclasses.KW_ONLY
+    steps: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.teacher or self.times or self.steps < 1:
+            raise ValueError(
+                f"teacher={self.teacher!r}, times={self.times!r}, steps={self.steps}: it needs a "
+                "teacher's prediction, draws times of its own (leave process.times empty), and at "
+                "least 1 step"
+            )
+
+    def loss(self, network: Any, x0: Array, triple: Array, noise: Array) -> tuple[Array, dict]:
         t, m, r = triple.T
-        x_t = gaussian.q_sample(schedule, x0, t, noise)
-        v = flow.wanted(network, x0, noise, x_t, t)
-        rest = flow.wanted(network, x0, noise, flow.moved(x_t, t, m, v), m)
-        end = jnp.where(r > low, flow.tau(r), 0.0)
-        parts = flow.tau(t) - flow.tau(m), flow.tau(m) - end
-        error = _jump(flow.of(network, x_t, t), parts, v, rest)
+        x_t = gaussian.q_sample(self.schedule, x0, t, noise)
+        v = self.wanted(network, x0, noise, x_t, t)
+        rest = self.wanted(network, x0, noise, self.moved(x_t, t, m, v), m)
+        end = jnp.where(r > self.schedule.time_range[0], self.tau(r), 0.0)
+        parts = self.tau(t) - self.tau(m), self.tau(m) - end
+        error = _jump(self.of(network, x_t, t), parts, v, rest)
         square = jnp.sum(error.reshape(len(error), -1) ** 2, axis=1) / error[0].size
-        return jnp.maximum(1 - flow.tau(t), flow.tau(t)) ** 2 * square, {"mse": square}
+        return jnp.maximum(1 - self.tau(t), self.tau(t)) ** 2 * square, {"mse": square}
 
-    def draw(keys: Key[Array, "batch"], x0: Array, step: Any = 0) -> tuple[Array, Array]:
-        place = functools.partial(jax.random.randint, shape=(), minval=0, maxval=steps)
+    def draw(self, keys: Key[Array, "batch"], x0: Array, step: Any = 0) -> tuple[Array, Array]:
+        low, high = self.schedule.time_range
+        place = functools.partial(jax.random.randint, shape=(), minval=0, maxval=self.steps)
         i = jax.vmap(place)(stream(keys, losses.TIME_PURPOSE))[:, None]
-        triple = high - (high - low) * (i + jnp.asarray([[0.0, 0.5, 1.0]])) / steps
-        triple = jnp.round(triple) if schedule.num_steps is not None else triple
+        triple = high - (high - low) * (i + jnp.asarray([[0.0, 0.5, 1.0]])) / self.steps
+        triple = jnp.round(triple) if self.schedule.num_steps is not None else triple
         return triple.astype(jnp.result_type(float)), losses.noise_like(keys, x0)
-
-    return few_steps.Method(loss, draw)

@@ -30,50 +30,47 @@ asks of the mean: what is drawn, eps - x_0, then enters the target once and line
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from diffusion.process import gaussian, losses
 from diffusion.process.keys import stream
-from diffusion.process.losses import Objective
 from diffusion.process.schedules import EDM, Schedule
 
 EQUAL_PURPOSE, SECOND_PURPOSE = 0xE0A1, 0x5EC0
 held = jax.lax.stop_gradient
 
 
-class Method(NamedTuple):
-    """``loss(network, x0, times (batch, 2 or 3), noise)`` -> (losses (batch,), aux) and
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Velocities of a network and of its data (the module's v), and what each method adds:
+
+    ``loss(network, x0, times (batch, 2 or 3), noise)`` -> (losses (batch,), aux) and
     ``draw(keys, x0, step)`` -> (times, noise): falling times t >= .. >= s, float.
 
     network(x_t, t, s=None, told=True, teacher=False) -> prediction; not ``told``: without its
     condition; ``teacher``: of the frozen network. The losses' values are mean squared errors, their
     gradients weighted ones.
-    ``forward_mode``: the loss takes a jvp of the network.
-    """
 
-    loss: Objective
-    draw: Callable[..., tuple[Array, Array]]
-    forward_mode: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Flow:
-    """Velocities of a network and of its data: the module's v.
-
-    teacher: the prediction of the frozen network; "": there is none. guidance_scale: w;
-    guidance_mix: k. ValueError where they contradict.
+    times: how t and s are drawn, one of ``losses.TIMES``; "": lognormal for EDM's schedule, else
+    uniform. mean, std: of logit_normal times. teacher: the prediction of the frozen network; "":
+    there is none. guidance_scale: w; guidance_mix: k. ValueError where they contradict.
     """
 
     schedule: Schedule
     prediction: str
+    _: dataclasses.KW_ONLY
+    times: str = ""
+    mean: float | int | None = None
+    std: float | int | None = None
     teacher: str = ""
     guidance_scale: float | int = 1.0
     guidance_mix: float | int = 0.0
+
+    forward_mode: ClassVar[bool] = False  # whether the loss takes a jvp of the network
 
     def __post_init__(self):
         for key in ("prediction", "teacher"):
@@ -85,6 +82,12 @@ class Flow:
                 f"guidance_mix={self.guidance_mix} must lie in [0, 1), and be 0 with a teacher, "
                 "which is guided by guidance_scale alone"
             )
+        for key in ("mean", "std"):
+            if getattr(self, key) is not None and self.times != "logit_normal":
+                raise ValueError(
+                    f"{key}={getattr(self, key)} is of logit_normal times, but times="
+                    f"{self.times!r}: leave it out, or draw those"
+                )
 
     def tau(self, t: Array) -> Array:
         alpha, sigma = jnp.asarray(self.schedule.alpha(t)), jnp.asarray(self.schedule.sigma(t))
@@ -127,78 +130,70 @@ class Flow:
         y = y - gaussian.expand(self.tau(t) - self.tau(s), x_t) * v
         return gaussian.expand(self.size(s), x_t) * y
 
+    def drawn(self, keys: Key[Array, "batch"], purpose: int = losses.TIME_PURPOSE) -> Array:
+        """(batch,) times."""
+        name = self.times or ("lognormal" if isinstance(self.schedule, EDM) else "uniform")
+        if name not in losses.TIMES:
+            raise ValueError(f"times={name!r} is unknown: choose one of {', '.join(losses.TIMES)}")
+        given = {"mean": self.mean, "std": self.std}
+        options = {key: value for key, value in given.items() if value is not None}
+        return losses.TIMES[name](stream(keys, purpose), self.schedule, **options)
 
-def interval_times(
-    keys: Key[Array, "batch"], schedule: Schedule, times: str, equal: float | int, **options: Any
-) -> Float[Array, "batch 2"]:
-    """t and s <= t: two draws of ``losses.TIMES``, sorted; s = t for a share ``equal`` of them."""
-    purposes = (losses.TIME_PURPOSE, SECOND_PURPOSE)
-    pair = [named_times(keys, schedule, times, purpose, options) for purpose in purposes]
-    t, s = jnp.maximum(*pair), jnp.minimum(*pair)
-    same = jax.vmap(jax.random.uniform)(stream(keys, EQUAL_PURPOSE)) < equal
-    return jnp.stack([t, jnp.where(same, t, s)], axis=1).astype(jnp.result_type(float))
-
-
-def named_times(keys: Any, schedule: Schedule, times: str, purpose: int, options: dict) -> Array:
-    if times not in losses.TIMES:
-        raise ValueError(f"times={times!r} is unknown: choose one of {', '.join(losses.TIMES)}")
-    return losses.TIMES[times](stream(keys, purpose), schedule, **options)
+    def two_times(self, keys: Key[Array, "batch"]) -> tuple[Array, Array]:
+        """t and s <= t: two draws, sorted."""
+        pair = self.drawn(keys), self.drawn(keys, SECOND_PURPOSE)
+        return jnp.maximum(*pair), jnp.minimum(*pair)
 
 
-def meanflow(
-    schedule: Schedule,
-    prediction: str = "velocity",
-    *,
-    times: str = "",
-    equal: float | int = 0.75,
-    improved: bool = False,
-    power: float | int = 1.0,
-    offset: float | int = 1e-3,
-    teacher: str = "",
-    guidance_scale: float | int = 1.0,
-    guidance_mix: float | int = 0.0,
-    **options: Any,
-) -> Method:
-    """MeanFlow, or ``improved``. power and offset: p and c of its weight; 0: none.
-
-    ``times`` and its ``options`` (mean, std of logit_normal): how t and s are drawn; "":
-    lognormal for EDM's schedule, else uniform.
+@dataclasses.dataclass(frozen=True)
+class MeanFlow(Method):
+    """MeanFlow, or ``improved``. equal: the share of draws with s = t. power and offset: p and c of
+    its weight; 0: none.
     """
-    flow = Flow(schedule, prediction, teacher, guidance_scale, guidance_mix)
-    if not 0 <= equal <= 1:
-        raise ValueError(f"equal={equal} is a share of the draws: give one in [0, 1]")
-    times = times or ("lognormal" if isinstance(schedule, EDM) else "uniform")
 
-    def loss(network: Any, x0: Array, pair: Array, noise: Array):
+    prediction: str = "velocity"
+    _: dataclasses.KW_ONLY
+    equal: float | int = 0.75
+    improved: bool = False
+    power: float | int = 1.0
+    offset: float | int = 1e-3
+
+    forward_mode: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.equal <= 1:
+            raise ValueError(f"equal={self.equal} is a share of the draws: give one in [0, 1]")
+
+    def loss(self, network: Any, x0: Array, pair: Array, noise: Array) -> tuple[Array, dict]:
         t, s = pair[:, 0], pair[:, 1]
-        x_t = gaussian.q_sample(schedule, x0, t, noise)
-        v = flow.wanted(network, x0, noise, x_t, t)
-        along = held(flow.of(network, x_t, t, t)) if improved and not teacher else v
-        u, slope = _average(flow, network, x_t, t, s, along)
-        target = held(v - gaussian.expand(flow.tau(t) - flow.tau(s), x_t) * slope)
-        return weighed(u - target, power, offset)
+        x_t = gaussian.q_sample(self.schedule, x0, t, noise)
+        v = self.wanted(network, x0, noise, x_t, t)
+        along = held(self.of(network, x_t, t, t)) if self.improved and not self.teacher else v
+        u, slope = self._average(network, x_t, t, s, along)
+        target = held(v - gaussian.expand(self.tau(t) - self.tau(s), x_t) * slope)
+        return weighed(u - target, self.power, self.offset)
 
-    def draw(keys: Key[Array, "batch"], x0: Array, step: Any = 0) -> tuple[Array, Array]:
-        pair = interval_times(keys, schedule, times, equal, **options)
+    def draw(self, keys: Key[Array, "batch"], x0: Array, step: Any = 0) -> tuple[Array, Array]:
+        t, s = self.two_times(keys)
+        same = jax.vmap(jax.random.uniform)(stream(keys, EQUAL_PURPOSE)) < self.equal
+        pair = jnp.stack([t, jnp.where(same, t, s)], axis=1).astype(jnp.result_type(float))
         return pair, losses.noise_like(keys, x0)
 
-    return Method(loss, draw, forward_mode=True)
+    def _average(
+        self, network: Any, x_t: Array, t: Array, s: Array, v: Array
+    ) -> tuple[Array, Array]:
+        """u(x_t, t, s) and du/dtau along dy/dtau = v at fixed s; one jvp in t.
 
-
-def _average(
-    flow: Flow, network: Any, x_t: Array, t: Array, s: Array, v: Array
-) -> tuple[Array, Array]:
-    """u(x_t, t, s) and du/dtau along dy/dtau = v at fixed s; one jvp in t.
-
-    x = size y, so dx/dt = size' y + size v tau'.
-    """
-    ones = jnp.ones_like(t)
-    size, size_slope = jax.jvp(flow.size, (t,), (ones,))
-    _, tau_slope = jax.jvp(flow.tau, (t,), (ones,))
-    x_slope = gaussian.expand(size_slope / size, x_t) * x_t
-    x_slope = x_slope + gaussian.expand(size * tau_slope, x_t) * v
-    u, slope = jax.jvp(lambda x, t: flow.of(network, x, t, s), (x_t, t), (x_slope, ones))
-    return u, slope / gaussian.expand(tau_slope, x_t)
+        x = size y, so dx/dt = size' y + size v tau'.
+        """
+        ones = jnp.ones_like(t)
+        size, size_slope = jax.jvp(self.size, (t,), (ones,))
+        _, tau_slope = jax.jvp(self.tau, (t,), (ones,))
+        x_slope = gaussian.expand(size_slope / size, x_t) * x_t
+        x_slope = x_slope + gaussian.expand(size * tau_slope, x_t) * v
+        u, slope = jax.jvp(lambda x, t: self.of(network, x, t, s), (x_t, t), (x_slope, ones))
+        return u, slope / gaussian.expand(tau_slope, x_t)
 
 
 def weighed(error: Array, power: float | int, offset: float | int) -> tuple[Array, dict]:

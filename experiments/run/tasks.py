@@ -23,10 +23,10 @@ from experiments.run import build, given
 
 INITIALISATIONS = {"ddpm": lambda key, params: params, "torch": torch_defaults}
 
-METHODS: dict[str, Callable[..., few_steps.Method]] = {
-    "meanflow": few_steps.meanflow,
-    "consistency": consistency.consistency,
-    "progressive": consistency.progressive,
+METHODS: dict[str, type[few_steps.Method]] = {
+    "meanflow": few_steps.MeanFlow,
+    "consistency": consistency.Consistency,
+    "progressive": consistency.Progressive,
 }
 
 

@@ -24,7 +24,7 @@ def test_the_exact_flow_is_consistent_to_second_order_in_the_step(clean, known):
         return scale * network(x, t, jnp.zeros_like(t) if s is None else s)
 
     for skip in (0.1, 0.05, 0.025):
-        method = consistency.consistency(
+        method = consistency.Consistency(
             schedule, "velocity", teacher="velocity", skip=skip, power=0.5, clean=clean
         )
         end = 0.0 if clean == 1 else 0.3
@@ -46,7 +46,7 @@ def test_consistency_training_has_the_consistency_function_at_its_minimum(known)
     schedule, found = known.SCHEDULES["edm"], []
     x0, _, noise = (jnp.concatenate([a, a]) for a in known.drawn("edm", 100_000))
     noise = noise.at[100_000:].multiply(-1)
-    method = consistency.consistency(schedule, power=0.5)
+    method = consistency.Consistency(schedule, power=0.5)
 
     def loss(w, r):
         def network(x, t, s=None, told=True, teacher=False):
@@ -67,7 +67,7 @@ def test_consistency_training_has_the_consistency_function_at_its_minimum(known)
 def test_ect_draws_what_its_authors_do(known):
     schedule = known.SCHEDULES["edm"]
     keys, x0 = jax.random.split(jax.random.key(0), 512), jnp.zeros((512, 2))
-    method = consistency.consistency(schedule, q=4, double_steps=100)
+    method = consistency.Consistency(schedule, q=4, double_steps=100)
     for step, stage in ((0, 1), (99, 1), (250, 3)):
         t, r, s = np.asarray(method.draw(keys, x0, step)[0]).T
         want = t * (1 - (1 + 8 / (1 + np.exp(t))) / 4.0**stage)
@@ -90,7 +90,7 @@ def test_the_pseudo_huber_loss_is_ects(x64, known):
         c = jnp.sqrt(t**2 + 0.25)[:, None]
         return 0.25 * x / c**2 + t[:, None] * 0.5 / c * network(x / c, jnp.log(t) / 4)
 
-    method = consistency.consistency(schedule, huber=0.03)
+    method = consistency.Consistency(schedule, huber=0.03)
     found, _ = method.loss(network, x0, times, noise)
     x_t, x_r = (x0 + noise * time[:, None] for time in (t, r))
     after = jnp.where((r > 0.002)[:, None], function(x_r, r), x0)
@@ -104,7 +104,7 @@ def test_progressive_distillation_is_of_two_steps_of_ddim(steps, known):
     """The student of least loss makes in one step what DDIM with the teacher makes in two."""
     schedule = known.SCHEDULES["discrete"]
     teacher = known.exact(schedule, "eps")
-    method = consistency.progressive(schedule, "v", steps=steps, teacher="eps")
+    method = consistency.Progressive(schedule, "v", steps=steps, teacher="eps")
     keys = jax.random.split(jax.random.key(2), 16)
     x0, _, noise = known.drawn("discrete", 16)
     times, _ = method.draw(keys, x0, 0)

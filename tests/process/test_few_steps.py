@@ -23,7 +23,7 @@ CASES = [
 def test_the_average_velocity_satisfies_its_identity(kind, prediction, known):
     """With the exact flow as teacher nothing is drawn: the loss is zero, at s = t and elsewhere."""
     schedule = known.SCHEDULES[kind]
-    method = few_steps.meanflow(schedule, prediction, teacher=prediction, power=0)
+    method = few_steps.MeanFlow(schedule, prediction, teacher=prediction, power=0)
     x0, times, noise = known.drawn(kind, 8)
     loss, aux = method.loss(known.exact(schedule, prediction), x0, times, noise)
     scale = float(jnp.mean(known.velocity(schedule, x0, times[:, 0]) ** 2))
@@ -38,7 +38,7 @@ def test_the_average_velocity_satisfies_its_identity(kind, prediction, known):
 def test_the_average_velocity_is_the_minimum_from_data(kind, prediction, options, known):
     """Its gradient along a feature vanishes within the Monte-Carlo error, and not beside it."""
     schedule = known.SCHEDULES[kind]
-    method = few_steps.meanflow(schedule, prediction, power=0, **options)
+    method = few_steps.MeanFlow(schedule, prediction, power=0, **options)
     x0, times, noise = known.drawn(kind, 40_000)
 
     def along(wrong):
@@ -78,13 +78,13 @@ def test_guidance_is_folded_in_as_the_paper_has_it(known):
     x_t = gaussian.q_sample(schedule, x0, t[:, 0], noise)
     told_time = 1000 * t[:, 0]
     for k in (0.0, 0.7):
-        flow = few_steps.Flow(schedule, "velocity", guidance_scale=w, guidance_mix=k)
+        flow = few_steps.Method(schedule, "velocity", guidance_scale=w, guidance_mix=k)
         error = flow.wanted(network, x0, noise, x_t, t[:, 0]) - network(x_t, told_time, told_time)
         for feature in (1.0, x_t):  # the mean given x_t: against features of x_t
             seen = np.asarray(error * feature)
             assert abs(seen.mean()) < 4 * seen.std() / np.sqrt(seen.size)
         assert np.asarray(error).std() > 0.1
-    flow = few_steps.Flow(schedule, "velocity", teacher="velocity", guidance_scale=w)
+    flow = few_steps.Method(schedule, "velocity", teacher="velocity", guidance_scale=w)
     wanted = flow.wanted(network, x0, noise, x_t, t[:, 0])
     np.testing.assert_allclose(wanted, network(x_t, told_time, told_time), rtol=1e-10, atol=1e-10)
 
@@ -102,7 +102,7 @@ def test_gradients_are_finite_differences_with_the_targets_held(improved, known)
     schedule = known.SCHEDULES["flow"]
     rng = np.random.default_rng(1)
     theta = {"w": jnp.asarray(rng.normal(size=(4, 4))), "b": jnp.asarray(rng.normal(size=4))}
-    method = few_steps.meanflow(schedule, guidance_scale=1.7, guidance_mix=0.4, improved=improved)
+    method = few_steps.MeanFlow(schedule, guidance_scale=1.7, guidance_mix=0.4, improved=improved)
     x0, times, noise = known.drawn("flow", 6)
     t, s = (times * 1000).T
 
@@ -154,7 +154,7 @@ def test_jumps_of_an_exact_network_end_where_the_flow_does(kind, prediction, ste
 def test_times_are_sorted_and_equal_as_often_as_asked(known):
     keys = jax.random.split(jax.random.key(0), 4000)
     for kind, schedule in known.SCHEDULES.items():
-        method = few_steps.meanflow(schedule, "v", equal=0.4)
+        method = few_steps.MeanFlow(schedule, "v", equal=0.4)
         times, noise = method.draw(keys, jnp.zeros((4000, 2)), 0)
         t, s = np.asarray(times).T
         low, high = schedule.time_range
@@ -162,19 +162,19 @@ def test_times_are_sorted_and_equal_as_often_as_asked(known):
         assert kind == "edm" or ((s >= low).all() and (t <= high).all())
         assert abs((s == t).mean() - 0.4) < 0.035
         # The larger of two: their ranks are uniform, so the median of t is the 0.75 quantile.
-    t = np.asarray(few_steps.meanflow(schedules.Flow(), equal=0).draw(keys, noise, 0)[0])[:, 0]
+    t = np.asarray(few_steps.MeanFlow(schedules.Flow(), equal=0).draw(keys, noise, 0)[0])[:, 0]
     assert abs(np.median(t) - np.sqrt(0.5)) < 0.02
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: few_steps.meanflow(schedules.Flow(), "eps"), "prediction='eps' cannot"),
-        (lambda: few_steps.meanflow(schedules.Flow(), teacher="speed"), "^teacher='speed'.*eps"),
-        (lambda: few_steps.meanflow(schedules.Flow(), equal=2), "^equal=2.*share"),
-        (lambda: few_steps.meanflow(schedules.Flow(), guidance_mix=1.0), "^guidance_mix=1.0"),
+        (lambda: few_steps.MeanFlow(schedules.Flow(), "eps"), "prediction='eps' cannot"),
+        (lambda: few_steps.MeanFlow(schedules.Flow(), teacher="speed"), "^teacher='speed'.*eps"),
+        (lambda: few_steps.MeanFlow(schedules.Flow(), equal=2), "^equal=2.*share"),
+        (lambda: few_steps.MeanFlow(schedules.Flow(), guidance_mix=1.0), "^guidance_mix=1.0"),
         (
-            lambda: few_steps.meanflow(schedules.Flow(), teacher="v", guidance_mix=0.5),
+            lambda: few_steps.MeanFlow(schedules.Flow(), teacher="v", guidance_mix=0.5),
             "guidance_mix=0.5.*teacher",
         ),
     ],

@@ -93,7 +93,7 @@ SMALL = Transformer(4, 2, 16, 1, 2, num_classes=3, norm="rms", second_time=True)
 
 def task(accumulate=1, **options) -> Denoiser:
     rate = optim.learning_rate(0.1)
-    method = few_steps.meanflow(schedules.Flow(), equal=0.25, guidance_scale=2.0, **options)
+    method = few_steps.MeanFlow(schedules.Flow(), equal=0.25, guidance_scale=2.0, **options)
     return Denoiser(
         network=SMALL,
         sample_shape=SHAPE,

@@ -19,23 +19,8 @@ from typing import Any
 
 from diffusion.files import read_json
 from diffusion.interop.files import naming
-from diffusion.interop.scheduler_keys import BETAS, CLASSES, FINAL, PREDICTIONS, VARIANCES
+from diffusion.interop.scheduler_keys import BETAS, CLASSES, FINAL, PREDICTIONS, SAMPLERS, VARIANCES
 
-SAMPLERS = {
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "pndm",
-    "DDPMScheduler": "ddpm",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "UniPCMultistepScheduler": "unipc",
-    "LMSDiscreteScheduler": "lms",
-    "DEISMultistepScheduler": "deis",
-    "KDPM2DiscreteScheduler": "dpm2",
-    "LCMScheduler": "lcm",
-    "TCDScheduler": "tcd",
-}
 # Diffusers' spacings where they are not those of the same name here.
 OPEN = {"leading": "open", "linspace": "uniform", "trailing": "trailing"}
 EVEN = {"linspace": "even"}
@@ -245,20 +230,7 @@ def scheduler_config(scheduler: Scheduler) -> dict[str, Any]:
     named = {ours: theirs for theirs, ours in SAMPLERS.items()} | {"plms": "PNDMScheduler"}
     named |= dict.fromkeys(("dpmpp_3m", "dpmpp_2m_sde"), "DPMSolverMultistepScheduler")
     name = named.get(scheduler.sampler, "DDIMScheduler")
-    by_level = {ours: theirs for theirs, ours in BY_LEVEL.items() if theirs != "use_lu_lambdas"}
-    by_level_key = by_level.get(options.get("spacing", ""))
-    if by_level_key:  # as if of the times between whose levels it is
-        options = {**options, "spacing": options.get("span", "uniform")}
-        if by_level_key == "use_exponential_sigmas" and schedule.get("between") == "log_round":
-            by_level_key = "use_lu_lambdas"
-    spacings = SPACINGS.get(scheduler.sampler, {})
-    default = "leading" if name in ("DDIMScheduler", "PNDMScheduler") else "linspace"
-    spacing = {ours: theirs for theirs, ours in spacings.items()}.get(
-        options.get("spacing", ""), options.get("spacing", default)
-    )
-    spacing = "leading" if spacing == "stride" else spacing
-    if spacing not in (CLASSES[name]["timestep_spacing"][1] or ()):
-        spacing = "trailing"
+    by_level, spacing, options = _written_spacing(scheduler, name)
     config = {
         "_class_name": name,
         "num_train_timesteps": schedule.get("num_steps", 1000),
@@ -277,24 +249,41 @@ def scheduler_config(scheduler: Scheduler) -> dict[str, Any]:
         "solver_type": options.get("variant", "bh2") if name[:5] == "UniPC" else "midpoint",
         "algorithm_type": ("sde-" if scheduler.sampler == "dpmpp_2m_sde" else "") + "dpmsolver++",
         "variance_type": "learned_range" if scheduler.variance == "learned" else scheduler.variance,
+        "original_inference_steps": options.get("original_steps", 50),
+        "timestep_scaling": options.get("timestep_scaling", 10.0),
     }
-    config["original_inference_steps"] = options.get("original_steps", 50)
-    config["timestep_scaling"] = options.get("timestep_scaling", 10.0)
-    if by_level_key:
-        config[by_level_key] = True
-    if schedule["name"] == "betas":
-        config |= {
-            "trained_betas": schedule["betas"],
-            "num_train_timesteps": len(schedule["betas"]),
-        }
-    elif schedule["name"] != "cosine":
-        start, end = {"ddpm_linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}[
-            schedule["name"]
-        ]
-        config["beta_start"] = schedule.get("beta_start", start)
-        config["beta_end"] = schedule.get("beta_end", end)
+    config |= by_level | _written_betas(schedule)
     if name == "DEISMultistepScheduler":
         config |= {"algorithm_type": "deis", "solver_type": "logrho"}
     if name == "DPMSolverMultistepScheduler":  # whose variance is that of a network of 6 channels
         config["variance_type"] = None
     return {key: value for key, value in config.items() if key in CLASSES[name] or key[0] == "_"}
+
+
+def _written_spacing(scheduler: Scheduler, name: str) -> tuple[dict[str, bool], str, dict]:
+    """The key of a spacing by levels, if it is one, and `timestep_spacing`, the options as if of
+    the times between whose levels it is."""
+    options = scheduler.options
+    keys = {ours: theirs for theirs, ours in BY_LEVEL.items() if theirs != "use_lu_lambdas"}
+    key = keys.get(options.get("spacing", ""))
+    if key:
+        options = {**options, "spacing": options.get("span", "uniform")}
+        if key == "use_exponential_sigmas" and scheduler.schedule.get("between") == "log_round":
+            key = "use_lu_lambdas"
+    default = "leading" if name in ("DDIMScheduler", "PNDMScheduler") else "linspace"
+    own, named = options.get("spacing") or default, {"stride": "leading"}
+    named |= {ours: theirs for theirs, ours in SPACINGS.get(scheduler.sampler, {}).items()}
+    spacing = named.get(own, own)
+    if spacing not in (CLASSES[name]["timestep_spacing"][1] or ()):
+        spacing = "trailing"
+    return {key: True} if key else {}, spacing, options
+
+
+def _written_betas(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    if schedule["name"] == "betas":
+        betas = schedule["betas"]
+        return {"trained_betas": betas, "num_train_timesteps": len(betas)}
+    if schedule["name"] == "cosine":  # which has no ends
+        return {}
+    ends = {"ddpm_linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}[schedule["name"]]
+    return {key: schedule.get(key, end) for key, end in zip(("beta_start", "beta_end"), ends)}

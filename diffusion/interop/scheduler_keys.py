@@ -5,6 +5,21 @@ Where a value has none, `scheduler.py` refuses it by name.
 
 from typing import Any
 
+SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "DDPMScheduler": "ddpm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "UniPCMultistepScheduler": "unipc",
+    "LMSDiscreteScheduler": "lms",
+    "DEISMultistepScheduler": "deis",
+    "KDPM2DiscreteScheduler": "dpm2",
+    "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
+}
 BETAS = {"linear": "ddpm_linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 SPACED = ("leading", "linspace", "trailing")

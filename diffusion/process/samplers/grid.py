@@ -29,6 +29,7 @@ uniform. The final level is ``clean`` (alpha = 1, sigma = 0; Diffusers' set_alph
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.special import betaincinv
@@ -87,38 +88,22 @@ def make_grid(
     schedule: Schedule,
     steps: int | None = None,
     *,
-    spacing: str | None = None,
-    steps_offset: int = 0,
     final: str | float | int = "clean",
     times: Sequence | np.ndarray | None = None,
-    rho: float | int = 7.0,
-    span: str = "",
     prior: str = "unit",
+    **spaced: Any,
 ) -> Grid:
-    """The grid of ``steps`` evaluated times (50), or of exactly these ``times``.
+    """The grid of ``steps`` evaluated times (50), ``spaced`` as in ``spaced_times``, or of exactly
+    these ``times``.
 
-    ``spacing`` None is karras for EDM's schedule, uniform for other continuous ones, leading for
-    discrete. ``prior``: the first x of a variance-preserving schedule is unit noise, or with
-    "level" only as much as its level has, as k-diffusion starts. Raises ValueError for unknown
-    names, steps < 1, steps > T, and times that do not fall.
+    ``prior``: the first x of a variance-preserving schedule is unit noise, or with "level" only as
+    much as its level has, as k-diffusion starts. Raises ValueError for unknown names, steps < 1,
+    steps > T, and times that do not fall.
     """
     if times is None:
-        steps = 50 if steps is None else steps
-        _check_steps(schedule, steps)
-        spacing = spacing or default_spacing(schedule)
-        if span:
-            if spacing not in LEVELS:
-                raise ValueError(
-                    f"span={span!r} with spacing={spacing!r}: only {', '.join(LEVELS)} have one"
-                )
-            ends = _spaced(schedule, steps, span, steps_offset)[[0, -1]]
-        else:
-            ends = np.asarray(schedule.time_range)[::-1]
-        if spacing in LEVELS:
-            times = _by_level(schedule, steps, spacing, rho, ends)
-        else:
-            times = _spaced(schedule, steps, spacing, steps_offset)
-        steps = None
+        times, steps = spaced_times(schedule, 50 if steps is None else steps, **spaced), None
+    elif unknown := spaced.keys() - {"spacing", "steps_offset", "rho", "span"}:
+        raise TypeError(f"a grid of given times has no {', '.join(sorted(unknown))}")
     times = _checked_times(schedule, np.asarray(times), steps)
     if prior not in ("unit", "level"):
         raise ValueError(f"prior={prior!r} is unknown: choose unit or level")
@@ -136,6 +121,31 @@ def make_grid(
         prior_std=1.0 if unit else float(schedule.sigma(times[0])),
         final_time=final_time,
     )
+
+
+def spaced_times(
+    schedule: Schedule,
+    steps: int,
+    *,
+    spacing: str | None = None,
+    steps_offset: int = 0,
+    rho: float | int = 7.0,
+    span: str = "",
+) -> np.ndarray:
+    """(steps,) times, noise first. ``spacing`` None is karras for EDM's schedule, uniform for other
+    continuous ones, leading for discrete."""
+    _check_steps(schedule, steps)
+    spacing = spacing or default_spacing(schedule)
+    if span and spacing not in LEVELS:
+        raise ValueError(
+            f"span={span!r} with spacing={spacing!r}: only {', '.join(LEVELS)} have one"
+        )
+    if spacing not in LEVELS:
+        return _spaced(schedule, steps, spacing, steps_offset)
+    ends = np.asarray(schedule.time_range)[::-1]
+    if span:
+        ends = _spaced(schedule, steps, span, steps_offset)[[0, -1]]
+    return _by_level(schedule, steps, spacing, rho, ends)
 
 
 def default_spacing(schedule: Schedule, discrete: str = "leading") -> str:

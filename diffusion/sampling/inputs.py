@@ -178,9 +178,11 @@ class Inputs:
         return guidance.inpaint(denoise, self.latent, 1 - self.hole)
 
     def pasted(self, pixels: jax.Array) -> jax.Array:
-        """The image's own pixels where the mask is 0."""
-        given = self.mask is not None and self.image is not None
-        return pixels if not given else jnp.where(self.mask > 0, pixels, self.image)
+        """The image's own pixels where the mask is 0: of uint8, or of floats in [0, 1]."""
+        if self.mask is None or self.image is None:
+            return pixels
+        own = self.image if pixels.dtype == jnp.uint8 else self.image / 255
+        return jnp.where(self.mask > 0, pixels, own)
 
 
 def prepare(

@@ -13,6 +13,7 @@ from diffusion.models.controlnet import ControlNet
 from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
 from diffusion.process import losses, schedules
+from diffusion.sampling.inputs import Inputs
 from diffusion.sampling.pipeline import Pipeline
 from diffusion.sampling.settings import Settings
 from diffusion.training.conditions import Hints, Label
@@ -128,3 +129,14 @@ def test_a_controlnet_steers_the_unet_that_it_was_made_for():
     with pytest.raises(ValueError, match="steers a U-Net, but the denoiser is a Transformer"):
         pipeline(transformer).with_controlnet(ControlNet(**fields), {})
     assert pipeline(transformer).resized((4, 6)).task.sample_shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize(("pixels", "own"), [(np.uint8(7), 200), (np.float32(0.5), 200 / 255)])
+def test_what_is_kept_of_an_image_is_in_the_samples_own_units(pixels, own):
+    """8 bits for `sample`, floats in [0, 1] for `evaluate`."""
+    image, mask = (
+        jnp.full((1, 2, 2, 1), 200, jnp.uint8),
+        jnp.array([0, 1, 0, 1]).reshape(1, 2, 2, 1),
+    )
+    found = Inputs(image=image, mask=mask).pasted(jnp.full((1, 2, 2, 1), pixels))
+    np.testing.assert_allclose(found.ravel(), [own, pixels, own, pixels], rtol=1e-6)

@@ -17,7 +17,7 @@ verified; the published file has no batch, and a cosine from a tenth of base_lr 
 50,000 steps. IMAGES: a folder (Places). Not trained here.
 
 `digits`: large digits in the centre, a half hidden, in the default job's 8x8x4 latents, for minutes
-of a CPU. Not measured.
+of a CPU. Numbers: experiments/results/restoration.
 
 `pixels`: MNIST's digits as they are, a half hidden, without a first stage. Not trained here.
 """

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffusion.data import layouts
 from diffusion.data.builders.captioned_digits import compose
-from diffusion.metrics.intervals import beside, mean_interval
+from diffusion.metrics.intervals import beside, mean_interval, wilson
 from experiments.evaluate.features import Judge
 from experiments.evaluate.samples import Subject
 from experiments.run import data
@@ -59,8 +59,9 @@ def of_boxes(images: np.ndarray, given: dict[str, Any], judge: Judge) -> dict[st
     right = said == layout[..., 0]
     share = outside.sum((1, 2)) / np.maximum(light.sum((1, 2)), 1)
     whole = right.all(1) & (share <= OUTSIDE)
-    values = {"adherence": right.mean(1), "whole": whole, "outside": share}
-    return beside({k: mean_interval(v.astype(np.float64)) for k, v in values.items()})
+    values = {"adherence": right.mean(1), "outside": share}
+    means = {name: mean_interval(value) for name, value in values.items()}
+    return beside(means | {"whole": wilson(int(whole.sum()), len(whole))})
 
 
 def of_maps(images: np.ndarray, given: dict[str, Any], judge: Judge) -> dict[str, Any]:
@@ -70,5 +71,6 @@ def of_maps(images: np.ndarray, given: dict[str, Any], judge: Judge) -> dict[str
     far = np.linalg.norm(images - ground, axis=-1)
     drawn = far > far.max((1, 2), keepdims=True) * 32 / 255
     iou = (drawn & segments).sum((1, 2)) / np.maximum((drawn | segments).sum((1, 2)), 1)
-    right = (judge(images)[0] == given["label"]).astype(np.float64)
-    return beside({"accuracy": mean_interval(right), "iou": mean_interval(iou)})
+    right = judge(images)[0] == given["label"]
+    accuracy = wilson(int(right.sum()), len(right))
+    return beside({"accuracy": accuracy, "iou": mean_interval(iou)})

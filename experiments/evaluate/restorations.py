@@ -14,7 +14,7 @@ import numpy as np
 from diffusion.data import degrade
 from diffusion.metrics import frechet
 from diffusion.metrics import reconstruction as of_pixels
-from diffusion.metrics.intervals import beside, mean_interval
+from diffusion.metrics.intervals import beside, mean_interval, wilson
 from experiments.evaluate.samples import Subject
 
 NAMES = {"low_resolution": "bicubic", "inpaint": "hidden", "inpaint_ldm": "hidden"}
@@ -54,7 +54,7 @@ def restoration(subject: Subject) -> dict[str, Any]:
                 estimates[metric.__name__] = mean_interval(values[np.isfinite(values)])
         if name in known and "label" in given:
             right = known[name][0] == given["label"]
-            estimates["accuracy"] = mean_interval(right.astype(np.float64))
+            estimates["accuracy"] = wilson(int(right.sum()), len(right))
         found[name] = beside(estimates)
         if name in known and name != "originals":
             made, real = (frechet.feature_statistics(known[n][1]) for n in (name, "originals"))

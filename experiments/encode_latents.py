@@ -26,7 +26,7 @@ from diffusion.training import codec
 from diffusion.training.parallel import BATCH, make_mesh
 from diffusion.wording import Progress
 from experiments.host import cli, cluster
-from experiments.run import build, data, given, networks, training
+from experiments.run import assemble, build, data, given, networks
 
 
 def encode(config: ConfigDict) -> dict:
@@ -38,7 +38,7 @@ def encode(config: ConfigDict) -> dict:
         raise ValueError("latents.data_dir is empty: give --config.latents.data_dir=IMAGES")
     scaling = latents.Scaling(section.scaling, section.scale, section.scaling_examples)
     stage, begun = find_first_stage(config), networks.begin(config)
-    identity = training.latent_identity(config, begun)["made_from"]
+    identity = assemble.latent_identity(config, begun)["made_from"]
     source, steps = data.open_images(data.images_config(config), "train")
     words = _words(config, begun, source, steps)
     made_from = {**identity, "first_stage": stage.hash}

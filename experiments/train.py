@@ -32,7 +32,7 @@ from experiments.evaluate import in_loop
 from experiments.host import cli, cluster
 from experiments.host.guards import INTERRUPTED, SkippedSteps, StopOnSignal, Watchdog
 from experiments.host.profile import Profile
-from experiments.run import data, training, workdir
+from experiments.run import assemble, data, workdir
 
 # Steps handed to the device before the host waits: enough to keep it busy, and so few that a signal
 # is answered, or a hang seen, within a few steps.
@@ -51,10 +51,10 @@ def train(config: ConfigDict, directory: str | pathlib.Path) -> dict[str, float]
 
 def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, float] | None:
     # ---------------------------------------------------------------- check, build, place
-    def check_and_build() -> training.Run:
+    def check_and_build() -> assemble.Run:
         workdir.check(directory, config)
         in_loop.check(config)
-        return training.build_run(config)
+        return assemble.build_run(config)
 
     run = cluster.together(check_and_build)
     key = jax.random.key(config.seed)
@@ -103,7 +103,7 @@ def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, flo
 
 
 def _begin(
-    run: training.Run, checkpoints: Checkpoints, batches: Loader, key: jax.Array, abstract: Any
+    run: assemble.Run, checkpoints: Checkpoints, batches: Loader, key: jax.Array, abstract: Any
 ) -> tuple[int, Any]:
     """The steps that are done and the state after them; `batches` goes on from there."""
     restored = checkpoints.restore(abstract)
@@ -139,7 +139,7 @@ def _devices(parallel: Parallel) -> dict[str, Any]:
 class Loop:
     """A run in progress, as this process has it: `start` steps of it are done."""
 
-    run: training.Run
+    run: assemble.Run
     directory: pathlib.Path
     start: int
     state: Any  # in the form that the step takes: `Parallel.spread`

@@ -21,7 +21,7 @@ from diffusion.checkpoint import Checkpoints
 from diffusion.models import target
 from diffusion.models.attention import chosen_kernel, dot_product_attention
 from experiments.benchmark.workload import summary
-from experiments.run import training
+from experiments.run import assemble
 from experiments.train import RUN_AHEAD_STEPS
 
 READ_AHEAD_BATCHES = 8  # no fewer than a loader holds: its buffer, and one a thread
@@ -58,7 +58,7 @@ def data(config: ConfigDict, batch: int | None, repeats: int) -> dict[str, Any]:
     if batch:
         config = ConfigDict(config.to_dict())
         config.train.batch_size = batch
-    run, size = training.build_run(config), config.train.batch_size
+    run, size = assemble.build_run(config), config.train.batch_size
     step = run.parallel.step(run.task.train_step)
     held = {"state": run.parallel.init(run.init, jax.random.key(config.seed), run.start)}
     frozen = run.parallel.replicate(run.frozen)
@@ -109,7 +109,7 @@ def checkpoint(config: ConfigDict, batch: int | None, repeats: int) -> dict[str,
     """
     del batch
     config = ConfigDict(config.to_dict())
-    placed, task = training.parallel(config), training.tasks.task(config)
+    placed, task = assemble.parallel(config), assemble.tasks.task(config)
     state = placed.init(task.init, jax.random.key(config.seed))
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     found: dict[str, list[float]] = {k: [] for k in ("blocking", "save", "hash", "restore")}

@@ -43,7 +43,7 @@ from diffusion.writers import Writer
 from experiments.evaluate import reconstructions, references, stream
 from experiments.evaluate.features import Judge, attributes
 from experiments.host import cluster
-from experiments.run import build, data, generate, networks, training
+from experiments.run import assemble, build, data, generate, networks
 
 CLASSIFIER = "evaluation.classifier"
 REFERENCE = 10_000  # training images, at most, that the Frechet distance is to
@@ -62,7 +62,7 @@ class Evaluator:
 
 
 def evaluators(
-    run: training.Run, directory: pathlib.Path, frozen: dict[str, Any]
+    run: assemble.Run, directory: pathlib.Path, frozen: dict[str, Any]
 ) -> tuple[Evaluator, ...]:
     """Those of a run in `directory`; `frozen`: its frozen weights, on the devices."""
     found: list[Evaluator] = [HeldOut(run, frozen)]
@@ -146,7 +146,7 @@ def classifier(directory: str, data: str) -> Judge:
 class HeldOut(Evaluator):
     """Means over the evaluation split; each process reads its rows."""
 
-    run: training.Run
+    run: assemble.Run
     frozen: dict[str, Any]
 
     @functools.cached_property
@@ -171,7 +171,7 @@ class HeldOut(Evaluator):
 class FirstStage(Evaluator):
     """Reconstructions with the averaged weights."""
 
-    run: training.Run
+    run: assemble.Run
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -214,7 +214,7 @@ class FirstStage(Evaluator):
 class Samples(Evaluator):
     """Samples of a denoiser; what several looks share is loaded and compiled once."""
 
-    run: training.Run
+    run: assemble.Run
     directory: pathlib.Path
     _sampler: Any = None
 

@@ -23,7 +23,7 @@ from diffusion import files, wording
 from diffusion.data import tokenizers
 from experiments.plan import cost
 from experiments.quickstart.look import Found
-from experiments.run import training
+from experiments.run import assemble
 
 LATENTS_FROM = 48  # pixels a side; below it pixels are diffused
 MOST_EPOCHS = 400
@@ -207,7 +207,7 @@ def with_steps(
 
 def time_step(config: ConfigDict, secs: float = 3.0) -> tuple[float, float]:
     """(seconds to compile, seconds a step) of a config's training, on made-up batches."""
-    task, placed = cost.shapes(config)[0], training.parallel(config)
+    task, placed = cost.shapes(config)[0], assemble.parallel(config)
     state = placed.init(task.init, jax.random.key(0))
     shapes = cost.abstract_batch(config, task, config.train.batch_size)
     batch = placed.rows({name: np.zeros(s.shape, s.dtype) for name, s in shapes.items()})

@@ -135,7 +135,7 @@ def test_what_a_slow_pipeline_adds_to_a_step_is_told(monkeypatch):
         replicate=lambda tree: tree,
         batch=lambda batch: batch,
     )
-    monkeypatch.setattr(alone.training, "build_run", lambda _: Run())
+    monkeypatch.setattr(alone.assemble, "build_run", lambda _: Run())
     monkeypatch.setattr(alone, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     config = digits_ldm.get_config("smoke")
     (row,) = alone.data(config, None, 12)["rows"]

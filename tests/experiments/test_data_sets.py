@@ -11,7 +11,7 @@ from PIL import Image
 from diffusion.data import prepare
 from experiments import prepare_data, train
 from experiments.host import cli
-from experiments.run import build, data, tasks, training
+from experiments.run import assemble, build, data, tasks
 
 NAMES = sorted(
     path.stem
@@ -101,10 +101,10 @@ def test_labels_that_are_missing_or_too_many_are_refused(classes, tmp_path):
     config = load("digits_classifier", "smoke").copy_and_resolve_references().unlock()
     config.data.update({"name": "folder", "dir": str(tmp_path / "plain")})
     with pytest.raises(ValueError, match=r"10 classes.*no labels"):
-        training.build_run(config)
+        assemble.build_run(config)
     config.data.dir = str(tmp_path / "many")
     with pytest.raises(ValueError, match="11 classes, but the config tells 10 apart"):
-        training.build_run(config)
+        assemble.build_run(config)
 
 
 def test_an_error_that_nobody_foresaw_is_called_a_bug_and_keeps_its_traceback(

@@ -16,7 +16,7 @@ from diffusion.interop import autoencoder, text_encoder, unet_config
 from experiments import encode_latents, train
 from experiments.convert import __main__ as convert
 from experiments.host import cli
-from experiments.run import build, networks, training
+from experiments.run import assemble, build, networks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -118,7 +118,7 @@ def test_contexts_need_a_frozen_text_encoder_and_controls_need_images(stored, tm
     config = stable_diffusion.get_config("v1,smoke")
     config.model.controlnet = {"hint_widths": (8, 8, 8, 8)}
     with pytest.raises(ValueError, match=r"model\.controlnet is given images"):
-        training.build_run(config)
+        assemble.build_run(config)
 
 
 def test_contexts_of_another_text_encoder_are_refused(stored, converted, tmp_path, capsys):

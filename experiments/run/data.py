@@ -118,14 +118,18 @@ def _nothing(config: ConfigDict, source: Any) -> list:
 
 def _annotated(config: ConfigDict, source: Any) -> list:
     """What else is known of a folder's images."""
-    root, found, told = pathlib.Path(config.data.dir), [], config.conditioning
+    root, found = pathlib.Path(config.data.dir), []
+    if config.task != "denoiser":  # others are told nothing
+        return found
     if config.data.segments:
         maps = pathlib.Path(config.data.segments)
         found.append(annotations.Segments(maps, root, source.rows, _side(config)))
     if config.data.boxes:
         most = layouts.objects(config.model.text_encoder.max_length)
         file = pathlib.Path(config.data.boxes)
-        found.append(annotations.Boxes.of(file, root, source.rows, most, told.layout))
+        found.append(
+            annotations.Boxes.of(file, root, source.rows, most, config.conditioning.layout)
+        )
     return found
 
 

@@ -110,15 +110,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     page: bytes
 
     def do_GET(self):
-        where = urllib.parse.urlsplit(self.path)
+        path, _, query = self.path.partition("?")
         try:
             if not _is_loopback(self.headers.get("Host", "")):
                 return self._send(403, "text/plain", b"this page is for this machine alone")
-            if where.path == "/":
+            if path == "/":
                 return self._send(200, "text/html; charset=utf-8", self.page)
-            if where.path != "/picture":
+            if path != "/picture":
                 return self._send(404, "text/plain", b"there is nothing here but /")
-            asked = dict(urllib.parse.parse_qsl(where.query, keep_blank_values=True))
+            asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
             try:
                 png, seconds = self.player.picture(asked)
             except ValueError as error:
@@ -142,8 +142,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def _is_loopback(host: str) -> bool:
     """Whether a Host header names this machine: another site's name for it may not be used."""
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
     try:
+        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False

@@ -75,9 +75,17 @@ def test_it_serves_its_page_and_no_file(address, job):
     text = body.decode()
     assert status == 200 and 'id="prompt"' in text and "$" not in text.replace("${", "")
     assert "<option>raw</option>" in text
-    for path in ("/config.json", "/../config.json", "/page.html", "/picture/..", "//etc/passwd"):
+    for path in (
+        "/config.json",
+        "/../config.json",
+        "/page.html",
+        "/picture/..",
+        "//etc/passwd",
+        "//[",
+    ):
         assert get(address, path)[0] == 404
-    assert get(address, "/", Host="evil.example")[0] == 403
+    for host in ("evil.example", "[::1", "localhost@evil.example"):
+        assert get(address, "/", Host=host)[0] == 403
     assert address[0] == "127.0.0.1"
 
 

@@ -130,7 +130,8 @@ class Slots:
 
     def _boxes(self, boxes: Sequence[str], length: int, words: int, labels: int) -> np.ndarray:
         """int32 (1, length)."""
-        if not 0 < len(boxes) <= (most := layouts.objects(length)):
+        most = layouts.objects(length)
+        if not 0 < len(boxes) <= most:
             raise ValueError(
                 f"the model reads 1 to {most} boxes, but {len(boxes)} are given: give --box=label,"
                 "left,top,width,height for each"

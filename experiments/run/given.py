@@ -53,11 +53,7 @@ def concat(config: ConfigDict) -> conditions.Concat:
         "semantic": config.model.rescaler.channels if "rescaler" in config.model else 0,
     }
     joined = (*shape[:-1], build.choose(channels, kind, "conditioning.concat"))
-    if ("rescaler" in config.model) != (kind == "semantic"):
-        raise ValueError(
-            f"conditioning.concat={kind!r} and model.rescaler belong together where it is "
-            "'semantic': give both, or neither"
-        )
+    _check_rescaler(config)
     if kind != "semantic":
         return conditions.Concat(kind, joined, shape[0] // small_size(config))
     rescaler = build.construct(SpatialRescaler, config.model.rescaler, "model.rescaler")
@@ -67,6 +63,15 @@ def concat(config: ConfigDict) -> conditions.Concat:
             f"{config.data.image_size} does not give the {shape[0]} places of x_t: change one"
         )
     return conditions.Concat(kind, joined, rescaler=rescaler)
+
+
+def _check_rescaler(config: ConfigDict) -> None:
+    kind = config.conditioning.concat
+    if ("rescaler" in config.model) != (kind == "semantic"):
+        raise ValueError(
+            f"conditioning.concat={kind!r} and model.rescaler belong together where it is "
+            "'semantic': give both, or neither"
+        )
 
 
 def small_size(config: ConfigDict) -> int:
@@ -96,6 +101,8 @@ def joined(config: ConfigDict) -> list:
     if told.layout:
         encoder = config.model.text_encoder
         found = [layouts.Tokens(encoder.max_length, encoder.vocab_size, config.seed)]
+    if told.concat == "semantic":
+        _check_rescaler(config)
     with build.naming("conditioning"):
         if told.concat == "semantic":
             found.append(layouts.CheckSegments(config.model.rescaler.classes))

@@ -64,6 +64,8 @@ def test_preparing_is_quiet_and_says_how_far_it_is(idx, tmp_path, monkeypatch, c
             super().__init__(name, total, every_secs=0)
 
     monkeypatch.setattr(local_files, "Progress", EveryTime)
+    read_idx = readers.read_idx
+    monkeypatch.setattr(readers, "read_idx", lambda source: read_idx(source, (30, 10)))
     prepare.prepare("mnist", tmp_path / "data", idx[0])
     out, err = capfd.readouterr()
     assert out == "" and "train examples 30\n" in err and "test examples 10\n" in err

@@ -219,8 +219,10 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
         (lambda p: truncate(p / WEIGHTS), ("diffusion_pytorch_model", "truncated")),
         (lambda p: reshape(p / WEIGHTS), ("conv_in.bias", "shape")),
         (
-            lambda p: edit(p / "scheduler" / "scheduler_config.json", _class_name="LCMScheduler"),
-            ("scheduler_config.json", "LCMScheduler"),
+            lambda p: edit(
+                p / "scheduler" / "scheduler_config.json", _class_name="SASolverScheduler"
+            ),
+            ("scheduler_config.json", "SASolverScheduler"),
         ),
         (
             lambda p: edit(p / "scheduler" / "scheduler_config.json", trained_betas=[0.1]),

@@ -82,7 +82,7 @@ def test_a_box_is_right_where_its_own_crop_is_its_label():
     images = np.zeros((3, 32, 32, 3), np.uint8)
     images[:, 2:9, 2:9], images[:, 20:25, 20:25] = 3, 7
     images[1, 20:25, 20:25] = 4  # another digit
-    images[2, 2:20, 28:] = 9  # and light outside both
+    images[2, 0:16, 14:] = 9  # and light beside both, up to their edges
 
     def judge(crops):
         return crops.max((1, 2, 3)).astype(int), None
@@ -90,4 +90,4 @@ def test_a_box_is_right_where_its_own_crop_is_its_label():
     found = placements.of_boxes(images, {"layout": layout}, judge)
     np.testing.assert_allclose(found["adherence"], 5 / 6)
     np.testing.assert_allclose(found["whole"], 1 / 3)
-    assert found["outside"] == pytest.approx(9 * 72 / (9 * 72 + 3 * 49 + 7 * 25) / 3)
+    assert found["outside"] == pytest.approx(9 * 288 / (9 * 288 + 3 * 49 + 7 * 25) / 3)

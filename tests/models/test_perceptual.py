@@ -112,7 +112,7 @@ def test_images_that_vgg_cannot_see_are_refused(shape):
 
 def test_dropout_of_the_heads_is_lightnings_on_average(params):
     """nn.Dropout before each head, as in `train()`; without keys it does nothing."""
-    x, y = images()
+    x, y = map(jnp.asarray, images())
     module = LPIPS(dropout=0.5)
     plain = distance(params, x, y)
     np.testing.assert_array_equal(module.apply({"params": params}, x, y), plain)

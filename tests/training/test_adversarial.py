@@ -165,7 +165,7 @@ def test_a_step_matches_a_torch_transcription_of_ldm():
     last = state.params["autoencoder"]["decoder"]["conv_out"]
     weight = kernel(last["kernel"]).requires_grad_()
     bias = torch.from_numpy(np.asarray(last["bias"], np.float64))
-    h = torch.nn.functional.silu(to_torch(h))
+    h = to_torch(h)  # with its SiLU
     x_hat, real = torch.nn.functional.conv2d(h, weight, bias, padding=1), to_torch(x)
 
     nll = (real - x_hat).abs().sum() / BATCH

@@ -122,7 +122,7 @@ def test_draws_are_bit_equal_in_every_mode():
 
     def draws(batch):
         keys = ks.example_keys(rng, jnp.int32(5), batch["position"])
-        t, noise = task.draw(ks.stream(keys, ks.TIMES), jnp.zeros((len(keys), *SHAPE)))
+        t, noise = task.draw(ks.stream(keys, ks.TIMES), jnp.zeros((len(keys), *SHAPE)), 5)
         x0 = task.clean({}, {}, batch, keys, True)
         mask = jax.vmap(jax.random.bernoulli)(ks.stream(keys, ks.DROPOUT))
         return t, noise, x0, mask

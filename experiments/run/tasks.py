@@ -69,7 +69,8 @@ def learning(config: ConfigDict, noising: Any, shape: tuple[int, ...]) -> tuple[
     section, history = config.process.objective, None
     told = {"schedule": noising, "prediction": config.process.prediction}
     if config.process.method != "denoise":
-        make = build.choose(METHODS, config.process.method, "process.method")
+        known = {"denoise": None, **METHODS}  # as the refusal of another names them
+        make = build.choose(known, config.process.method, "process.method")
         _check_method(config)
         told["times"] = config.process.times
         method = build.construct(make, section, "process.objective", **told)

@@ -44,7 +44,7 @@ def test_boxes_train_sample_and_are_measured(job, tmp_path, capsys):
     argv = (f"--workdir={run}", "--num=2", f"--out={tmp_path}/made")
     assert command(sample, *argv, "--box=3,0,0,0.4,0.4", "--box=7,0.5,0.5,0.4,0.4") == 0
     found = measured(job, run)
-    assert found["data"]["outside"] == 0 and 0 <= found["samples"]["adherence"] <= 1
+    assert found["data"]["outside"] == 0 < found["samples"]["outside"]  # it has learnt nothing
     argv = (f"--workdir={run}", f"--out={tmp_path}/other")
     assert "the model reads 1 to 2 boxes, but 0 are given" in refused(capsys, *argv)
     assert "is not inside the picture" in refused(capsys, *argv, "--box=3,0.8,0,0.4,0.4")

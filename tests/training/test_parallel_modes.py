@@ -1,5 +1,6 @@
 """One device, `jit` over meshes, FSDP, `pmap`, accumulation and remat are the same step."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion.checkpoint import Checkpoints
+from diffusion.models import target
 from diffusion.models.unet import UNet
 from diffusion.process import keys as ks
 from diffusion.process import losses, schedules
@@ -113,6 +115,24 @@ def test_every_way_is_the_plain_step(way, optimizer):
     assert int(state.step) == 3
     start = jax.device_get(single().init(make_task().init, jax.random.key(0)))
     assert distance(wanted.params, start.params) > 1e-4  # the steps did something
+
+
+def test_a_step_traced_for_gpus_is_the_same():
+    """Its guarded update by lines, its norms and its group norms; float32 attention is XLA's."""
+    task = make_task(optimizer="adam")
+    task = dataclasses.replace(task, optimizer=dataclasses.replace(task.optimizer, by_element=True))
+    found = []
+    for platform in ("cpu", "gpu"):
+        with target.handed(target.Target(platform)):
+            step = jax.jit(task.train_step)
+            state = jax.jit(task.init)(jax.random.key(0))
+            for batch in batches():
+                state, metrics = step(state, batch, {})
+        found.append(jax.device_get((state, metrics["loss"])))
+    (wanted, loss), (state, other) = found
+    assert distance(other, loss) < 1e-6
+    assert distance(state.params, wanted.params) < 1e-6
+    assert distance(state.ema, wanted.ema) < 1e-6
 
 
 def test_draws_are_bit_equal_in_every_mode():

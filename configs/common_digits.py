@@ -1,4 +1,5 @@
-"""The default job: one description of each network, for the configs that share it."""
+"""The default job, and the same on Fashion-MNIST: one description of each network, for the configs
+that share it."""
 
 from ml_collections import ConfigDict
 
@@ -24,6 +25,11 @@ def digits_first_stage() -> ConfigDict:
             "groups": 24,
         }
     )
+
+
+def fashion_first_stage() -> ConfigDict:
+    """32x32x1 to 8x8x4, in the same way."""
+    return ConfigDict({**digits_first_stage(), "image_channels": 1, "channels": 64, "groups": 16})
 
 
 def digits_stored(data_name: str, steps: int) -> ConfigDict:

@@ -9,7 +9,7 @@ are no VGG weights without a download, so nothing but the discriminator asks for
 PSNR, sharpness and pictures: experiments/results/fashion_autoencoder/.
 """
 
-from configs import common
+from configs import common, common_digits
 
 
 def get_config(arg=None):
@@ -17,17 +17,7 @@ def get_config(arg=None):
     config = common.first_stage("kl")
     config.data.update(name="fashion_mnist", dir="runs/data", channels=1, fit="pad")
     config.model.dtype = "float32"
-    config.model.autoencoder = {
-        "name": "kl",
-        "image_channels": 1,
-        "channels": 64,
-        "multipliers": (1,),
-        "blocks": 0,
-        "mid_attention": False,
-        "z_channels": 4,
-        "patch": 4,  # all blocks run at 8x8, where one core is quickest
-        "groups": 16,
-    }
+    config.model.autoencoder = common_digits.fashion_first_stage()
     config.model.discriminator.update({"channels": 16, "layers": 2, "groups": 8})
     config.loss.update(kl_weight=1e-3, adversarial="hinge", adversarial_weight=0.25)
     config.loss.update(adversarial_start_steps=1000, adversarial_warmup_steps=50)

@@ -78,6 +78,8 @@ PARAMETERS = {
     "edm_cifar10": {"denoiser": 53_634_563},
     "fashion_autoencoder": {"autoencoder": 396_404, "discriminator": 42_545},
     "fashion_classifier": {"classifier": 174_122},
+    "fashion_ldm:unet": {"denoiser": 1_323_908, "autoencoder": 396_404},
+    "fashion_ldm:sit": {"denoiser": 1_871_372, "autoencoder": 396_404},
     "flow_cifar10": {"denoiser": 35_746_307},
     "folder_ldm": {"denoiser": 138_259_716, "text_encoder": 23_149_056, "autoencoder": KL_F8},
     "forecast": {"denoiser": FORECAST},

@@ -38,7 +38,7 @@ FLOORS = (
     ("run",),
     ("evaluate", "sample", "play", "convert", "plan", "report", "prepare_data", "encode_latents"),
     ("train",),
-    ("quickstart", "benchmark"),
+    ("quickstart", "benchmark", "gan"),
 )
 FORBIDDEN = {
     "configs": {"jax", "flax", "numpy", "tensorflow"},

@@ -19,7 +19,7 @@ import jax
 from absl import flags
 
 from experiments.host import cli
-from experiments.quickstart import digits, folder
+from experiments.quickstart import digits, folder, stages
 from experiments.train import INTERRUPTED
 
 
@@ -53,7 +53,7 @@ def main(values: flags.FlagValues) -> int:
             digits.main(root, values.smoke, values.seed, setup_secs)
         else:
             folder.main(pathlib.Path(values.images), root, values.minutes, values.seed, setup_secs)
-    except digits.Stopped as stopped:
+    except stages.Stopped as stopped:
         print(f"stopped; {stopped} is saved: run the same command to go on", file=sys.stderr)
         return INTERRUPTED
     return 0

@@ -5,10 +5,8 @@ classifier), encode_latents, train (latent diffusion), evaluate; then results.js
 report.html, which shows all of it.
 """
 
-import contextlib
 import importlib
 import pathlib
-import time
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -16,21 +14,16 @@ from ml_collections import ConfigDict
 from diffusion import files, pictures, wording, writers
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.data.prepare import prepare
-from diffusion.pictures import Panel, logged
 from experiments.encode_latents import encode
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate.features import Tools
 from experiments.evaluate.samples import Run, Samples, Subject
+from experiments.quickstart.stages import Job, train_stage
 from experiments.report import __main__ as report
 from experiments.run import generate
-from experiments.train import train
 
 GRID = 32  # captioned samples
 STRIP = 8  # rows of denoising.png
-
-
-class Stopped(Exception):
-    """A stage was ended by a signal, and saved."""
 
 
 def configs(root: pathlib.Path, smoke: bool, seed: int) -> dict[str, ConfigDict]:
@@ -52,41 +45,27 @@ def configs(root: pathlib.Path, smoke: bool, seed: int) -> dict[str, ConfigDict]
 def quickstart(root: pathlib.Path, smoke: bool = False, seed: int = 0, setup_secs: float = 0.0):
     """Runs every stage; returns what results.json holds."""
     root.mkdir(parents=True, exist_ok=True)
-    job = configs(root, smoke, seed)
-    seconds: dict[str, float] = {"setup": round(setup_secs, 1)}
-
-    @contextlib.contextmanager
-    def stage(name: str, what: str):
-        print(f"\n== {what}", flush=True)
-        started = time.perf_counter()
-        yield
-        seconds[name] = round(time.perf_counter() - started, 1)
-
-    with stage("prepare_data", "data: 5,000 real handwritten digits to ArrayRecord"):
+    made, job = configs(root, smoke, seed), Job(root)
+    job.add("setup", setup_secs)
+    with job.stage("prepare_data", "data: 5,000 real handwritten digits to ArrayRecord"):
         prepare("captioned_digits", root / "data")
-    with stage("autoencoder", "first stage: a KL autoencoder, 32x32x3 to 8x8x4"):
-        train_stage(job["autoencoder"], root / "autoencoder")
-    with stage("classifier", "the classifier that will judge the samples"):
-        train_stage(job["classifier"], root / "classifier")
-    with stage("encode_latents", "latents, encoded once"):
-        encode(job["ldm"])
-    with stage("ldm", "latent diffusion: text encoder and U-Net, jointly"):
-        train_stage(job["ldm"], root / "ldm")
-    with stage("evaluate", "evaluation: samples, adherence to the prompts"):
+    with job.stage("autoencoder", "first stage: a KL autoencoder, 32x32x3 to 8x8x4"):
+        train_stage(made["autoencoder"], root / "autoencoder")
+    with job.stage("classifier", "the classifier that will judge the samples"):
+        train_stage(made["classifier"], root / "classifier")
+    with job.stage("encode_latents", "latents, encoded once"):
+        encode(made["ldm"])
+    with job.stage("ldm", "latent diffusion: text encoder and U-Net, jointly"):
+        train_stage(made["ldm"], root / "ldm")
+    with job.stage("evaluate", "evaluation: samples, adherence to the prompts"):
         results = _evaluate(root, smoke, seed)
         _pictures(root, seed)
-    seconds["total"] = round(sum(seconds.values()), 1)
+        job.losses(("autoencoder", "classifier", "ldm"))
     judged = last_logged(root / "classifier", "eval_accuracy")
-    results |= {"classifier_test_accuracy": judged, "seconds": seconds, "seed": seed}
+    results |= {"classifier_test_accuracy": judged, "seconds": job.spent, "seed": seed}
     files.write_json(root / "results.json", results)
     report.report([root], root / "report.html")
     return results
-
-
-def train_stage(config: ConfigDict, directory: pathlib.Path) -> None:
-    """Trains, or goes on. Raises Stopped where a signal ended it."""
-    if train(config, directory) is None:
-        raise Stopped(str(directory))
 
 
 def last_logged(directory: pathlib.Path, name: str) -> float:
@@ -117,12 +96,6 @@ def _pictures(root: pathlib.Path, seed: int) -> None:
     shown = np.linspace(0, len(steps) - 1, min(13, len(steps))).round().astype(int)
     strip = np.asarray(steps)[shown].swapaxes(0, 1).reshape(-1, *steps.shape[2:])
     pictures.save_grid(root / "denoising.png", strip, columns=len(shown), scale=2)
-    settings = {"xlabel": "step", "ylabel": "loss", "yscale": "log"}
-    panels = [
-        Panel([logged(writers.read(root / name), "loss")], {"title": name, **settings})
-        for name in ("autoencoder", "classifier", "ldm")
-    ]
-    pictures.figure(root / "loss.png", panels, columns=3, size=(4.2, 3.2))
 
 
 def table(results: dict) -> str:

@@ -7,56 +7,27 @@ WORKDIR/seconds.json  of each stage, over all starts
 WORKDIR/samples.png, real.png, loss.png, results.json, report.html
 """
 
-import contextlib
 import functools
 import importlib.util
 import pathlib
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import files, pictures, wording, writers
+from diffusion import files, pictures, wording
 from diffusion.data import folder, sources
-from diffusion.pictures import Panel, logged
 from experiments.encode_latents import encode
 from experiments.evaluate import reconstructions
 from experiments.evaluate.__main__ import versions
 from experiments.quickstart import choose, look, measure
-from experiments.quickstart.digits import train_stage
+from experiments.quickstart.stages import Job, train_stage
 from experiments.report import __main__ as report
 from experiments.run import generate, networks
 
 GRID = 32
 SAMPLES = 500
-
-
-class Job:
-    """A workdir and the seconds that its stages took, over all starts."""
-
-    def __init__(self, root: pathlib.Path):
-        self.root = root
-        path = root / "seconds.json"
-        self.seconds: dict[str, float] = (
-            files.read_json(path, "delete it") if path.is_file() else {}
-        )
-
-    @contextlib.contextmanager
-    def stage(self, name: str, what: str) -> Iterator[None]:
-        print(f"\n== {what}", flush=True)
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.add(name, time.monotonic() - started)
-
-    def add(self, name: str, secs: float) -> None:
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + secs, 1)
-        if self.root.is_dir():
-            files.write_json(self.root / "seconds.json", self.seconds)
 
 
 def run(
@@ -88,7 +59,7 @@ def run(
     last = _train(job, get)
     with job.stage("evaluate", "samples of held-out captions, and their numbers"):
         results = _evaluate(job, get, last, about, seed)
-    seconds = {**job.seconds, "total": round(sum(job.seconds.values()), 1)}
+    seconds = job.spent
     results |= {"minutes": round(seconds["total"] / 60, 2), "seconds": seconds, "seed": seed}
     results |= {"versions": versions(), "device": jax.devices()[0].device_kind}
     files.write_json(root / "results.json", results)
@@ -165,7 +136,8 @@ def _evaluate(job: Job, get: Any, last: str, about: dict, seed: int) -> dict[str
     columns = pipeline.columns(None if classes else asked, labels=labels)
     progress = wording.Progress("samples", SAMPLES)
     pixels = np.concatenate(list(progress.over(pipeline.images(columns, SAMPLES, [seed]))))
-    _save(root, pixels, asked, held_out, ("autoencoder", "ldm") if last == "ldm" else ("pixel",))
+    _save(root, pixels, asked, held_out)
+    job.losses(("autoencoder", "ldm") if last == "ldm" else ("pixel",))
     results: dict[str, Any] = {"reconstruction": {"psnr": None}}
     if last == "ldm":
         stage = networks.load_stage(root / "autoencoder")
@@ -192,19 +164,13 @@ def _said(config: ConfigDict, get: Any) -> dict[str, Any]:
     return said | {"channels": sizes.channels if "channels" in sizes else None}
 
 
-def _save(root: pathlib.Path, pixels: Any, asked: Any, held_out: Any, runs: Any) -> None:
-    """samples.png, real.png (held-out pictures, to compare) and loss.png."""
+def _save(root: pathlib.Path, pixels: Any, asked: Any, held_out: Any) -> None:
+    """samples.png and real.png (held-out pictures, to compare)."""
     for name, x, said in (("samples", pixels, asked), ("real", held_out.pixels, held_out.said)):
         if said is None:
             pictures.save_grid(root / f"{name}.png", x[:GRID], columns=8, scale=2)
         else:
             pictures.captioned(root / f"{name}.png", x[:GRID], said[:GRID])
-    settings = {"xlabel": "step", "ylabel": "loss", "yscale": "log"}
-    panels = [
-        Panel([logged(writers.read(root / name), "loss")], {"title": name, **settings})
-        for name in runs
-    ]
-    pictures.figure(root / "loss.png", panels, columns=len(panels), size=(4.2, 3.2))
 
 
 def table(results: dict[str, Any]) -> str:

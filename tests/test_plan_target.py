@@ -3,11 +3,13 @@
 import importlib
 import importlib.util
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import digits_pixel
 from experiments.host import cli
@@ -224,3 +226,24 @@ def test_json_has_what_a_script_reads(planned, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     keys = {"target", "fits", "peak_bytes", "memory_bytes", "kernels", "copies", "bytes_moved"}
     assert keys | {"flops", "bound_secs", "peak_share", "collectives"} <= found.keys()
+
+
+def test_a_product_that_triton_cannot_tile_is_cublas(monkeypatch):
+    asked = []
+
+    def run(*_, env, **__):
+        asked.append(env["XLA_FLAGS"])
+        failed = "enable_triton_gemm=false" not in env["XLA_FLAGS"]
+        error = f"jax.errors.JaxRuntimeError: INTERNAL: {target.UNTILED} that satisfy\n  a frame"
+        return types.SimpleNamespace(
+            returncode=int(failed), stderr=error, stdout='note\n{"fits": true}'
+        )
+
+    monkeypatch.setattr(topology.Topology, "environment", lambda self: {"XLA_FLAGS": "--a=b"})
+    monkeypatch.setattr(target.subprocess, "run", run)
+    found = target.in_a_process(ConfigDict(), "h100:1")
+    assert found == {"fits": True, "triton": False}
+    assert asked == ["--a=b", "--a=b --xla_gpu_enable_triton_gemm=false"]
+    with pytest.raises(ValueError, match="did not compile: jax.errors.JaxRuntimeError: INTERNAL"):
+        monkeypatch.setattr(target, "UNTILED", "another")
+        target.in_a_process(ConfigDict(), "h100:1")

@@ -82,6 +82,7 @@ def row(name: str, aim: str, batch: int | None, found: dict[str, Any] | None) ->
     if "kernels" not in found:
         return f"{start} no, {peak} |" + " |" * 7
     fits = "yes" if found["fits"] else "no"
+    fits += "" if found.get("triton", True) else " (no Triton)"
     moved = ", ".join(
         f"{k} {v['count']} of {wording.size(v['bytes'])}"
         for k, v in found["collectives"].items()

@@ -30,6 +30,7 @@ from experiments.plan.topology import Topology, parse
 from experiments.run import tasks
 
 LAUNCH_SECS = 2.5e-6  # of a GPU's kernel, at least
+UNTILED = "Couldn't find output tile sizes"
 SCALARS = 32  # more than a step's metrics: a longer sum carries gradients
 
 
@@ -138,18 +139,26 @@ def _largest(config: ConfigDict, target: str, first: dict[str, Any]) -> int:
     return best if grows else (size if fits else 0)
 
 
-def in_a_process(config: ConfigDict, target: str) -> dict[str, Any]:
+def in_a_process(config: ConfigDict, target: str, triton: bool = True) -> dict[str, Any]:
+    """`compiled`. Where XLA finds no tiles for a product that is left to Triton, which on the GPU
+    itself trials would decide, all products are cuBLAS's: "triton" says which."""
+    environment = parse(target).environment()
+    if not triton:
+        environment["XLA_FLAGS"] += " --xla_gpu_enable_triton_gemm=false"
     done = subprocess.run(
         [sys.executable, "-m", "experiments.plan.target"],
         input=json.dumps({"config": config.to_dict(), "target": target}),
         capture_output=True,
         text=True,
-        env=os.environ | parse(target).environment(),
+        env=os.environ | environment,
     )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no word"]
-        raise ValueError(f"--target={target} did not compile: {said[-1][:500]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if not done.returncode:
+        return json.loads(done.stdout.splitlines()[-1]) | {"triton": triton}
+    if triton and UNTILED in done.stderr:
+        return in_a_process(config, target, triton=False)
+    said = done.stderr.strip().splitlines() or ["no word"]
+    named = [line for line in said if re.match(r"[\w.]+(Error|Exception): ", line)]
+    raise ValueError(f"--target={target} did not compile: {(named or said)[-1][:500]}")
 
 
 def show(found: dict[str, Any]) -> str:

@@ -229,12 +229,12 @@ def test_json_has_what_a_script_reads(planned, monkeypatch, capsys):
 
 
 def test_a_product_that_triton_cannot_tile_is_cublas(monkeypatch):
-    asked = []
+    asked, untiled = [], target.UNTILED
 
     def run(*_, env, **__):
         asked.append(env["XLA_FLAGS"])
         failed = "enable_triton_gemm=false" not in env["XLA_FLAGS"]
-        error = f"jax.errors.JaxRuntimeError: INTERNAL: {target.UNTILED} that satisfy\n  a frame"
+        error = f"jax.errors.JaxRuntimeError: INTERNAL: {untiled} that satisfy\n  a frame"
         return types.SimpleNamespace(
             returncode=int(failed), stderr=error, stdout='note\n{"fits": true}'
         )
@@ -244,6 +244,6 @@ def test_a_product_that_triton_cannot_tile_is_cublas(monkeypatch):
     found = target.in_a_process(ConfigDict(), "h100:1")
     assert found == {"fits": True, "triton": False}
     assert asked == ["--a=b", "--a=b --xla_gpu_enable_triton_gemm=false"]
-    with pytest.raises(ValueError, match="did not compile: jax.errors.JaxRuntimeError: INTERNAL"):
+    with pytest.raises(ValueError, match=r"compile: jax.*: INTERNAL: Could"):
         monkeypatch.setattr(target, "UNTILED", "another")
         target.in_a_process(ConfigDict(), "h100:1")

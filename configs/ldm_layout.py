@@ -15,10 +15,11 @@ times a batch of 24). 600 labels are OpenImages' boxable classes; steps (4.4M) a
 crop at random and tell the crop. BOXES: a line a picture, `{"file_name": ..., "boxes": [[label,
 left, top, width, height], ...]}` in fractions of its sides. Not trained here.
 
-`digits`: pixels, two digits of MNIST, for minutes of a CPU. Not measured.
+`digits`: two digits of MNIST, in the default job's 8x8x4 latents, for minutes of a CPU. Numbers:
+experiments/results/layouts.
 """
 
-from configs import common, common_ddpm, common_ldm
+from configs import common, common_digits, common_ldm
 
 
 def get_config(arg=None):
@@ -29,7 +30,7 @@ def get_config(arg=None):
     config.model.text_encoder.update({"vocab_size": 256, "max_length": 8, "layers": 2})
     config.model.text_encoder.update({"width": 32, "heads": 2, "head_dim": 16})
     config.conditioning.layout = min(config.conditioning.layout, 200)
-    return (common_ddpm.smoke_ddpm if which == "digits" else common_ldm.latent_smoke)(config)
+    return (common_digits.smoke_stored if which == "digits" else common_ldm.latent_smoke)(config)
 
 
 def openimages():
@@ -55,15 +56,12 @@ def openimages():
 
 
 def digits():
-    config = common_ddpm.small("two_digits", steps=2500)
-    config.data.update(channels=3, fit="crop")
-    config.conditioning.update(layout=10, drop=0.1)
-    config.model.denoiser.update(
-        {"out_channels": 3, "channels": 32, "attention": (False, True, True), "heads": 2}
-    )
-    config.model.denoiser.transformer_depth = 1
-    config.model.text_encoder = common_ldm.bert(width=64, layers=2)
+    config = common_digits.digits_networks(common_digits.digits_stored("two_digits", 12_000))
+    config.latents.epochs = 16
+    config.conditioning.update(layout=10, mask_padding=False)
+    config.model.denoiser.update({"attention": (True, True), "pool_context": False})
+    config.model.text_encoder = common_ldm.bert(width=96, layers=2)
     config.model.text_encoder.update({"vocab_size": 1024, "max_length": 8})
-    config.model.text_encoder.update({"heads": 4, "head_dim": 16, "logits_head": False})
+    config.model.text_encoder.update({"heads": 3, "head_dim": 32, "logits_head": False})
     config.sample.guidance_scale = 2.0
     return config

@@ -114,13 +114,21 @@ PARAMETERS = {
         "text_encoder": 58_858_496,
         "autoencoder": VQ_F4,
     },
-    "ldm_layout:digits": {"denoiser": 1_687_075, "text_encoder": 165_760},
+    "ldm_layout:digits": {
+        "denoiser": 2_186_020,
+        "text_encoder": 322_368,
+        "autoencoder": DIGITS["autoencoder"],
+    },
     "ldm_semantic:landscapes": {
         "denoiser": 215_229_315,
         "rescaler": 182 * 3,
         "autoencoder": VQ_F4,
     },
-    "ldm_semantic:digits": {"denoiser": 629_163, "rescaler": 44},
+    "ldm_semantic:digits": {
+        "denoiser": 1_324_804,
+        "rescaler": 11 * 8,
+        "autoencoder": DIGITS["autoencoder"],
+    },
     "ldm_text:laion": {"denoiser": 872_300_484, "text_encoder": 581_994_042, "autoencoder": KL_F8},
     "ldm_text:cc": {
         "denoiser": 403_623_939,

@@ -100,10 +100,10 @@ def parse(boxes: Sequence[str], classes: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TwoDigits:
-    """Digits to pictures of two, each white and small in a box of its own, and their "layout".
+    """Digits to pictures of two, each small, on black and in a box of its own, and their "layout".
 
     "image" becomes uint8 (batch, 32, 32, 3) and "layout" float32 (batch, 2, 5); the second digit,
-    and the places, are drawn for each example of each epoch; the boxes do not overlap.
+    the places and the colours are drawn for each example of each epoch; the boxes do not overlap.
 
     Attributes:
       glyphs: every digit of the source, resized.
@@ -132,12 +132,14 @@ class TwoDigits:
         places = np.zeros((2, 2), int)
         while np.abs(places[0] - places[1]).max() < BOX:
             places = np.array([[draws.below(room + 1) for _ in "yx"] for _ in "ab"])
-        image, layout = np.zeros((compose.CANVAS,) * 2, np.uint8), np.zeros((2, 5), np.float32)
+        image, layout = np.zeros((*(compose.CANVAS,) * 2, 3)), np.zeros((2, 5), np.float32)
         for i, (digit, (top, left)) in enumerate(zip(digits, places)):
-            image[top : top + BOX, left : left + BOX] = self.glyphs.coverage[0][digit]
+            colour = list(compose.COLOURS.values())[draws.below(len(compose.COLOURS))]
+            covered = self.glyphs.coverage[0][digit][..., None] / 255
+            image[top : top + BOX, left : left + BOX] = covered * colour
             sides = np.array([left, top, BOX, BOX]) / compose.CANVAS
             layout[i] = [self.labels[digit], *sides]
-        return np.repeat(image[..., None], 3, axis=-1), layout
+        return np.rint(image).astype(np.uint8), layout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,6 +115,8 @@ def denoiser() -> ConfigDict:
     config.process.objective = ConfigDict({"norm": "l2", "weighting": "simple"})
     # how t is drawn: "uniform", "lognormal", "logit_normal", "second_moment"; "": its own
     config.process.times = ""
+    # of noise and examples of a batch: "independent", or "optimal" transport's pairs (OT-CFM)
+    config.process.coupling = "independent"
     config.conditioning = ConfigDict()
     config.conditioning.drop = 0.0  # fraction of conditions replaced by the null one
     config.conditioning.null_label = True  # the last class is the null one; False: it is a class

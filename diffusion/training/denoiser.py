@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Key
 from diffusion.models.lora import Lora
 from diffusion.process import keys as ks
 from diffusion.process import losses
-from diffusion.training import codec, conditions
+from diffusion.training import codec, conditions, coupling
 from diffusion.training import state as ts
 from diffusion.training.conditions import Condition
 from diffusion.training.ema import Ema
@@ -51,7 +51,8 @@ class Denoiser:
     `drop_condition` of them dropped in training. loss_history is the empty history of second-moment
     resampling, None: t as `draw` has it. lora: low-rank updates of the U-Net. controlnets: each
     reads one of the condition's hints; the first is "controlnet" among the parameters, the next
-    "controlnet_1". teacher: a network, frozen, as "teacher" among the parameters.
+    "controlnet_1". teacher: a network, frozen, as "teacher" among the parameters. coupled: in
+    training noise and examples of a batch are paired by optimal transport (`coupling.py`).
     """
 
     network: Any
@@ -69,6 +70,7 @@ class Denoiser:
     flip: bool = False
     accumulate: int = 1
     loss_history: Any = None
+    coupled: bool = False
 
     def __post_init__(self):
         if self.loss_history is not None and self.accumulate > 1:
@@ -192,6 +194,8 @@ class Denoiser:
             return self.predict(params, x_t, t, given, s, dropout_keys)
 
         t, noise = self.draw(ks.stream(keys, ks.TIMES), x0, step)
+        if self.coupled and train:
+            noise = coupling.optimal(x0, noise)
         if self.loss_history is None or not train:
             return self.objective(network, x0, t, noise)
         p = losses.second_moment_probabilities(extra["loss_history"])

@@ -4,7 +4,9 @@ The evaluation split's pictures are degraded as in training, in draws that no tr
 (`references.UNSEEN_EPOCH`), and restored; beside the samples stands what needs no model: the small
 picture enlarged by bicubic, or the picture with its black hole. Of each: PSNR and SSIM to the
 originals, and with --classifier how often it is taken for what it is, and the Frechet distance of
-its features to the originals' (the same pictures, so that nothing restored has distance 0).
+its features to the originals' (the same pictures, so that nothing restored has distance 0). A mean
+of PSNR is of the pictures' own, as papers have it; one that equals its original has none (it is
+infinite, in scikit-image too): "equal" says how many were left out.
 """
 
 from typing import Any
@@ -47,15 +49,17 @@ def restoration(subject: Subject) -> dict[str, Any]:
     known = {} if judge is None else {name: judge(pixels) for name, pixels in sets.items()}
     found: dict[str, Any] = {}
     for name, pixels in sets.items():
-        estimates = {}
+        estimates, equal = {}, {}
         if name != "originals":
             for metric in (of_pixels.psnr, of_pixels.ssim):
                 values = np.asarray(metric(images, pixels, of_pixels.UINT8))
-                estimates[metric.__name__] = mean_interval(values[np.isfinite(values)])
+                finite = np.isfinite(values)
+                estimates[metric.__name__] = mean_interval(values[finite])
+                equal = equal or {"equal": int((~finite).sum())}
         if name in known and "label" in given:
             right = known[name][0] == given["label"]
             estimates["accuracy"] = wilson(int(right.sum()), len(right))
-        found[name] = beside(estimates)
+        found[name] = {**beside(estimates), **equal}
         if name in known and name != "originals":
             made, real = (frechet.feature_statistics(known[n][1]) for n in (name, "originals"))
             found[name]["frechet_distance"] = frechet.frechet_distance(made, real)

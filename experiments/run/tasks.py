@@ -50,6 +50,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         objective=objective,
         draw=draw,
         loss_history=history,
+        coupled=_coupled(config),
         optimizer=build.optimizer(config, networks),
         ema=build.ema(config, networks),
         conditions=given.told(config, null_tokens),
@@ -90,6 +91,25 @@ def learning(config: ConfigDict, noising: Any, shape: tuple[int, ...]) -> tuple[
     with build.naming("process"):  # checks names
         jax.eval_shape(lambda key, x0: draw(key[None], x0, 0), jax.random.key(0), one)
     return objective, draw, history
+
+
+def _coupled(config: ConfigDict) -> bool:
+    """Whether noise and pictures are paired by optimal transport; refused of parts of a batch."""
+    known = {"independent": False, "optimal": True}
+    coupled = build.choose(known, config.process.coupling, "process.coupling")
+    schedule, parts = config.process.schedule.name, config.train.accumulate
+    bad = {
+        f"process.schedule.name={schedule!r}, whose paths are no straight lines: use 'flow'": (
+            schedule != "flow"
+        ),
+        "parallel.mode='pmap', whose steps see parts of a batch: use 'jit'": (
+            config.parallel.mode == "pmap"
+        ),
+        f"train.accumulate={parts}, which sees parts of a batch: set it to 1": parts > 1,
+    }
+    for reason in (reason for reason, wrong in bad.items() if coupled and wrong):
+        raise ValueError(f"process.coupling='optimal' with {reason}")
+    return coupled
 
 
 def _check_method(config: ConfigDict) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from configs import ldm_layout, ldm_semantic
-from experiments import sample, train
+from experiments import encode_latents, sample, train
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import placements
 from experiments.host import cli
@@ -19,9 +19,12 @@ def command(module, *argv):
 
 def trained(module, job, directory):
     config = module.get_config("digits,smoke")
-    config.data.dir = str(job / "data")
+    config.data.dir = str(directory) + "_latents"
+    config.latents.update({"first_stage": str(job / "autoencoder"), "data_dir": str(job / "data")})
+    config.latents.shard_size = 5000
     config.model.denoiser.update({"multipliers": (1,), "attention": (False,)})
-    train.train(config.lock(), directory)
+    encode_latents.encode(config.lock())
+    train.train(config, directory)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
 
@@ -45,6 +48,7 @@ def test_boxes_train_sample_and_are_measured(job, tmp_path, capsys):
     assert command(sample, *argv, "--box=3,0,0,0.4,0.4", "--box=7,0.5,0.5,0.4,0.4") == 0
     found = measured(job, run)
     assert found["data"]["outside"] == 0 < found["samples"]["outside"]  # it has learnt nothing
+    assert found["data"]["adherence"] < 1  # the job's classifier has learnt as little
     argv = (f"--workdir={run}", f"--out={tmp_path}/other")
     assert "the model reads 1 to 2 boxes, but 0 are given" in refused(capsys, *argv)
     assert "is not inside the picture" in refused(capsys, *argv, "--box=3,0.8,0,0.4,0.4")

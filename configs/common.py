@@ -37,6 +37,7 @@ def base(task: str) -> ConfigDict:
     config.data.channels = 3
     config.data.fit = "crop"  # to image_size: "crop" (centre square, bicubic) or "pad" (with black)
     config.data.flip = False  # mirror half of the training images
+    config.data.augment = 0.0  # EDM's pipeline at this probability, told to the network; 0: none
     config.data.max_bad_images = 0  # files of "folder" to skip that are no image, before an error
     config.data.examples = 20_000  # of "signals", which are made as they are read
     # Of a measured series: values that a window's future is told of, values of the end that are not
@@ -66,6 +67,7 @@ def base(task: str) -> ConfigDict:
     config.ema = ConfigDict()
     config.ema.decay = 0.0  # 0: no average is kept
     config.ema.ramp = False  # LDM's min(decay, (1 + n) / (10 + n))
+    config.ema.ramp_share = 0.0  # EDM's: half-life at most so much of the run so far; 0: off
     config.ema.networks = ()  # which networks are averaged, by name; (): all that are trained
     # Lengths (fractions of the run) of EDM2's averages to keep as well, (0.05, 0.1) say: `evaluate
     # --ema_length` makes any between of the checkpoints that are kept (train.keep_every_steps)

@@ -30,6 +30,7 @@ DIT = {"xl2": 674_834_720, "s2": 32_865_056, "b2": 130_315_808, "l2": 457_840_67
 DIT["b4"] = 130_426_496
 SIT_WIDTHS = {"xl": 1152, "l": 1024, "b": 768, "s": 384}
 DIGITS_TRANSFORMER = 2_307_596
+DDPMPP = 55_733_891  # EDM's, without labels: of NVlabs/edm's own class
 FORECAST = 49_345
 DIGITS_TOLD = 1_522_980  # a second time
 # Every network of every config and argument (after a colon; the first argument is the default).
@@ -74,8 +75,11 @@ PARAMETERS = {
     "distil_digits:jumps": {**DIGITS, "denoiser": DIGITS_TOLD, "teacher": DIGITS["denoiser"]},
     "distil_digits:progressive": {**DIGITS, "teacher": DIGITS["denoiser"]},
     "distil_digits:consistency": {**DIGITS, "teacher": DIGITS["denoiser"]},
-    "ect_cifar10": {"denoiser": 53_634_563},
-    "edm_cifar10": {"denoiser": 53_634_563},
+    "ect_cifar10": {"denoiser": DDPMPP},
+    "edm_cifar10:uncond": {"denoiser": DDPMPP},
+    "edm_cifar10:cond": {"denoiser": DDPMPP + 11 * 128},
+    # 128 frequencies that are not trained, which PyTorch does not count
+    "edm_cifar10:uncond,ncsnpp": {"denoiser": 56_397_827 + 128},
     "fashion_autoencoder": {"autoencoder": 396_404, "discriminator": 42_545},
     "fashion_classifier": {"classifier": 174_122},
     "fashion_ldm:unet": {"denoiser": 1_323_908, "autoencoder": 396_404},
@@ -107,7 +111,8 @@ PARAMETERS = {
     "ldm_super_resolution:fashion": {"denoiser": 627_433 + 9 * 24},
     "ldm_lsun256:beds": {"denoiser": LDM_256, "autoencoder": VQ_F4},
     "ldm_lsun256:churches": {"denoiser": 294_966_916, "autoencoder": KL_F8},
-    "meanflow_cifar10": {"denoiser": 53_634_563 + 128 * 512 + 512 + 512 * 512 + 512},
+    # without the augmentation's label, with a second time
+    "meanflow_cifar10": {"denoiser": DDPMPP - 9 * 128 + 128 * 512 + 512 + 512 * 512 + 512},
     "meanflow_digits:tuned": {**DIGITS, "denoiser": DIGITS_TOLD, "teacher": DIGITS["denoiser"]},
     "meanflow_digits:scratch": {**DIGITS, "denoiser": DIGITS_TOLD},
     "ldm_layout:openimages": {

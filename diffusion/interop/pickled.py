@@ -20,13 +20,14 @@ once all of those places are known to lie within the storage.
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,14 +38,14 @@ from diffusion.interop.pickled_names import DTYPES, INERT, INERT_PACKAGES, STRAN
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
-Storages = Callable[["_Storage"], bytes]  # a storage's bytes
+Storages = Callable[["Storage"], bytes]  # a storage's bytes
 
 
 class _Refused(Exception): ...  # a pickle names what it has no business with
 
 
 @dataclass(frozen=True)
-class _Storage:
+class Storage:
     """A persistent id: a flat array of `numel` elements, to be found under `key`."""
 
     dtype: np.dtype
@@ -53,10 +54,10 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """A view of a storage, equation 1; cut when it is asked for."""
 
-    storage: _Storage
+    storage: Storage
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -89,9 +90,9 @@ class _Parameters(dict):
 
 
 def _rebuild_tensor(storage, offset, size, stride, *_):
-    if not isinstance(storage, _Storage):
+    if not isinstance(storage, Storage):
         raise TypeError("a tensor without a storage")
-    return _Tensor(storage, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
+    return Tensor(storage, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
 
 
 def _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, *_):
@@ -99,7 +100,7 @@ def _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, *_):
     plain = _rebuild_tensor(storage, offset, size, stride)
     if not isinstance(dtype, np.dtype):
         raise TypeError("a tensor of a dtype that is not known here")
-    typed = _Storage(dtype, storage.key, storage.numel // dtype.itemsize)
+    typed = Storage(dtype, storage.key, storage.numel // dtype.itemsize)
     return dataclasses.replace(plain, storage=typed)
 
 
@@ -121,7 +122,7 @@ KNOWN: dict[str, Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
     """Imports nothing: a name is looked up in `KNOWN`, is inert, or refuses the file.
 
     `storages`: all that the pickle speaks of, by key.
@@ -129,21 +130,22 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: Any):
         super().__init__(file, encoding="utf-8")
-        self.storages: dict[str, _Storage] = {}
+        self.storages: dict[str, Storage] = {}
+        self.known = KNOWN
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
-        if full in KNOWN:
-            return KNOWN[full]
+        if full in self.known:
+            return self.known[full]
         if full in INERT or module.split(".")[0] in INERT_PACKAGES:
             return _Inert
         raise _Refused(full)
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _location, numel, *view = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or (view and view[0] is not None):
             raise TypeError(f"a persistent id of another kind ({kind!r:.40})")
-        return self.storages.setdefault(str(key), _Storage(dtype, str(key), int(numel)))
+        return self.storages.setdefault(str(key), Storage(dtype, str(key), int(numel)))
 
 
 def read(
@@ -162,20 +164,27 @@ def read(
       ValueError: naming the file: it is missing, truncated or corrupt, is no file of PyTorch, holds
       no tensors, or names anything that tensors are not made of.
     """
+    with reading(path) as file:
+        archive = zipfile.is_zipfile(file)
+        file.seek(0)
+        tree, storages = (_read_zip if archive else read_legacy)(file)
+        return _tensors(tree, storages, entries, texts)
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """The open file; whatever is wrong with it, as the ValueErrors of `read`."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the file of weights, or fetch it again")
     try:
         with path.open("rb") as file:
-            archive = zipfile.is_zipfile(file)
-            file.seek(0)
-            tree, storages = (_read_zip if archive else _read_legacy)(file)
-            return _tensors(tree, storages, entries, texts)
+            yield file
     except _Refused as error:
         if str(error).startswith("torch_utils.persistence."):
             raise ValueError(
-                f"{path} holds networks by their source code, as EDM's and EDM2's do, which is not "
-                "run: give weights in another form"
+                f"{path} holds networks by their source code, which is not run: EDM's are read by "
+                "`experiments.convert --from=edm`; give others' weights in another form"
             ) from error
         if STRANGE.fullmatch(str(error)):
             raise ValueError(
@@ -203,9 +212,9 @@ def _read_zip(file: BinaryIO) -> tuple[Any, Storages]:
     if order in archive.namelist() and archive.read(order) != b"little":
         raise ValueError("its byte order is not little-endian")
     with archive.open(pickles[0]) as pickled:
-        tree = _Unpickler(pickled).load()
+        tree = Unpickler(pickled).load()
 
-    def storage(wanted: _Storage) -> bytes:
+    def storage(wanted: Storage) -> bytes:
         info = archive.getinfo(f"{root}data/{wanted.key}")
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError("a storage is compressed, which PyTorch never does")
@@ -214,14 +223,14 @@ def _read_zip(file: BinaryIO) -> tuple[Any, Storages]:
     return tree, storage
 
 
-def _read_legacy(file: BinaryIO) -> tuple[Any, Storages]:
-    if _Unpickler(file).load() != LEGACY_MAGIC:
+def read_legacy(file: BinaryIO) -> tuple[Any, Storages]:
+    if Unpickler(file).load() != LEGACY_MAGIC:
         raise ValueError("it is neither a zip archive nor a legacy file of torch.save")
-    _version, system = (_Unpickler(file).load() for _ in range(2))
+    _version, system = (Unpickler(file).load() for _ in range(2))
     if not system.get("little_endian", True):
         raise ValueError("its byte order is not little-endian")
-    unpickler = _Unpickler(file)
-    tree, keys, stored = unpickler.load(), _Unpickler(file).load(), {}
+    unpickler = Unpickler(file)
+    tree, keys, stored = unpickler.load(), Unpickler(file).load(), {}
     for key in keys:
         (length,) = struct.unpack("<q", file.read(8))
         stored[key] = file.read(length * unpickler.storages[key].dtype.itemsize)
@@ -236,26 +245,28 @@ def _tensors(
             texts |= {key: text for key, text in tree.items() if isinstance(text, str)}
         tree = next((tree[key] for key in entries if isinstance(tree.get(key), Mapping)), tree)
     found = tree.items() if isinstance(tree, Mapping) else ()
-    wanted = {name: t for name, t in found if isinstance(name, str) and isinstance(t, _Tensor)}
+    wanted = {name: t for name, t in found if isinstance(name, str) and isinstance(t, Tensor)}
     if not wanted:
         raise ValueError("it holds no dict of tensors")
-    flat: dict[_Storage, np.ndarray] = {}
-    arrays = {}
-    for name, tensor in wanted.items():
-        if tensor.storage not in flat:
-            flat[tensor.storage] = _flat(tensor.storage, storages)
-        arrays[name] = _cut(flat[tensor.storage], tensor)
-    return arrays
+    flat: dict[Storage, np.ndarray] = {}
+    return {name: array(tensor, storages, flat) for name, tensor in wanted.items()}
 
 
-def _flat(storage: _Storage, storages: Storages) -> np.ndarray:
+def array(tensor: Tensor, storages: Storages, flat: dict[Storage, np.ndarray]) -> np.ndarray:
+    """A tensor's values; `flat` keeps the storages that were read."""
+    if tensor.storage not in flat:
+        flat[tensor.storage] = _flat(tensor.storage, storages)
+    return _cut(flat[tensor.storage], tensor)
+
+
+def _flat(storage: Storage, storages: Storages) -> np.ndarray:
     data = storages(storage)
     if len(data) != storage.numel * storage.dtype.itemsize:
         raise ValueError(f"storage {storage.key} has {len(data)} bytes, not what it says")
     return np.frombuffer(data, storage.dtype)
 
 
-def _cut(flat: np.ndarray, tensor: _Tensor) -> np.ndarray:
+def _cut(flat: np.ndarray, tensor: Tensor) -> np.ndarray:
     """Equation 1."""
     size, stride = tensor.size, tensor.stride
     count = math.prod(size)

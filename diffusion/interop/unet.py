@@ -65,6 +65,11 @@ def save_unet(
     `sample_size`: the side of the square the network was trained on, which Diffusers' pipelines
     take as their default. ValueError where it has no such network; then nothing is written.
     """
+    if type(module) is not UNet:
+        raise ValueError(
+            f"a {type(module).__name__} has no class in Diffusers: of U-Nets only those of kind "
+            "'unet' are written"
+        )
     config = {**unet_config(module, params), "sample_size": sample_size}
     files.write_directory(directory, config, files.to_tensors(params, RULES), STEM)
 

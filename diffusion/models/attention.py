@@ -215,6 +215,7 @@ class AttentionBlock(nn.Module):
     groups: int = 32
     epsilon: float = 1e-5
     dtype: Any = None
+    qkv_init: Callable[..., Any] = default_init
 
     @nn.compact
     def __call__(
@@ -226,6 +227,7 @@ class AttentionBlock(nn.Module):
             self.head_dim,
             qkv_bias=True,
             out_init=zero_init,
+            qkv_init=self.qkv_init,
             dtype=self.dtype,
             name="attention",
         )

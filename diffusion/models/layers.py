@@ -149,6 +149,34 @@ def average_pool(
     return x.mean(tuple(range(2, 2 * len(space) + 1, 2)))
 
 
+def fir_upsample(x: Float[Array, "batch *space channels"]) -> Float[Array, "batch *out channels"]:
+    """Doubles every spatial axis through the filter [1, 3, 3, 1] / 4: linear, zero outside (NCSN++,
+    https://arxiv.org/abs/2011.13456, appendix H)."""
+    for axis in range(1, x.ndim - 1):
+        shifted = [_taps(x, axis, 1, start, x.shape[axis]) for start in (0, 2)]
+        pair = jnp.stack([3 * x + other for other in shifted], axis + 1) / 4
+        x = pair.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    return x
+
+
+def fir_downsample(
+    x: Float[Array, "batch *space channels"], padding: int = 1
+) -> Float[Array, "batch *out channels"]:
+    """Halves every spatial axis through [1, 3, 3, 1] / 8, after `padding` zeros on both sides."""
+    for axis in range(1, x.ndim - 1):
+        size = (x.shape[axis] + 2 * padding - 2) // 2
+        taps = [_taps(x, axis, padding, start, size, 2) for start in range(4)]
+        x = (taps[0] + 3 * taps[1] + 3 * taps[2] + taps[3]) / 8
+    return x
+
+
+def _taps(x: Array, axis: int, padding: int, start: int, size: int, step: int = 1) -> Array:
+    """`size` places of a zero-padded axis, every `step`-th from `start`."""
+    around = [(padding, padding) if i == axis else (0, 0) for i in range(x.ndim)]
+    stop = start + step * (size - 1) + 1
+    return jax.lax.slice_in_dim(jnp.pad(x, around), start, stop, step, axis)
+
+
 class Downsample(nn.Module):
     """Halves every spatial axis: a strided convolution, or an average where `use_conv` is False.
 
@@ -186,7 +214,13 @@ class Upsample(nn.Module):
         return Conv(self.features, dtype=self.dtype, name="conv")(x) if self.use_conv else x
 
 
-RESAMPLE = {None: lambda x: x, "up": upsample, "down": average_pool}
+RESAMPLE = {
+    None: lambda x: x,
+    "up": upsample,
+    "down": average_pool,
+    "up_fir": fir_upsample,
+    "down_fir": fir_downsample,
+}
 
 
 class ResBlock(nn.Module):
@@ -194,7 +228,8 @@ class ResBlock(nn.Module):
 
     features: output channels; a 1x1 convolution is the shortcut where the input has others.
     scale_shift: the time embedding scales and shifts after norm2 (ADM), or is added before it.
-    resample: None, "up" or "down": doubles or halves the size inside the block (BigGAN, ADM).
+    resample: a key of RESAMPLE: doubles or halves the size inside the block (BigGAN, ADM).
+    resample_proj: the shortcut has its convolution also where only the size differs (EDM).
     zero_conv: conv2 starts at (nearly) zero, so that the block starts as its shortcut.
     """
 
@@ -205,6 +240,7 @@ class ResBlock(nn.Module):
     scale_shift: bool = False
     resample: str | None = None
     zero_conv: bool = True
+    resample_proj: bool = False
     dtype: Any = None
 
     @nn.compact
@@ -222,7 +258,7 @@ class ResBlock(nn.Module):
         h = Dropout(self.dropout, name="dropout")(h, keys)
         h = conv(kernel_init=zero_init if self.zero_conv else default_init, name="conv2")(h)
         x = resample(x)
-        if x.shape[-1] != self.features:
+        if x.shape[-1] != self.features or (self.resample and self.resample_proj):
             x = conv(kernel_size=1, name="conv_shortcut")(x)
         return x + h
 

@@ -112,6 +112,10 @@ class UNet(nn.Module):
         """
         self._check(x, context, labels)
         temb = self._embed(x, t, context, context_mask, labels, s)
+        return self._run(x, temb, context, context_mask, residuals, keys)
+
+    def _run(self, x: Array, temb: Array, context, context_mask, residuals, keys) -> Array:
+        """Eqs. 1-5."""
         h, skips = self._down(x, temb, context, context_mask, keys)
         h = self._middle(h, temb, context, context_mask, keys)
         if residuals is not None:
@@ -156,13 +160,16 @@ class UNet(nn.Module):
             for j in range(self.per_level(self.blocks)[level] + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self._res(self.width(level), f"up_{i}_res_{j}")(h, temb, keys)
-                if self.attention[level]:
+                if self._up_attends(level, j):
                     h = self._attend(h, level, f"up_{i}_attn_{j}", context, mask)
             if level > 0:
                 h = self._resample(h, "up", i, temb, keys)
         return h
 
-    def _res(self, features: int, name: str, resample: str | None = None) -> nn.Module:
+    def _up_attends(self, level: int, block: int) -> bool:
+        return self.attention[level]
+
+    def _res(self, features: int, name: str, resample: str | None = None) -> Any:
         return self._rematerialised(ResBlock)(
             features,
             self.groups,

@@ -127,7 +127,7 @@ class Pipeline:
 
     def with_controlnet(self, network: Any, params: Any) -> "Pipeline":
         """Steered by one ControlNet more. ValueError for one of another U-Net."""
-        if not isinstance(self.task.network, UNet):
+        if type(self.task.network) is not UNet:
             kind = type(self.task.network).__name__
             raise ValueError(f"the ControlNet steers a U-Net, but the denoiser is a {kind}")
         for key in ("channels", "multipliers", "blocks"):

@@ -100,6 +100,22 @@ class Label:
 
 
 @dataclasses.dataclass(frozen=True)
+class Augmented:
+    """A column "augment", how a picture was augmented (`augment.py`); without it: not at all."""
+
+    numbers: int
+
+    def init(self, key):
+        return {"augment": jnp.zeros((1, self.numbers))}, {}
+
+    def encode(self, params, batch, keys=None):
+        return {"augment": batch["augment"]} if "augment" in batch else {}
+
+    def null(self, params, batch):
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
 class Hints:
     """Columns "hint", or "hint_0", "hint_1", ..., uint8, to pictures in [0, 1], one a ControlNet,
     and their weights "hint_scale_0", ... Their networks are the denoiser's (`denoiser.py`).

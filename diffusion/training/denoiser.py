@@ -51,8 +51,9 @@ class Denoiser:
     `drop_condition` of them dropped in training. loss_history is the empty history of second-moment
     resampling, None: t as `draw` has it. lora: low-rank updates of the U-Net. controlnets: each
     reads one of the condition's hints; the first is "controlnet" among the parameters, the next
-    "controlnet_1". teacher: a network, frozen, as "teacher" among the parameters. coupled: in
-    training noise and examples of a batch are paired by optimal transport (`coupling.py`).
+    "controlnet_1". teacher: a network, frozen, as "teacher" among the parameters. augment: of the
+    pictures in training (`augment.py`). coupled: in training noise and examples of a batch are
+    paired by optimal transport (`coupling.py`).
     """
 
     network: Any
@@ -68,6 +69,7 @@ class Denoiser:
     autoencoder: Any = None
     teacher: Any = None
     flip: bool = False
+    augment: Callable[[Batch, Array], Batch] | None = None
     accumulate: int = 1
     loss_history: Any = None
     coupled: bool = False
@@ -180,6 +182,8 @@ class Denoiser:
     ) -> tuple[Float[Array, " batch"], dict[str, Array]]:
         """Equation 3 for each example, given one key an example; `step`: how many were taken."""
         params = self.merged(params)
+        if self.augment is not None and train:
+            batch = self.augment(batch, ks.stream(keys, ks.DATA))
         x0 = self.clean(params, extra, batch, keys, train)
         encode = functools.partial(codec.encode, self.autoencoder, params, extra)
         batch = self.ready(batch, encode, functools.partial(codec.scaled, extra=extra))

@@ -3,6 +3,8 @@
 (1) ema_n = d_n ema_{n-1} + (1 - d_n) params_n,   n = 1, 2, ...
 (2) d_n = decay for n > 1 and d_1 = 0             (DDPM: starts at the weights after step 1)
 (3) d_n = min(decay, (1 + n) / (10 + n))          (LDM: `ramp`)
+    d_n = min(decay, 2^(-1 / (s (n - 1))))        (EDM: `ramp_share` s, its half-life in updates at
+                                                   most so much of those before; 0.05 there)
 
 Power-function profiles and averages made after training (EDM2, arXiv:2312.02696, section 3 and
 appendix C). A profile of length l weighs the parameters of time t in [0, n] by
@@ -39,8 +41,14 @@ class Ema:
     ramp: bool = False
     networks: tuple[str, ...] = ()
     profiles: tuple[float, ...] = ()
+    ramp_share: float = 0.0
 
     def __post_init__(self):
+        if self.ramp_share < 0 or (self.ramp and self.ramp_share):
+            raise ValueError(
+                f"ramp_share={self.ramp_share} must be 0 (off) or more, and 0 beside ramp=True: "
+                "EDM's is 0.05 alone"
+            )
         wrong = [length for length in self.profiles if not 0 < length <= LONGEST]
         if wrong or len(set(map(profile_name, self.profiles))) < len(self.profiles):
             raise ValueError(
@@ -61,6 +69,9 @@ class Ema:
     def decay_at(self, n: Int[Array, ""]) -> Float[Array, ""]:
         """d_n for the n-th update, n = 1, 2, ..."""
         n = n.astype(jnp.float32)
+        if self.ramp_share:
+            slower = jnp.exp2(-1 / (self.ramp_share * jnp.maximum(n - 1, 1)))
+            return jnp.where(n <= 1, 0.0, jnp.minimum(self.decay, slower))
         if self.ramp:
             return jnp.minimum(self.decay, (1 + n) / (10 + n))
         return jnp.where(n <= 1, 0.0, self.decay)

@@ -3,7 +3,7 @@
     python -m experiments.convert --from=diffusers --source=PIPELINE --workdir=DIR
     python -m experiments.convert --from=compvis --source=FILE --workdir=DIR [--tokenizer=DIR]
         [--config=configs/X.py:arg]
-    python -m experiments.convert --from=openai --source=FILE --workdir=DIR
+    python -m experiments.convert --from=openai|edm --source=FILE --workdir=DIR
     python -m experiments.convert --to=diffusers --workdir=DIR --out=PIPELINE [--weights=ema|raw]
 
 PIPELINE is a Diffusers directory: model_index.json, unet/, scheduler/, and vae/ (or vqvae/),
@@ -13,9 +13,10 @@ CompVis's .ckpt, which is read without running it, or a single-file .safetensors
 Diffusion 1.x or 2.x, or a first stage alone. It says neither what network it is nor which
 tokenizer: the config is guessed from widths, or given, and --tokenizer names a folder with the
 tokenizer's files. OpenAI's FILE is a U-Net of improved-diffusion or guided-diffusion: published
-ones are known, others need a --config. A pipeline's workdir is one that `experiments.sample`, and a
-run's `init_from`, take. A LoRA or ControlNet run is written as Diffusers' file or directory for
-one, a first stage's as its directory. A target appears whole or not at all.
+ones are known, others need a --config. EDM's FILE is a .pkl of DDPM++, NCSN++ or ADM, whose arrays
+are read and whose source code is not run. A pipeline's workdir is one that `experiments.sample`,
+and a run's `init_from`, take. A LoRA or ControlNet run is written as Diffusers' file or directory
+for one, a first stage's as its directory. A target appears whole or not at all.
 """
 
 import pathlib
@@ -26,6 +27,7 @@ from absl import flags
 
 from diffusion import files, weights
 from diffusion.checkpoint import Checkpoints
+from experiments.convert.edm import from_edm
 from experiments.convert.openai import from_openai
 from experiments.convert.reading import Parts, from_diffusers
 from experiments.convert.single import from_compvis
@@ -60,8 +62,11 @@ def write_workdir(target: pathlib.Path, parts: Parts) -> None:
             checkpoints.save(0, state, {}, {})
 
 
+SOURCES = ["diffusers", "compvis", "openai", "edm"]
+
+
 def define(add: cli.Flags) -> None:
-    add.add("enum", "from", None, "What --source is.", ["diffusers", "compvis", "openai"])
+    add.add("enum", "from", None, "What --source is.", SOURCES)
     add.add("enum", "to", None, "What --out becomes.", ["diffusers"])
     add.add("string", "source", None, "A pipeline's directory, or a file.")
     add.add("string", "workdir", None, "The workdir to write, or with --to to read.")
@@ -74,7 +79,7 @@ def define(add: cli.Flags) -> None:
 
 def main(values: flags.FlagValues) -> None:
     if (values["from"].value is None) == (values.to is None):
-        raise ValueError("give one of --from=diffusers|compvis|openai and --to=diffusers")
+        raise ValueError(f"give one of --from={'|'.join(SOURCES)} and --to=diffusers")
     target = pathlib.Path(cli.require(values, "workdir"))
     if values.to:
         out = pathlib.Path(cli.require(values, "out"))
@@ -91,6 +96,8 @@ def main(values: flags.FlagValues) -> None:
         parts = from_diffusers(source, tokenizer)
     elif values["from"].value == "openai":
         parts = from_openai(source, values.config, values.attention_order)
+    elif values["from"].value == "edm":
+        parts = from_edm(source)
     else:
         parts = from_compvis(source, values.config, tokenizer)
     write_workdir(target, parts)

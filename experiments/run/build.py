@@ -20,6 +20,7 @@ from diffusion.models.controlnet import ControlNet
 from diffusion.models.embedders import ClassEmbedder
 from diffusion.models.lora import Lora
 from diffusion.models.mmdit import MMDiT
+from diffusion.models.song import SongUNet
 from diffusion.models.text_encoder import TextTransformer
 from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
@@ -38,7 +39,12 @@ SCHEDULES: dict[str, Callable[..., schedules.Schedule]] = {
     "flow": schedules.flow,
     "betas": schedules.from_betas,  # betas: one a step
 }
-DENOISERS: dict[str, Any] = {"unet": UNet, "transformer": Transformer, "mmdit": MMDiT}
+DENOISERS: dict[str, Any] = {
+    "unet": UNet,
+    "song_unet": SongUNet,
+    "transformer": Transformer,
+    "mmdit": MMDiT,
+}
 AUTOENCODERS: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel}
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
@@ -232,6 +238,7 @@ def ema(config: ConfigDict, networks: tuple[str, ...]) -> Ema:
             config.ema.ramp,
             averaged if config.ema.decay or profiles else (),
             profiles,
+            config.ema.ramp_share,
         )
 
 

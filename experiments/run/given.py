@@ -24,6 +24,8 @@ def told(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> dict[str, con
                 "conditioning.null_label=False says there is not: set drop to 0"
             )
         found["label"] = conditions.Label(null, build.class_embedder(config), known)
+    if numbers := getattr(build.denoiser_network(config), "augment_dim", 0):
+        found["augment"] = conditions.Augmented(numbers)
     if config.conditioning.concat == "past":
         shape = build.sample_shape(config)
         found["past"] = conditions.Past(shape[0], past_channels(config, shape))

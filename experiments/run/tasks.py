@@ -15,6 +15,7 @@ from diffusion.models.image_encoder import DigitClassifier
 from diffusion.models.initialisation import torch_defaults
 from diffusion.models.perceptual import LPIPS
 from diffusion.process import consistency, few_steps, losses
+from diffusion.training import augment
 from diffusion.training.adversarial import Adversary
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.classifier import Classifier
@@ -40,6 +41,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
             "data.flip=True would not mirror a ControlNet's hints, nor what "
             f"conditioning.concat={config.conditioning.concat!r} joins: set it to False"
         )
+    augmented = augmentation(config)
     objective, draw, history = learning(config, noising, shape)
     build.settings(
         config
@@ -60,8 +62,27 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         teacher=build.teacher(config),
         drop_condition=config.conditioning.drop,
         flip=config.data.flip,
+        augment=augmented,
         accumulate=config.train.accumulate,
     )
+
+
+def augmentation(config: ConfigDict) -> augment.Augment | None:
+    """EDM's, where the config asks for it and its network can be told."""
+    p = config.data.augment
+    if not p:
+        return None
+    told = getattr(build.denoiser_network(config), "augment_dim", 0)
+    pixels = config.data.name != "latents" and "autoencoder" not in config.model
+    other = config.data.flip or config.conditioning.concat or config.conditioning.layout
+    if told != augment.NUMBERS or not pixels or other or len(build.image_shape(config)) != 3:
+        raise ValueError(
+            f"data.augment={p} is of pictures in pixels, without data.flip or other pictures to "
+            f"match, for a network of model.denoiser.augment_dim={augment.NUMBERS} (kind "
+            "'song_unet'): set it to 0, or the others so"
+        )
+    with build.naming("data"):
+        return augment.Augment(p)
 
 
 def learning(config: ConfigDict, noising: Any, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
@@ -148,6 +169,11 @@ def _check_output(config: ConfigDict, channels: int) -> None:
         raise ValueError(
             f"model.denoiser.out_channels={found}, but data of {channels} channels with "
             f"process.variance={variance!r} needs {needed}: set one or the other"
+        )
+    if getattr(build.denoiser_network(config), "ncsnpp", False) and config.optim.weight_decay:
+        raise ValueError(
+            f"optim.weight_decay={config.optim.weight_decay} would shrink the frequencies of "
+            "model.denoiser.ncsnpp, which are not trained: set it to 0"
         )
 
 

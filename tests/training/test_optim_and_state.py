@@ -95,6 +95,11 @@ def test_ema_starts_at_the_weights_after_the_first_step():
     ramp = Ema(0.9999, ramp=True)
     np.testing.assert_allclose(ramp.decay_at(jnp.int32(5)), 6 / 15, rtol=1e-6)
     np.testing.assert_allclose(ramp.decay_at(jnp.int32(10**6)), 0.9999, rtol=1e-6)
+    half = Ema(0.5 ** (512 / 500_000), ramp_share=0.05)  # EDM's, in images: halves of 512 at 401
+    decays = [half.decay_at(jnp.int32(n)) for n in (1, 401, 10**6)]
+    np.testing.assert_allclose(decays, [0, 0.5 ** (1 / 20), half.decay], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"ramp_share=0\.05 must be 0"):
+        Ema(0.9, ramp=True, ramp_share=0.05)
 
 
 def toy(clip_norm=0.0, decay=0.5):

@@ -29,8 +29,9 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -172,7 +173,7 @@ def read(
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def reading(path: str | os.PathLike) -> Iterator[BufferedIOBase]:
     """The open file; whatever is wrong with it, as the ValueErrors of `read`."""
     path = Path(path)
     if not path.is_file():
@@ -202,7 +203,7 @@ def reading(path: str | os.PathLike) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _read_zip(file: BinaryIO) -> tuple[Any, Storages]:
+def _read_zip(file: BufferedIOBase) -> tuple[Any, Storages]:
     archive = zipfile.ZipFile(file)
     pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
     if len(pickles) != 1:
@@ -223,7 +224,7 @@ def _read_zip(file: BinaryIO) -> tuple[Any, Storages]:
     return tree, storage
 
 
-def read_legacy(file: BinaryIO) -> tuple[Any, Storages]:
+def read_legacy(file: BufferedIOBase) -> tuple[Any, Storages]:
     if Unpickler(file).load() != LEGACY_MAGIC:
         raise ValueError("it is neither a zip archive nor a legacy file of torch.save")
     _version, system = (Unpickler(file).load() for _ in range(2))

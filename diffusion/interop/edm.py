@@ -172,7 +172,8 @@ def read_unet(weights: Weights, module: UNet, side: int, channels: int) -> dict[
                 part = f"{match[1]}.{key}.{match[2]}"
                 tensors[part], files[part] = tensor[i::3], file
     if "map_noise.freqs" in tensors:
-        tensors["fourier"], files["fourier"] = (x.pop("map_noise.freqs") for x in (tensors, files))
+        tensors["fourier"] = tensors.pop("map_noise.freqs")
+        files["fourier"] = files.pop("map_noise.freqs")
     if not isinstance(module, SongUNet) and "map_label.weight" in tensors:
         tensors["map_label.weight"] = np.transpose(tensors["map_label.weight"])
     held = Weights(tensors, files, weights.directory)

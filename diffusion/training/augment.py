@@ -53,7 +53,8 @@ class Augment:
 
     def __call__(self, batch: dict[str, Array], keys: Key[Array, " batch"]) -> dict[str, Array]:
         x = codec.signed(batch["image"])
-        flips, inverse, told = jax.vmap(functools.partial(draw, self.p, x.shape[1:3]))(keys)
+        size = x.shape[1], x.shape[2]
+        flips, inverse, told = jax.vmap(functools.partial(draw, self.p, size))(keys)
         return {**batch, "image": apply(x, flips, inverse), "augment": told}
 
 

@@ -75,7 +75,7 @@ def test_what_is_done_is_the_transcriptions(case):
     x = np.random.default_rng(0).uniform(-1, 1, (1, SIDE, SIDE, 3)).astype(np.float32)
     scale, turn, stretch, along, *move = (jnp.float32(n) for n in numbers)
     m = augment.matrix((SIDE, SIDE), scale, turn, stretch, along, jnp.stack(move))
-    found = augment.apply(jnp.asarray(x), jnp.asarray([flips]), m[None])
+    found = augment.apply(jnp.asarray(x), jnp.float32([flips]), m[None])
     assert np.abs(found - transcription(x, numbers, flips)).max() < 1e-5
     if not any(numbers):  # the filters undo each other
         kept = x[:, :: -1 if flips[1] else 1, :: -1 if flips[0] else 1]

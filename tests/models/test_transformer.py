@@ -2,6 +2,7 @@
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,3 +257,20 @@ def test_rotary_positions_alone_tell_no_place(kind):
     out = module.apply({"params": random_params(module, x, t)}, x, t)
     spread = np.ptp(np.asarray(positions.patches(out, (2, 2))), axis=(1, 2)).max()
     assert (spread < 1e-5) == (kind == "rotary")
+
+
+def test_words_are_heard_from_the_start_by_a_narrow_network():
+    """Cross-attention starts at zero: were its keys and values faint as well, it would stay so."""
+    words = jax.random.normal(jax.random.key(0), (4, 8, 96))
+    module = Transformer(4, 2, 128, 1, 4, size=4, cross=True, activation="swiglu")
+    x, t = images(4, 4, 4, 4), jnp.zeros(4)
+    module, seen = module.bind(module.init(jax.random.key(1), x, t, words)), {}
+
+    def keep(call, arguments, options, context):
+        seen[context.module.name] = found = call(*arguments, **options)
+        return found
+
+    with nn.intercept_methods(keep):
+        module(x, t, words)
+    for name in ("context_2", "to_v"):
+        assert 0.2 < float(jnp.sqrt(jnp.mean(seen[name] ** 2))) < 2, name

@@ -142,6 +142,9 @@ def denoiser() -> ConfigDict:
     config.sample.guidance_interval = ()  # (low, high) of t, where it acts; (): everywhere
     config.sample.guidance_rescale = 0.0  # phi of Lin et al., against saturation, to 1; 0: none
     config.sample.guidance_channels = 0  # how many of the first are guided, DiT's 3 of 4; 0: all
+    # A worse run, or one of its checkpoints (DIR/checkpoints/STEP), that `sample` and `evaluate`
+    # guide away from (diffusion/sampling/guide.py); "": none. Previews are without
+    config.sample.autoguidance = ""
     config.sample.clip = False  # predicted x0 to [-1, 1] (pixel space)
     config.sample.dynamic_threshold = 0.0  # percentile of Imagen's, to 1, for `clip`; 0: none
     config.sample.batch_size = 64

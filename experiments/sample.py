@@ -1,6 +1,6 @@
 """Samples from a trained run: PNGs with how they were made inside, a grid, or an .npz.
 
-A video's frames stand side by side, a series is plotted; the .npz has either as it is.
+A video's frames stand side by side, a series is plotted.
 
     python -m experiments.sample --workdir=DIR --num=64 --prompt="..." --seed=0 --out=DIR
     ... --negative_prompt="..."  --label=207  --seeds=1,2,3  --size=512,768  --tile=512
@@ -9,13 +9,13 @@ A video's frames stand side by side, a series is plotted; the .npz has either as
     ... --image=PNG --mask=PNG                make anew what is white in the mask
     ... --segments=PNG                        of a map of labels
     ... --box=3,0.1,0.1,0.4,0.4 --box=...     of boxes: label, left, top, width, height
+    ... --autoguidance=DIR                    guided away from a worse run (or DIR/checkpoints/STEP)
     ... --controlnet=DIR --control=PNG        steered by a picture; both may be given several times
     ... --lora=FILE                           with low-rank updates in Diffusers' format
     ... --embedding=FILE[,FILE]               with learned words (textual inversion)
 
-The same seed gives the same noise, and so the same images, for any batch size and device count;
-`--seed=random` draws one and says which. Images are written as they are made: the same command,
-run again after an interruption, goes on with those that are missing.
+The same seed gives the same images for any batch size and device count; `--seed=random` draws one
+and says which. Run again after an interruption, it goes on with the images that are missing.
 """
 
 import dataclasses
@@ -78,6 +78,9 @@ def define(add: cli.Flags) -> None:
     add.add("float", "guidance_scale", None, "Default: the config's sample.guidance_scale.")
     add.add("float", "guidance_rescale", None, "Default: the config's sample.guidance_rescale.")
     add.add("list", "guidance_interval", None, "low,high of t, where guidance acts.")
+    add.add(
+        "string", "autoguidance", None, "A worse run, or DIR/checkpoints/STEP, to guide away from."
+    )
     add.add("integer", "batch_size", None, "Default: the config's sample.batch_size.")
     add.add("enum", "weights", "ema", "Averaged or raw parameters.", ["ema", "raw"])
     add.add("float", "ema_length", None, "Average of this length, of the run's ema.profiles.")
@@ -134,7 +137,8 @@ def which_weights(values: flags.FlagValues) -> str:
 
 def open_model(values: flags.FlagValues) -> generate.Model:
     """The run with everything that the flags add to it."""
-    model = generate.load(cli.require(values, "workdir"), which_weights(values))
+    changes = {"autoguidance": values.autoguidance}
+    model = generate.load(cli.require(values, "workdir"), which_weights(values), None, changes)
     pipeline = model.pipeline
     if values.size:
         pipeline = pipeline.resized(cli.numbers(values, "size", int))

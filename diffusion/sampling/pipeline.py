@@ -20,6 +20,7 @@ from diffusion.models import lora, target
 from diffusion.models.unet import UNet
 from diffusion.process import keys as ks
 from diffusion.process import samplers
+from diffusion.process.gaussian import Denoise
 from diffusion.sampling import inputs
 from diffusion.sampling.inputs import Columns
 from diffusion.sampling.settings import Settings
@@ -32,7 +33,8 @@ from diffusion.training.parallel import BATCH, make_mesh, to_host
 class Pipeline:
     """A denoiser with all it needs to make pictures. `params` holds every network, by name.
 
-    extra: the latents' shift and scale. batch_size: pictures at a time.
+    extra: the latents' shift and scale. batch_size: pictures at a time. guide: a worse model, which
+    guidance leads away from (`sampling/guide.py`); its networks are params["guide"].
     """
 
     task: Denoiser
@@ -42,6 +44,7 @@ class Pipeline:
     first_stage: Any = None
     tokenizer: Tokenizer | None = None
     batch_size: int = 64
+    guide: "Pipeline | None" = None
 
     @property
     def downsampling(self) -> int:
@@ -187,7 +190,7 @@ class Pipeline:
             if labels:
                 raise ValueError(f"label={labels[0]}, but the model knows no classes: leave it out")
             return found
-        if not known.has_null and self.how.guidance_scale != 1:
+        if not known.has_null and self.guide is None and self.how.guidance_scale != 1:
             raise ValueError(
                 f"guidance_scale={self.how.guidance_scale} needs a null class, which the model was "
                 "trained without: set it to 1"
@@ -233,12 +236,7 @@ class Pipeline:
             params = task.merged(params)
             encode = functools.partial(codec.encode, bare.first_stage, params, bare.extra)
             given = inputs.prepare(bare.concat, batch, encode, bare.downsampling)
-            batch = task.ready(batch, encode, functools.partial(codec.scaled, extra=bare.extra))
-            told, nothing = task.condition(params, batch), None
-            if empty := conditions.null(task.conditions, params, batch):
-                nothing = task.condition(params, {**batch, **empty})
-            scale = batch.get("guidance_scale")
-            denoise = how.denoise(functools.partial(task.predict, params), told, nothing, scale)
+            denoise = bare._denoise(params, batch, encode)
             x = ks.normal(first, (len(indices), *task.sample_shape))  # of (seed, i) alone
             x = given.start(how.schedule, method, x)
             found = samplers.sample(method, given.kept(denoise), x, noise, trajectory)
@@ -249,6 +247,20 @@ class Pipeline:
 
         mesh = make_mesh()
         return jax.jit(target.aimed(run, mesh.devices.flatten().tolist(), mesh))
+
+    def _denoise(self, params: Any, batch: dict[str, Any], encode: Callable[..., Any]) -> Denoise:
+        """denoise(x_t, t) of the pictures that `batch` asks for, guided."""
+        task, worse = self.task, None
+        if self.guide is not None:
+            theirs = self.guide.task.merged(params["guide"])
+            alone = {k: v for k, v in batch.items() if k != "guidance_scale"}
+            worse = self.guide._denoise(theirs, alone, encode)
+        batch = task.ready(batch, encode, functools.partial(codec.scaled, extra=self.extra))
+        told, nothing = task.condition(params, batch), None
+        if empty := conditions.null(task.conditions, params, batch):
+            nothing = task.condition(params, {**batch, **empty})
+        predict = functools.partial(task.predict, params)
+        return self.how.denoise(predict, told, nothing, batch.get("guidance_scale"), worse)
 
     def at_a_time(self, count: int) -> int:
         """How many of `count` pictures are made at a time: what all devices divide."""

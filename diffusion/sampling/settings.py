@@ -79,12 +79,19 @@ class Settings:
             ) from error
 
     def denoise(
-        self, predict: Predict, told: Any, nothing: Any = None, scale: jax.Array | None = None
+        self,
+        predict: Predict,
+        told: Any,
+        nothing: Any = None,
+        scale: jax.Array | None = None,
+        worse: Denoise | None = None,
     ) -> Denoise:
         """denoise(x_t, t) -> x_0, or (x_0, variance output) of a learned variance.
 
         With classifier-free guidance away from `nothing`, what says nothing, both halves in one
         call of the network; None, or a scale of 1: without. scale: each picture's own (batch,).
+        worse: what is guided away from in its place, a worse model told the same (autoguidance,
+        https://arxiv.org/abs/2406.02507, eq. 3; LDM's scale is their w).
         """
 
         def estimate(given: Any) -> Denoise:
@@ -95,7 +102,11 @@ class Settings:
                 learned_variance=self.variance == "learned",
             )
 
-        if nothing is None or (scale is None and self.guidance_scale == 1):
+        if scale is None and self.guidance_scale == 1:
+            return self._bounded(estimate(told))
+        if worse is not None:
+            return self._bounded(self._guided(estimate(told), worse, scale))
+        if nothing is None:
             return self._bounded(estimate(told))
         both = estimate(jax.tree.map(_paired, told, nothing))
 

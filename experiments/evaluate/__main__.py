@@ -110,6 +110,9 @@ def define(add: cli.Flags) -> None:
     add.add("string", "sampler", None, "Default: the config's sample.sampler.")
     add.add("integer", "steps", None, "Sampler steps; default: the config's sample.steps.")
     add.add("float", "guidance_scale", None, "Default: the config's sample.guidance_scale.")
+    add.add(
+        "string", "autoguidance", None, "A worse run, or DIR/checkpoints/STEP, to guide away from."
+    )
     add.add("list", "sweep_guidance", None, "Guidance scales to measure as well.")
     add.add("list", "sweep_steps", None, "Numbers of sampler steps to measure as well.")
     add.add("integer", "checkpoint_step", None, "Of the checkpoint; default: the newest.")
@@ -148,7 +151,7 @@ def subject_of(values: flags.FlagValues, preset: presets.Preset | None) -> Subje
     run = None
     if directory := path("workdir"):
         options = {name: values[name].value for name in ("sampler", "steps", "guidance_scale")}
-        sample = preset.sample if preset else {}
+        sample = {"autoguidance": values.autoguidance, **(preset.sample if preset else {})}
         run = Run(directory, "ema", values.checkpoint_step, sample, options)
     samples = Samples(
         run,

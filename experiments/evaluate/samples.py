@@ -70,6 +70,8 @@ class Run:
         chosen = {name: getattr(how, name) for name in ("sampler", "steps", "guidance_scale")}
         if "options" in sample and how.sampler == sample.sampler:  # they are one sampler's
             chosen["options"] = sample.options.to_dict()
+        if sample.autoguidance:  # which checkpoint it was is in the hash
+            chosen["autoguidance"] = pathlib.Path(sample.autoguidance).name
         return {"step": self.model.step, "checkpoint": self.model.checkpoint_hash, "sample": chosen}
 
 

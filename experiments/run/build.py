@@ -105,7 +105,8 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
 
 def settings(config: ConfigDict) -> Settings:
     """How `config.sample` finds x_0."""
-    section = {k: v for k, v in config.sample.items() if k not in ("options", "batch_size")}
+    others = ("options", "batch_size", "autoguidance")
+    section = {k: v for k, v in config.sample.items() if k not in others}
     process = {"prediction": config.process.prediction, "variance": config.process.variance}
     own = options(config.sample.options) if "options" in config.sample else {}
     noising = schedule(config)

@@ -7,9 +7,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion import interop
+from diffusion import files, interop
+from diffusion.sampling import guide
 from diffusion.sampling.pipeline import Pipeline
-from experiments.run import build, data, networks, tasks
+from experiments.run import build, data, networks, tasks, workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,8 @@ def load(
 ) -> Model:
     """A run's newest checkpoint (or that of `step`); `which` is "ema" or "raw" weights.
 
-    `sample`: keys that replace those of the config's `sample`. Raises ValueError for a workdir
-    without a run, a checkpoint, or the average asked for.
+    `sample`: keys that replace those of the config's `sample`, unless they are None. Raises
+    ValueError for a workdir without a run, a checkpoint, or the average asked for.
     """
     found = networks.load(directory, which, step, tasks=("denoiser",))
     config, tokens = ConfigDict(found.config.to_dict()), ()
@@ -42,16 +43,32 @@ def load(
         )
     if found.tokenizer is not None:
         tokens = data.null_tokens(config, found.tokenizer)
-    config.sample.update(sample or {})
+    config.sample.update({k: v for k, v in (sample or {}).items() if v is not None})
     task = tasks.task(config.lock(), null_tokens=tokens)
     given = {"extra": found.extra, "first_stage": found.first_stage, "tokenizer": found.tokenizer}
-    return Model(config, pipeline(config, task, found.params, **given), found.hash, found.step)
+    made = Model(config, pipeline(config, task, found.params, **given), found.hash, found.step)
+    return _autoguided(made, config.sample.autoguidance) if config.sample.autoguidance else made
 
 
 def pipeline(config: ConfigDict, task: Any, params: dict[str, Any], **given: Any) -> Pipeline:
     """What a config says of sampling, around networks."""
     how = build.settings(config)
     return Pipeline(task, how, params, **given, batch_size=config.sample.batch_size)
+
+
+def _autoguided(model: Model, directory: str) -> Model:
+    """Led away from a worse run, or one of a run's checkpoints (DIR/checkpoints/STEP)."""
+    place, step, key = pathlib.Path(directory), None, f"sample.autoguidance={directory}"
+    if place.parent.name == "checkpoints" and place.name.isdigit():
+        place, step = place.parent.parent, int(place.name)
+    try:
+        averaged = workdir.read_config(place, "sample.autoguidance").ema.decay
+        worse = load(place, "ema" if averaged else "raw", step, {"autoguidance": ""})
+        guided = guide.guided(model.pipeline, worse.pipeline)
+    except ValueError as error:
+        raise ValueError(str(error) if key in str(error) else f"{key}: {error}") from error
+    both = files.digest([model.checkpoint_hash, worse.checkpoint_hash])[:16]
+    return dataclasses.replace(model, pipeline=guided, checkpoint_hash=both)
 
 
 def with_controlnet(model: Pipeline, directory: str | pathlib.Path) -> Pipeline:

@@ -10,7 +10,7 @@ from diffusion.checkpoint import restore_params
 from experiments import sample, train
 from experiments.evaluate import __main__ as evaluate
 from experiments.host import cli
-from experiments.run import networks
+from experiments.run import generate, networks
 from tests.faults import tiny
 
 STEPS = 8
@@ -50,6 +50,22 @@ def test_a_length_between_is_near_the_one_that_is_tracked(run):
     made = networks._profile(run / "checkpoints", (0.05, 0.2), 0.1, STEPS)[0]["denoiser"]
     assert distance(made, kept) < 1e-6
     assert distance(profiles(run)["0.05"]["denoiser"], kept) > 100 * distance(made, kept)
+
+
+def test_an_earlier_checkpoint_guides(run, tmp_path):
+    """Away from itself is nowhere; away from the first step somewhere; another shape is refused."""
+
+    def sampled(name, worse, scale):
+        flags = (f"--workdir={run}", "--num=2", "--npz", f"--guidance_scale={scale}")
+        given = [*flags, f"--autoguidance={worse}", f"--out={tmp_path / name}"]
+        assert cli.run(sample.define, sample.main, given) == 0
+        return np.load(tmp_path / name / "samples.npz")["images"].astype(float)
+
+    alone = sampled("alone", "", 1)
+    assert np.abs(sampled("itself", run, 3) - alone).max() < 1e-4
+    assert np.abs(sampled("first", run / "checkpoints" / "1", 3) - alone).max() > 1e-3
+    with pytest.raises(ValueError, match=r"sample.autoguidance=.*holds no run"):
+        generate.load(run, sample={"autoguidance": str(tmp_path / "nothing")})
 
 
 def evaluated(*flags):

@@ -13,6 +13,7 @@ from diffusion.models.controlnet import ControlNet
 from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
 from diffusion.process import losses, schedules
+from diffusion.sampling.guide import guided
 from diffusion.sampling.inputs import Inputs
 from diffusion.sampling.pipeline import Pipeline
 from diffusion.sampling.settings import Settings
@@ -72,6 +73,31 @@ def test_guidance_goes_away_from_the_null_class():
     """x0 = null + s (told - null), and the null class is black here: s times the colour."""
     found = made(pipeline(guidance_scale=1.2), [1], 1)
     np.testing.assert_array_equal(found, np.round((1.2 * 0.25 + 1) * 127.5))
+
+
+def says(colour, **settings):
+    made = pipeline(**settings)
+    return dataclasses.replace(made, params={"denoiser": {"colour": jnp.full(4, colour)}})
+
+
+def test_autoguidance_goes_away_from_a_worse_model():
+    """x0 = worse + w (x0 - worse): of 0.26 and 0.1 at w = 2, 0.42; at w = 1 and of equals, 0.26."""
+    good, worse = says(0.26, guidance_scale=2.0), says(0.1, guidance_scale=7.0, clip=True)
+    found = made(guided(good, worse), [0], 1)
+    np.testing.assert_array_equal(found, np.round((0.42 + 1) * 127.5))
+    alone = made(says(0.26), [0], 1)
+    for same in (guided(says(0.26), worse), guided(good, good)):
+        np.testing.assert_array_equal(made(same, [0], 1), alone)
+    # What the worse one predicts may be another thing: x0 here, which is what its x_t is made of.
+    x0 = dataclasses.replace(worse, how=dataclasses.replace(worse.how, prediction="x0"))
+    assert np.abs(made(guided(good, x0), [0], 1).astype(float) - found).max() > 20
+    other = dataclasses.replace(worse, extra={"latent_shift": np.zeros(3)})
+    shifted = dataclasses.replace(
+        worse, how=dataclasses.replace(worse.how, schedule=schedules.cosine(1000))
+    )
+    for wrong, name in ((other, "scale of latents"), (shifted, "schedule")):
+        with pytest.raises(ValueError, match=f"its {name} is"):
+            guided(good, wrong)
 
 
 def test_pictures_go_on_where_they_are_told_and_seeds_follow_each_other():

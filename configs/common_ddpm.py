@@ -72,16 +72,19 @@ def small(name: str, steps: int) -> ConfigDict:
 
 def smoke_ddpm(config: ConfigDict) -> ConfigDict:
     """A pixel-space denoiser's run of seconds: the same kind of network, tiny."""
-    levels = min(2, len(config.model.denoiser.multipliers))
-    config.model.denoiser.update(
-        {
-            "channels": 8,
-            "multipliers": (1, 2)[:levels],
-            "blocks": 1,
-            "attention": (False, True)[:levels],
-            "groups": 4,
-        }
-    )
+    if config.model.denoiser.kind == "transformer":
+        config.model.denoiser.update({"width": 48, "depth": 2, "heads": 2})
+    else:
+        levels = min(2, len(config.model.denoiser.multipliers))
+        config.model.denoiser.update(
+            {
+                "channels": 8,
+                "multipliers": (1, 2)[:levels],
+                "blocks": 1,
+                "attention": (False, True)[:levels],
+                "groups": 4,
+            }
+        )
     if "num_steps" in config.process.schedule:
         config.process.schedule.num_steps = min(config.process.schedule.num_steps, 100)
     config.sample.update({"steps": 2, "batch_size": 8})

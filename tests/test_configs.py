@@ -149,7 +149,8 @@ PARAMETERS = {
     "stable_diffusion:v2,lora": {**V2, "lora": 829_952},
     "stable_diffusion:v1,controlnet": {**V1, "controlnet": 361_279_120},
     "stable_diffusion:v2,controlnet": {**V2, "controlnet": 364_228_240},
-    "video_digits": {"denoiser": 732_337},
+    "video_digits:unet": {"denoiser": 732_337},
+    "video_digits:transformer": {"denoiser": 2_366_384},
 }
 
 

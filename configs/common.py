@@ -113,7 +113,8 @@ def denoiser() -> ConfigDict:
     # how it is learnt: "denoise", or for few steps "meanflow", "consistency", "progressive", each
     # with an objective's arguments of its own (diffusion/process/few_steps.py)
     config.process.method = "denoise"
-    # norm: "l2", "l1"; weighting: "simple", "min_snr", "edm", "vlb" (diffusion/process/losses.py)
+    # norm: "l2", "l1"; weighting: "simple", "min_snr", "edm", "velocity", "vlb"; cosine: weight of
+    # LightningDiT's angle (diffusion/process/losses.py)
     config.process.objective = ConfigDict({"norm": "l2", "weighting": "simple"})
     # how t is drawn: "uniform", "lognormal", "logit_normal", "second_moment"; "": its own
     config.process.times = ""

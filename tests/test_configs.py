@@ -91,6 +91,8 @@ PARAMETERS = {
     "iddpm_cifar10:hybrid": {"denoiser": 52_542_979 + 3 * (9 * 128 + 1)},  # a variance beside eps
     "iddpm_cifar10:simple": {"denoiser": 52_542_979},
     "iddpm_cifar10:vlb": {"denoiser": 52_542_979 + 3 * (9 * 128 + 1)},
+    "jit_imagenet256:b16": {"denoiser": 131_123_712},  # 131 M and 459 M in the paper
+    "jit_imagenet256:l16": {"denoiser": 458_877_664},
     "ldm_celebahq256": {"denoiser": LDM_256, "autoencoder": VQ_F4},
     "ldm_ffhq256": {"denoiser": LDM_256, "autoencoder": VQ_F4},
     "ldm_imagenet256:f4": {

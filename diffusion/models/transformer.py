@@ -16,7 +16,8 @@ Gates g and the last W start at zero: each block starts as the identity, the net
 Patches and positions are `models/positions.py`'s.
 
 LightningDiT (https://arxiv.org/abs/2501.01423) is `positions="both"`, `norm="rms"`,
-`activation="swiglu"`, `mult=8 / 3`. Initialisation is DiT's (`facebookresearch/DiT: models.py`):
+`activation="swiglu"`, `mult=8 / 3`; JiT (https://arxiv.org/abs/2511.13720) adds `qk_norm`, a
+`bottleneck` and `label_tokens`. Initialisation is DiT's (`facebookresearch/DiT: models.py`):
 q, k and v as one matrix there, hence their smaller scale here.
 """
 
@@ -53,6 +54,9 @@ class Transformer(nn.Module):
     positions: "sincos"; "rotary", which knows distances alone and no place; or "both". norm:
     "layer" (no parameters) or "rms" (a scale). qk_norm:
     norms of each head's q and k. registers: learned tokens beside the patches (arXiv:2309.16588).
+    bottleneck: patches pass through so few channels first; None: not. label_tokens: so many tokens
+    of the class embedding, each with learned values of its own added, join the patches before block
+    `label_tokens_from` (JiT's in-context conditioning).
     activation: of the feed-forward, `models/attention.py`'s. epsilon: of the norms, of that before
     the feed-forward `mlp_epsilon` where it is given (Diffusers' DiT has 1e-5).
     freq_shift: of eq. 2's sinusoids; 1 in Diffusers' DiT. second_time: takes `s`.
@@ -76,6 +80,9 @@ class Transformer(nn.Module):
     norm: str = "layer"
     qk_norm: bool = False
     registers: int = 0
+    bottleneck: int | None = None
+    label_tokens: int = 0
+    label_tokens_from: int = 0
     activation: str = "gelu_tanh"
     epsilon: float = 1e-6
     mlp_epsilon: float | None = None
@@ -105,17 +112,24 @@ class Transformer(nn.Module):
         patch = per_axis("patch", self.patch, x.ndim - 2)
         grid = self._grid(x.shape[1:-1], patch)
         places, angles = self._places(grid, patch), None
-        u = Dense(self.width, dtype=self.dtype, name="patches")(patches(x, patch))
-        u = u.reshape(len(x), -1, self.width)
+        u = patches(x, patch)
+        if self.bottleneck:
+            u = Dense(self.bottleneck, use_bias=False, dtype=self.dtype, name="bottleneck")(u)
+        u = Dense(self.width, dtype=self.dtype, name="patches")(u).reshape(len(x), -1, self.width)
         if self.positions != "rotary":
             u = u + jnp.asarray(sincos_positions(places, self.width), u.dtype)[None]
         if self.positions != "sincos":
             angles = rotary_angles(places, self.width // self.heads, self.registers)
-        u = self._with_registers(u)
-        c, shared = self._condition(x, t, labels, context, context_mask, s)
+        u = self._joined(u, self.registers, "registers")
+        label = self._label(labels)
+        c, shared = self._condition(x, t, label, context, context_mask, s)
         context = self._project(context) if self.cross else None
         block = nn.remat(Block, policy=REMAT_POLICIES[self.remat]) if self.remat else Block
         for i in range(self.depth):
+            if self.label_tokens and i == self.label_tokens_from:
+                u = self._joined(u, self.label_tokens, "label_tokens", label)
+                if angles is not None:
+                    angles = jnp.pad(angles, ((self.label_tokens, 0), (0, 0)))
             make = block(
                 self.width,
                 self.heads,
@@ -131,13 +145,13 @@ class Transformer(nn.Module):
                 name=f"blocks_{i}",
             )
             u = make(u, c if shared is None else shared, context, context_mask, angles)
-        u = self._out(u[:, self.registers :], c, math.prod(patch))
+        u = self._out(u[:, self.registers + self.label_tokens :], c, math.prod(patch))
         return unpatch(u.reshape(len(x), *grid, -1), patch).astype(
             jnp.promote_types(x.dtype, jnp.float32)
         )
 
     def _condition(
-        self, x: Array, t: Array, labels: Array | None, context: Any, mask: Array | None, s: Any
+        self, x: Array, t: Array, label: Array | None, context: Any, mask: Array | None, s: Any
     ) -> tuple[Array, Array | None]:
         """Eq. 2; and W silu(c) of eq. 4 where one W serves all blocks."""
         t = jnp.broadcast_to(t, x.shape[:1]).astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -146,20 +160,18 @@ class Transformer(nn.Module):
         c = nn.silu(dense(self.width, name="time_1")(timestep_embedding(t, *sinusoids)))
         c = dense(self.width, name="time_2")(c)
         c = with_second_time(self.second_time, c, t, s, *sinusoids, self.dtype)
-        if self.num_classes is not None:
-            embed = nn.Embed(
-                self.num_classes,
-                self.width,
-                self.dtype,
-                embedding_init=small_init,
-                name="class_embedding",
-            )
-            c = c + embed(labels)
+        c = c if label is None else c + label
         if self.pool_context:
             c = c + dense(self.width, name="pool_proj")(mean_token(context, mask))
         if self.modulation == "zero":
             return c, None
         return c, dense(6 * self.width, name="modulation")(nn.silu(c))
+
+    def _label(self, labels: Any) -> Array | None:
+        if self.num_classes is None:
+            return None
+        sizes = self.num_classes, self.width, self.dtype
+        return nn.Embed(*sizes, embedding_init=small_init, name="class_embedding")(labels)
 
     def _out(self, u: Array, c: Array, places: int) -> Array:
         """Eq. 6, but its unpatch."""
@@ -179,11 +191,13 @@ class Transformer(nn.Module):
         hidden = ACTIVATIONS["gelu_tanh"](dense(name="context_1")(context))
         return dense(name="context_2")(hidden)
 
-    def _with_registers(self, u: Array) -> Array:
-        if not self.registers:
+    def _joined(self, u: Array, count: int, name: str, label: Array | None = None) -> Array:
+        """`count` learned tokens before u's, the label's embedding added where there is one."""
+        if not count:
             return u
-        tokens = self.param("registers", small_init, (self.registers, self.width))
-        tokens = jnp.broadcast_to(tokens.astype(u.dtype), (len(u), *tokens.shape))
+        tokens = self.param(name, small_init, (count, self.width)).astype(u.dtype)[None]
+        tokens = tokens if label is None else tokens + label[:, None]
+        tokens = jnp.broadcast_to(tokens, (len(u), *tokens.shape[1:]))
         return jnp.concatenate([tokens, u], axis=1)
 
     # -- sizes ---------------------------------------------------------------------------------
@@ -231,6 +245,13 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"num_classes={self.num_classes} but labels are {'not ' * (labels is None)}given: "
                 "pass labels exactly where num_classes is set"
+            )
+        if self.label_tokens and not (
+            self.num_classes and 0 <= self.label_tokens_from < self.depth
+        ):
+            raise ValueError(
+                f"label_tokens={self.label_tokens} from block {self.label_tokens_from} needs "
+                f"num_classes, and a block below depth={self.depth}: set label_tokens to 0, or both"
             )
         if (self.cross or self.pool_context) != (context is not None):
             raise ValueError(

@@ -83,9 +83,14 @@ class EDM:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flow:
-    """Rectified flow: alpha = 1 - t, sigma = t. The network is told ``time_scale * t``."""
+    """Rectified flow: alpha = 1 - t, sigma = t. The network is told ``time_scale * t``.
+
+    p_mean, p_std: of logit(t), where training draws it logit-normal.
+    """
 
     time_scale: float | int = 1000.0
+    p_mean: float | int = 0.0
+    p_std: float | int = 1.0
     sigma_data: float | int = 0.5
 
     num_steps = None

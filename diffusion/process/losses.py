@@ -13,6 +13,8 @@ error of x_0, which is |y - y_true| / J(t) at fixed x_t, so w = w_{x_0} / J^2 wi
     simple    w = 1 in y's own space
     min_snr   w_{x_0} = min(SNR, gamma), SNR = alpha^2/sigma^2: eps min(SNR, gamma)/SNR,
               v min(SNR, gamma)/(SNR + 1)                       (Min-SNR §3.4, arXiv:2303.09556)
+    velocity  w_{x_0} = (alpha + sigma)^2 / max(sigma, 0.05)^2: the error of the velocity, whatever
+              is predicted                                        (JiT §3.3, arXiv:2511.13720)
     edm       w_{x_0} = n^2 / (sigma d)^2 (EDM eq. 8, arXiv:2206.00364); 1 for y = F
     vlb       the term of the variational bound at t, times T: its mean over uniform t is the bound
               in bits/dim without the prior's constant
@@ -33,11 +35,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from diffusion.process import gaussian, likelihood
 from diffusion.process.keys import normal, stream
-from diffusion.process.schedules import EDM, Schedule
+from diffusion.process.schedules import EDM, Flow, Schedule
 
 TIME_PURPOSE, NOISE_PURPOSE = 0x71DE, 0x4015E
 NORMS = ("l2", "l1")
-WEIGHTINGS = ("simple", "min_snr", "edm", "vlb")
+WEIGHTINGS = ("simple", "min_snr", "edm", "velocity", "vlb")
+LEAST_SIGMA = 0.05  # of weighting "velocity": JiT's t_eps
 Objective = Callable[..., tuple[Array, dict[str, Array]]]
 
 
@@ -61,14 +64,19 @@ def lognormal_times(keys: Key[Array, "batch"], schedule: Schedule) -> Array:
 
 
 def logit_normal_times(
-    keys: Key[Array, "batch"], schedule: Schedule, mean: float | int = 0.0, std: float | int = 1.0
+    keys: Key[Array, "batch"],
+    schedule: Schedule,
+    mean: float | int | None = None,
+    std: float | int | None = None,
 ) -> Array:
-    """t = sigmoid(mean + std n), (batch,): SD3's eq. 19 (arXiv:2403.03206)."""
-    if schedule.num_steps is not None or schedule.time_range != (0.0, 1.0):
+    """t = sigmoid(mean + std n), (batch,): SD3's eq. 19, arXiv:2403.03206. None: the schedule's."""
+    if not isinstance(schedule, Flow):
         raise ValueError(
             f"times='logit_normal' draws t in (0, 1), which {type(schedule).__name__} "
             "does not run over: choose uniform, or the schedule flow"
         )
+    mean = schedule.p_mean if mean is None else mean
+    std = schedule.p_std if std is None else std
     return jax.nn.sigmoid(mean + std * normal(keys, keys.shape))
 
 
@@ -129,6 +137,8 @@ def weight(
         return jnp.ones_like(sigma)
     if weighting == "min_snr":
         scaled = jnp.minimum(alpha**2, gamma * sigma**2)
+    elif weighting == "velocity":
+        scaled = (sigma * (alpha + sigma) / jnp.maximum(sigma, LEAST_SIGMA)) ** 2
     elif weighting == "edm":
         scaled = (sigma**2 + alpha**2 * sigma_data**2) / sigma_data**2
     else:
@@ -145,16 +155,19 @@ def objective(
     norm: str = "l2",
     weighting: str = "simple",
     gamma: float | int = 5.0,
+    cosine: float | int = 0.0,
     variance: str = "fixed_large",
     vlb_weight: float | int = 0.001,
 ) -> Objective:
     """The callable (network, x0, t, noise) -> (loss (batch,), aux).
 
     network(x_t, t) -> prediction (batch, ...), twice the channels for variance="learned"; x0 and
-    noise: (batch, ...), t: (batch,). ``norm`` is l2 or l1. ``variance`` enters weighting="vlb", and
-    "learned" adds ``vlb_weight`` times the bound to the other weightings (the hybrid). aux holds
-    "mse", the unweighted error of the prediction (batch,), and "vlb", bits/dim times T (batch,),
-    where it is computed. Raises ValueError for names, schedules and channels that do not fit.
+    noise: (batch, ...), t: (batch,). ``norm`` is l2 or l1. ``cosine`` times 1 - cos of the angle
+    between prediction and target over channels is added (LightningDiT, arXiv:2501.01423).
+    ``variance`` enters weighting="vlb", and "learned" adds ``vlb_weight`` times the bound to the
+    other weightings (the hybrid). aux holds "mse", the unweighted error of the prediction (batch,),
+    and "vlb", bits/dim times T (batch,), where it is computed. Raises ValueError for names,
+    schedules and channels that do not fit.
     """
     _check(schedule, prediction, norm, weighting, variance)
 
@@ -174,9 +187,18 @@ def objective(
         distance = aux["mse"] if norm == "l2" else jnp.mean(jnp.abs(error), axis=1)
         w = weight(weighting, prediction, alpha, sigma, gamma, schedule.sigma_data)
         total = w.astype(x0.dtype) * distance
+        if cosine:
+            total = total + cosine * _angle(output, target)
         return (total + vlb_weight * aux["vlb"] if variance == "learned" else total), aux
 
     return loss
+
+
+def _angle(a: Array, b: Array) -> Array:
+    """1 - cos over channels, its mean over places, (batch,)."""
+    squares = jnp.sum(a**2, axis=-1) * jnp.sum(b**2, axis=-1)
+    cos = jnp.sum(a * b, axis=-1) / jnp.sqrt(jnp.maximum(squares, 1e-16))  # networks start at 0
+    return 1 - cos.reshape(len(a), -1).mean(axis=1)
 
 
 def _bound(schedule, prediction, output, v, x0, x_t, t, variance) -> Array:
@@ -197,7 +219,7 @@ def _check(schedule: Schedule, prediction: str, norm: str, weighting: str, varia
         )
     if weighting == "vlb" or variance == "learned":
         gaussian.posterior_tables(schedule)
-    if norm == "l1" and weighting in ("min_snr", "edm", "vlb"):
+    if norm == "l1" and weighting != "simple":
         raise ValueError(
             f"norm='l1' with weighting={weighting!r}, which weighs squared errors: choose "
             "weighting simple, or norm l2"

@@ -166,6 +166,28 @@ def test_time_label_and_caption_each_matter():
     )
 
 
+def test_tokens_of_the_label_join_at_their_block_and_leave():
+    """JiT: before their block they change nothing, from it on the label speaks through them too."""
+    given = {"num_classes": 4, "positions": "both", "width": 48, "bottleneck": 2}
+    x, t, labels = images(2, 4, 4, 3), jnp.ones(2), jnp.array([1, 1])
+    module = Transformer(**TINY | given, label_tokens=3, label_tokens_from=1)
+    params = random_params(module, x, t, labels=labels, scale=0.15)
+    assert params["bottleneck"]["kernel"].shape == (12, 2) and "bias" not in params["bottleneck"]
+    assert params["label_tokens"].shape == (3, 48)
+    plain = {k: v for k, v in params.items() if k != "label_tokens"}
+
+    def blocks(module, params):
+        call = {"params": params}, x, t
+        state = module.apply(*call, labels=labels, capture_intermediates=True)[1]["intermediates"]
+        return [state[f"blocks_{i}"]["__call__"][0] for i in (0, 1)]
+
+    found, without = blocks(module, params), blocks(Transformer(**TINY | given), plain)
+    np.testing.assert_array_equal(found[0], without[0])
+    assert found[1].shape == (2, 3 + 4, 48)
+    assert np.abs(found[1][:, 3:] - without[1]).max() > 1e-3
+    assert module.apply({"params": params}, x, t, labels=labels).shape == x.shape
+
+
 def test_positions_of_another_size_are_stretched_on_request_alone():
     small = Transformer(**TINY, size=8)
     x, t = images(1, 16, 16, 3), jnp.ones(1)
@@ -227,6 +249,7 @@ def test_swiglu_is_gated_by_silu():
         ({"cross": True}, {}, ("cross=True", "not given")),
         ({}, {"context": jnp.zeros((2, 3, 4))}, ("cross=False",)),
         ({}, {"residuals": [jnp.zeros(1)]}, ("ControlNet",)),
+        ({"label_tokens": 2}, {}, ("label_tokens=2", "num_classes")),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, given, words):

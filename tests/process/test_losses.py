@@ -89,6 +89,33 @@ def test_edm_weighting_of_f_is_one(x64):
     np.testing.assert_allclose(simple, aux["mse"])
 
 
+@pytest.mark.parametrize("prediction", ["x0", "velocity"])
+def test_the_velocitys_weighting_is_the_velocitys_error(prediction, x64):
+    """JiT: (x0's error / max(t, 0.05))^2 on the linear path, whatever is predicted."""
+    t = jnp.array([0.02, 0.05, 0.4, 1.0])
+    found, _ = losses.objective(FLOW, prediction, weighting="velocity")(network, clean(), t, unit())
+    error = per_example((estimate(FLOW, prediction, t) - clean()) ** 2)
+    np.testing.assert_allclose(found, error / np.maximum(t, 0.05) ** 2, rtol=1e-9)
+
+
+def test_the_angle_is_added_over_channels(x64):
+    """LightningDiT: orthogonal channels cost 1, opposite ones 2, parallel ones nothing."""
+    x0, t = jnp.zeros((3, 2, 2, 2)), jnp.full(3, 0.5)
+    noise = jnp.broadcast_to(jnp.array([1.0, 0.0]), x0.shape)  # the velocity as well
+    said = jnp.array([[0.0, 3.0], [-2.0, 0.0], [0.5, 0.0]])[:, None, None]
+
+    def added(network):
+        with_it, without = (
+            losses.objective(FLOW, "velocity", cosine=c)(network, x0, t, noise)[0] for c in (0.5, 0)
+        )
+        return with_it - without
+
+    np.testing.assert_allclose(added(lambda x, c: said + 0 * x), [0.5, 1.0, 0.0], atol=1e-12)
+    # A network starts at zero, where the angle has no gradient, and no NaN.
+    grad = jax.grad(lambda a: added(lambda x, c: a[None, None, None] + 0 * x).sum())(jnp.zeros(2))
+    assert np.isfinite(grad).all()
+
+
 def test_flow_matching_is_the_squared_error_of_the_velocity(x64):
     t = jnp.array([0.0, 0.3, 0.7, 1.0])
     seen = {}
@@ -210,9 +237,13 @@ def test_times_have_their_distributions():
     np.testing.assert_allclose(np.log(sigma).std(), 1.2, rtol=0.06)
     u = small_draw(FLOW)
     np.testing.assert_allclose([u.mean(), u.std()], [0.5, np.sqrt(1 / 12)], atol=0.02)
-    logit = small_draw(FLOW, times="logit_normal", mean=0.5, std=0.8)
-    z = np.log(logit / (1 - logit))
-    np.testing.assert_allclose([z.mean(), z.std()], [0.5, 0.8], atol=0.05)
+    shifted = schedules.flow(p_mean=0.5, p_std=0.8)
+    for drawn in (
+        small_draw(FLOW, times="logit_normal", mean=0.5, std=0.8),
+        small_draw(shifted, times="logit_normal"),
+    ):
+        z = np.log(drawn / (1 - drawn))
+        np.testing.assert_allclose([z.mean(), z.std()], [0.5, 0.8], atol=0.05)
 
 
 def test_noise_is_unit_and_apart_from_t():

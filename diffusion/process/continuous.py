@@ -3,6 +3,8 @@ r"""Continuous schedules, and what all schedules take and give.
 EDM             alpha = 1, sigma = t; training levels ln sigma ~ N(P_mean, P_std^2), sampling
                 levels (s_max^(1/rho) + i/(N-1) (s_min^(1/rho) - s_max^(1/rho)))^rho
                                                    (EDM Table 1, arXiv:2206.00364)
+TrigFlow        alpha = cos t, sigma = d sin t, d = sigma_data: EDM's process over sqrt(1 + (s/d)^2)
+                at its level s = d tan t                  (arXiv:2410.11081 section 3)
 rectified flow  alpha = 1 - t, sigma = t, t in [0, 1] (arXiv:2209.03003; here t = 1 is noise)
 """
 
@@ -72,6 +74,10 @@ class EDM:
     def time(self, logsnr: Times) -> np.ndarray:
         return np.asarray(np.exp(-0.5 * np.asarray(logsnr, np.float64)))
 
+    def at(self, level: Times) -> Levels:
+        """The time of a level sigma / alpha; jax stays jax."""
+        return as_float(level)
+
     def conditioning(self, t: Times) -> Levels:
         """c_noise = ln(sigma) / 4 (EDM Table 1)."""
         return module(t).log(as_float(t)) / 4
@@ -79,6 +85,44 @@ class EDM:
     def input_scale(self, t: Times) -> Levels:
         """c_in of EDM Table 1."""
         return 1 / edm_norm(1.0, as_float(t), self.sigma_data)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrigFlow(EDM):
+    """EDM's levels, x_t of the same variance at all of them. The network is told ``time_scale t``,
+    with 1 a smooth function of t, as sCM needs.
+    """
+
+    time_scale: float | int = 1.0
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        return float(self.at(self.sigma_min)), float(self.at(self.sigma_max))
+
+    @property
+    def prior_std(self) -> float:
+        return float(self.sigma(self.time_range[1]))
+
+    def alpha(self, t: Times) -> Levels:
+        return module(t).cos(as_float(t))
+
+    def sigma(self, t: Times) -> Levels:
+        return self.sigma_data * module(t).sin(as_float(t))
+
+    def logsnr(self, t: Times) -> Levels:
+        return -2 * module(t).log(self.sigma_data * module(t).tan(as_float(t)))
+
+    def time(self, logsnr: Times) -> np.ndarray:
+        return np.asarray(self.at(super().time(logsnr)))
+
+    def at(self, level: Times) -> Levels:
+        return module(level).arctan(as_float(level) / self.sigma_data)
+
+    def conditioning(self, t: Times) -> Levels:
+        return self.time_scale * as_float(t)
+
+    def input_scale(self, t: Times) -> Levels:
+        return 0 * as_float(t) + 1 / self.sigma_data
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -97,12 +97,20 @@ class Method:
         """alpha + sigma: x = size y."""
         return jnp.asarray(self.schedule.alpha(t)) + jnp.asarray(self.schedule.sigma(t))
 
-    def of(self, network: Any, x_t: Array, t: Array, s: Array | None = None, **which: Any) -> Array:
+    def of(
+        self,
+        network: Any,
+        x_t: Array,
+        t: Array,
+        s: Array | None = None,
+        target: str = "velocity",
+        **which: Any,
+    ) -> Array:
         """The network's velocity; of a jump to s, the average. ``which``: told, teacher."""
         prediction = self.teacher if which.get("teacher") else self.prediction
         bare = functools.partial(network, **which)
         output = gaussian.apply_network(bare, self.schedule, prediction, x_t, t, s)
-        return self.converted(output.astype(x_t.dtype), prediction, "velocity", x_t, t)
+        return self.converted(output.astype(x_t.dtype), prediction, target, x_t, t)
 
     def converted(self, output: Array, source: str, target: str, x_t: Array, t: Array) -> Array:
         levels = self.schedule.alpha(t), self.schedule.sigma(t), self.schedule.sigma_data
@@ -129,6 +137,18 @@ class Method:
         y = x_t / gaussian.expand(self.size(t), x_t)
         y = y - gaussian.expand(self.tau(t) - self.tau(s), x_t) * v
         return gaussian.expand(self.size(s), x_t) * y
+
+    def along(self, function: Any, x_t: Array, t: Array, v: Array) -> tuple[Array, Array]:
+        """function(x_t, t) and its derivative by t along dy/dtau = v; one jvp.
+
+        x = size y, so dx/dt = size' y + size v tau'.
+        """
+        ones = jnp.ones_like(t)
+        size, size_slope = jax.jvp(self.size, (t,), (ones,))
+        _, tau_slope = jax.jvp(self.tau, (t,), (ones,))
+        x_slope = gaussian.expand(size_slope / size, x_t) * x_t
+        x_slope = x_slope + gaussian.expand(size * tau_slope, x_t) * v
+        return jax.jvp(function, (x_t, t), (x_slope, ones))
 
     def drawn(self, keys: Key[Array, "batch"], purpose: int = losses.TIME_PURPOSE) -> Array:
         """(batch,) times."""
@@ -170,8 +190,9 @@ class MeanFlow(Method):
         x_t = gaussian.q_sample(self.schedule, x0, t, noise)
         v = self.wanted(network, x0, noise, x_t, t)
         along = held(self.of(network, x_t, t, t)) if self.improved and not self.teacher else v
-        u, slope = self._average(network, x_t, t, s, along)
-        target = held(v - gaussian.expand(self.tau(t) - self.tau(s), x_t) * slope)
+        u, slope = self.along(lambda x, t: self.of(network, x, t, s), x_t, t, along)
+        _, tau_slope = jax.jvp(self.tau, (t,), (jnp.ones_like(t),))
+        target = held(v - gaussian.expand((self.tau(t) - self.tau(s)) / tau_slope, x_t) * slope)
         return weighed(u - target, self.power, self.offset)
 
     def draw(self, keys: Key[Array, "batch"], x0: Array, step: Any = 0) -> tuple[Array, Array]:
@@ -179,21 +200,6 @@ class MeanFlow(Method):
         same = jax.vmap(jax.random.uniform)(stream(keys, EQUAL_PURPOSE)) < self.equal
         pair = jnp.stack([t, jnp.where(same, t, s)], axis=1).astype(jnp.result_type(float))
         return pair, losses.noise_like(keys, x0)
-
-    def _average(
-        self, network: Any, x_t: Array, t: Array, s: Array, v: Array
-    ) -> tuple[Array, Array]:
-        """u(x_t, t, s) and du/dtau along dy/dtau = v at fixed s; one jvp in t.
-
-        x = size y, so dx/dt = size' y + size v tau'.
-        """
-        ones = jnp.ones_like(t)
-        size, size_slope = jax.jvp(self.size, (t,), (ones,))
-        _, tau_slope = jax.jvp(self.tau, (t,), (ones,))
-        x_slope = gaussian.expand(size_slope / size, x_t) * x_t
-        x_slope = x_slope + gaussian.expand(size * tau_slope, x_t) * v
-        u, slope = jax.jvp(lambda x, t: self.of(network, x, t, s), (x_t, t), (x_slope, ones))
-        return u, slope / gaussian.expand(tau_slope, x_t)
 
 
 def weighed(error: Array, power: float | int, offset: float | int) -> tuple[Array, dict]:

@@ -57,10 +57,10 @@ def lognormal_times(keys: Key[Array, "batch"], schedule: Schedule) -> Array:
     """EDM's training levels: sigma = exp(P_mean + P_std n), (batch,), as times of the schedule."""
     if not isinstance(schedule, EDM):
         raise ValueError(
-            f"times='lognormal' draws levels sigma for EDM's schedule, not for "
+            f"times='lognormal' draws levels sigma for EDM's schedule or TrigFlow, not for "
             f"{type(schedule).__name__}: choose uniform or logit_normal"
         )
-    return jnp.exp(schedule.p_mean + schedule.p_std * normal(keys, keys.shape))
+    return schedule.at(jnp.exp(schedule.p_mean + schedule.p_std * normal(keys, keys.shape)))
 
 
 def logit_normal_times(

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.process.continuous import EDM, Flow, Levels, Times, as_float, module
+from diffusion.process.continuous import EDM, Flow, Levels, Times, TrigFlow, as_float, module
 
 
 @runtime_checkable
@@ -263,6 +263,7 @@ def sigmoid(
 
 
 edm = EDM
+trigflow = TrigFlow
 flow = Flow
 
 

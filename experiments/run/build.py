@@ -36,6 +36,7 @@ SCHEDULES: dict[str, Callable[..., schedules.Schedule]] = {
     "cosine": schedules.cosine,
     "sigmoid": schedules.sigmoid,
     "edm": schedules.edm,
+    "trigflow": schedules.trigflow,
     "flow": schedules.flow,
     "betas": schedules.from_betas,  # betas: one a step
 }

@@ -27,6 +27,7 @@ INITIALISATIONS = {"ddpm": lambda key, params: params, "torch": torch_defaults}
 METHODS: dict[str, type[few_steps.Method]] = {
     "meanflow": few_steps.MeanFlow,
     "consistency": consistency.Consistency,
+    "scm": consistency.ContinuousConsistency,
     "progressive": consistency.Progressive,
 }
 

@@ -9,11 +9,13 @@ MEAN, STD = 0.3, 0.6
 SCHEDULES = {
     "flow": schedules.Flow(),
     "edm": schedules.EDM(),
+    "trigflow": schedules.TrigFlow(),
     "discrete": schedules.scaled_linear(100),
 }
 PAIRS = {
     "flow": [(0.9, 0.1), (0.7, 0.5), (0.4, 0.4), (1.0, 0.0)],
     "edm": [(20.0, 0.1), (2.0, 0.5), (0.4, 0.4), (0.3, 0.01)],
+    "trigflow": [(1.5, 0.1), (1.2, 0.5), (0.8, 0.8), (0.3, 0.01)],
     "discrete": [(99.0, 1.5), (60.0, 30.25), (44.4, 44.4), (30.0, 0.0)],
 }
 
@@ -44,14 +46,15 @@ def average(schedule, x, t, s, mean=MEAN, std=STD):
     return jnp.where(tau == end, velocity(schedule, x, t, mean, std), moved / gap)
 
 
-def exact(schedule, prediction, wrong=0.0):
+def exact(schedule, prediction, wrong=0.0, clean=False):
     """The network of this prediction with the closed form, `wrong` times a feature beside it.
 
-    Not told its condition, it knows N(-mean, std^2). EDM's conditioning is undone here.
+    `clean`: the consistency function, whose x_0 is where the flow ends. Not told its condition, it
+    knows N(-mean, std^2). EDM's conditioning is undone here.
     """
 
     def network(x, t, s=None, told=True, teacher=False):
-        if isinstance(schedule, schedules.EDM):
+        if type(schedule) is schedules.EDM:
             t, s = jnp.exp(4 * t), None if s is None else jnp.exp(4 * s)
         else:
             scale = getattr(schedule, "time_scale", 1)
@@ -61,6 +64,9 @@ def exact(schedule, prediction, wrong=0.0):
             x = x * jnp.sqrt(b**2 + a**2 * schedule.sigma_data**2)
         mean = MEAN if told else -MEAN
         u = velocity(schedule, x, t, mean) if s is None else average(schedule, x, t, s, mean)
+        if clean:
+            end = mean + STD / jnp.sqrt(a**2 * STD**2 + b**2) * (x - a * mean)
+            u = (x - (a + b) * end) / b
         u = u if teacher else u + wrong * (x / (a + b) - 0.2)
         return gaussian.convert(u, "velocity", prediction, x, a, b, schedule.sigma_data)
 

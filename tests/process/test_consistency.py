@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
-from diffusion.process import consistency, gaussian, losses
+from diffusion.process import consistency, gaussian, losses, schedules
 from diffusion.process.samplers import SAMPLERS, sample
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -50,8 +51,7 @@ def test_consistency_training_has_the_consistency_function_at_its_minimum(known)
 
     def loss(w, r):
         def network(x, t, s=None, told=True, teacher=False):
-            at_clean = jnp.full_like(t, np.log(1e-9) / 4)
-            return known.exact(schedule, "edm")(x, t, at_clean) + w[:, None] * jnp.tanh(x)
+            return known.exact(schedule, "edm", clean=True)(x, t) + w[:, None] * jnp.tanh(x)
 
         times = jnp.tile(jnp.asarray([1.0, r, 0.002]), (len(x0), 1))
         return method.loss(network, x0, times, noise)[1]["mse"]
@@ -76,27 +76,163 @@ def test_ect_draws_what_its_authors_do(known):
     np.testing.assert_array_equal(t, losses.draw(keys, schedule, x0)[0])
 
 
-def test_the_pseudo_huber_loss_is_ects(x64, known):
-    """Eq. 3 by its own formula, one consistency function far from another."""
-    schedule = known.SCHEDULES["edm"]
+def test_ict_draws_neighbours_as_often_as_its_authors(known):
+    """Levels of Karras et al.'s sampler, N of them doubling; pairs as often as iCT's erf says."""
+    schedule = schedules.EDM(p_mean=-1.1, p_std=2.0)
+    method = consistency.Consistency(schedule, levels=(10, 35), double_steps=100, huber=0.03)
+    count = 40_000
+    keys, x0 = jax.random.split(jax.random.key(0), count), jnp.zeros((count, 1))
+    for step, intervals in ((99, 10), (100, 20), (250, 35)):
+        t, r, s = np.asarray(method.draw(keys, x0, step)[0]).T
+        ends = 0.002 ** (1 / 7), 80 ** (1 / 7)
+        levels = np.linspace(*ends, intervals + 1) ** 7
+        place = np.searchsorted(levels, t * (1 + 1e-9)) - 1
+        np.testing.assert_allclose(t, levels[place], rtol=1e-9)
+        np.testing.assert_allclose(r, levels[place - 1], rtol=1e-9)
+        assert (s == 0.002).all() and (r[place == 1] == 0.002).all()
+        want = np.diff(scipy.special.erf((np.log(levels) + 1.1) / (np.sqrt(2) * 2.0)))
+        found = np.bincount(place - 1, minlength=intervals) / count
+        want = want / want.sum()
+        assert np.all(np.abs(found - want) < 5 * np.sqrt(want / count) + 1 / count)
+
+
+def theta(seed=1):
+    rng = np.random.default_rng(seed)
+    return {"w": jnp.asarray(rng.normal(size=(4, 4))), "b": jnp.asarray(rng.normal(size=4))}
+
+
+def smooth(theta, x, t):
+    """A network's output."""
+    return jnp.tanh(x @ theta["w"] + theta["b"][None] * jnp.sin(0.3 * t)[:, None])
+
+
+def ect(now, fixed, x0, noise, t, r):
+    """Eq. 3 on EDM's schedule, and iCT's with a weight of the step."""
+
+    def function(theta, level):
+        x, c = x0 + level[:, None] * noise, jnp.sqrt(level**2 + 0.25)[:, None]
+        found = smooth(theta, x / c, jnp.log(level) / 4)
+        return 0.25 * x / c**2 + level[:, None] * 0.5 / c * found
+
+    square = jnp.sum((function(now, t) - function(fixed, r)) ** 2, axis=1)
+    return jnp.sqrt(square + 0.03**2) - 0.03
+
+
+def scm(now, fixed, x0, noise, t, share):
+    """sCM's algorithm 1 in its own words: TrigFlow, its F minus ours, its derivative numeric."""
+    d, t, share = 0.5, t[:, None], share[:, None]
+    x_t = jnp.cos(t) * x0 + jnp.sin(t) * d * noise
+    rate = jnp.cos(t) * d * noise - jnp.sin(t) * x0
+
+    def f(theta, h=0.0):
+        return -smooth(theta, (x_t + h * rate) / d, t[:, 0] + h)
+
+    h = 1e-5
+    slope = (8 * (f(fixed, h) - f(fixed, -h)) - f(fixed, 2 * h) + f(fixed, -2 * h)) / (12 * h)
+    g = -(jnp.cos(t) ** 2) * (d * f(fixed) - rate)
+    g = g - share * jnp.cos(t) * jnp.sin(t) * (x_t + d * slope)
+    g = g / (jnp.linalg.norm(g, axis=1, keepdims=True) + 0.1)
+    return jnp.mean((f(now) - f(fixed) - g) ** 2, axis=1)
+
+
+def progressive(now, fixed, x0, noise, t, r):
+    """arXiv:2202.00512, algorithm 2 on the straight path, from the teacher's eps - x_0."""
+    m, (a, b) = (t + r) / 2, (1 - t[:, None], t[:, None])
+    x_t = a * x0 + b * noise
+    x_m = x_t - (t - m)[:, None] * smooth(fixed, x_t, 1000 * t)
+    x_r = x_m - (m - r)[:, None] * smooth(fixed, x_m, 1000 * m)
+    target = x_t - b * (x_t - x_r) / (t - r)[:, None]
+    x_0 = (a * x_t - b * smooth(now, x_t, 1000 * t)) / (a**2 + b**2)
+    weight = jnp.maximum((1 - t) ** 2 / t**2, 1)
+    return weight * jnp.mean((x_0 - target) ** 2, axis=1)
+
+
+LEVELS = (0.5, 1.0, 4.0, 30.0), (0.25, 0.02, 3.0, 20.0)
+HUBER = {"huber": 0.03}
+EACH = {
+    "ect": (consistency.Consistency(schedules.EDM(), **HUBER), ect, LEVELS),
+    "ict": (consistency.Consistency(schedules.EDM(), **HUBER, levels=(10, 20)), ect, LEVELS),
+    "scm": (
+        consistency.ContinuousConsistency(schedules.TrigFlow()),
+        scm,
+        ((0.1, 0.7, 1.2, 1.5), (1.0, 0.3, 0.0, 1.0)),
+    ),
+    "progressive": (
+        consistency.Progressive(schedules.Flow(), "v", teacher="velocity", steps=2),
+        progressive,
+        ((1.0, 0.5, 1.0, 0.5), (0.5, 0.0, 0.5, 0.0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_gradients_are_finite_differences_with_the_targets_held(name, known):
+    """Each loss by its paper's own formula, whose target's parameters stay as they are."""
+    method, formula, given = EACH[name]
     x0, _, noise = known.drawn("edm", 4)
-    t, r = jnp.asarray([0.5, 1.0, 4.0, 30.0]), jnp.asarray([0.25, 0.002, 3.0, 20.0])
-    times = jnp.stack([t, r, jnp.full(4, 0.002)], axis=1)
+    t, r = (jnp.asarray(times) for times in given)
+    times = {"scm": (t, r), "progressive": (t, (t + r) / 2, r)}
+    times = jnp.stack(times.get(name, (t, r, jnp.full(4, 0.002))), axis=1)
+    weight = {"ect": (t**2 + 0.25) / (0.5 * t) ** 2, "ict": 1 / (t - r)}.get(name, 1.0)
+    start = theta()
 
-    def network(x, t, s=None, told=True, teacher=False):
-        return jnp.sin(x) * t[:, None]
+    def loss(theta):
+        def network(x, t, s=None, told=True, teacher=False):
+            return smooth(start if teacher else theta, x, t)
 
-    def function(x, t):
-        c = jnp.sqrt(t**2 + 0.25)[:, None]
-        return 0.25 * x / c**2 + t[:, None] * 0.5 / c * network(x / c, jnp.log(t) / 4)
+        return method.loss(network, x0, times, noise)[0].sum()
 
-    method = consistency.Consistency(schedule, huber=0.03)
-    found, _ = method.loss(network, x0, times, noise)
-    x_t, x_r = (x0 + noise * time[:, None] for time in (t, r))
-    after = jnp.where((r > 0.002)[:, None], function(x_r, r), x0)
-    square = jnp.sum((function(x_t, t) - after) ** 2, axis=1)
-    want = (jnp.sqrt(square + 0.03**2) - 0.03) * (t**2 + 0.25) / (0.5 * t) ** 2
-    np.testing.assert_allclose(found, want, rtol=1e-9)
+    def with_held(theta):
+        return jnp.sum(weight * formula(theta, start, x0, noise, t, r))
+
+    if name != "scm":  # whose value is that of the tangent before it is normalised
+        np.testing.assert_allclose(loss(start), with_held(start), rtol=1e-8)
+    for leaf, grad in jax.grad(loss)(start).items():
+        step = jnp.asarray(np.random.default_rng(2).normal(size=grad.shape))
+        ends = [with_held({**start, leaf: start[leaf] + k * 1e-5 * step}) for k in (1, -1)]
+        found, numeric = float(jnp.vdot(grad, step)), float((ends[0] - ends[1]) / 2e-5)
+        assert abs(found - numeric) < 1e-7 * max(1.0, abs(found)) and abs(found) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["flow", "edm", "trigflow", "discrete"])
+def test_the_tangent_of_the_exact_function_is_zero_with_a_teacher(kind, known):
+    """sCM's distillation: on every schedule, not on TrigFlow alone; and not of another function."""
+    schedule = known.SCHEDULES[kind]
+    prediction = "v" if kind == "discrete" else "edm"
+    method = consistency.ContinuousConsistency(schedule, prediction, teacher=prediction)
+    x0, times, noise = known.drawn(kind, 8)
+    times = times.at[:, 1].set(1.0).at[:, 0].min(0.99 * schedule.time_range[1])
+
+    def network(x, t, s=None, told=True, teacher=False, wrong=0.0):
+        return known.exact(schedule, prediction, 0.0 if teacher else wrong, not teacher)(x, t)
+
+    _, aux = method.loss(network, x0, times, noise)
+    _, off = method.loss(lambda *a, **k: network(*a, **k, wrong=0.1), x0, times, noise)
+    assert float(aux["mse"].max()) < 1e-14 and float(off["mse"].min()) > 1e-6
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+def test_scm_from_data_has_the_consistency_function_at_its_minimum(offset, known):
+    """Its gradient along a feature vanishes within the Monte-Carlo error, and not beside it."""
+    schedule = known.SCHEDULES["trigflow"]
+    method = consistency.ContinuousConsistency(schedule, offset=offset)
+    x0, _, noise = known.drawn("trigflow", 40_000)
+
+    @jax.jit
+    def slope(w, t):
+        def loss(w):
+            def network(x, t, s=None, told=True, teacher=False):
+                return known.exact(schedule, "edm", clean=True)(x, t) + w[:, None] * jnp.tanh(x)
+
+            pair = jnp.stack([jnp.full(len(x0), t), jnp.ones(len(x0))], axis=1)
+            return method.loss(network, x0, pair, noise)[0]
+
+        return jax.jvp(loss, (jnp.full(len(x0), w),), (jnp.ones(len(x0)),))[1]
+
+    for t in (0.4, 0.8, 1.2):
+        at, beside = (np.asarray(slope(w, t)) for w in (0.0, 0.3))
+        error = at.std() / np.sqrt(len(at))
+        assert abs(at.mean()) < 4 * error and beside.mean() > 10 * error, t
 
 
 @pytest.mark.parametrize("steps", [1, 3])

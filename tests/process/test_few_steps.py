@@ -14,6 +14,7 @@ CASES = [
     ("flow", "velocity"),
     ("flow", "v"),
     ("edm", "edm"),
+    ("trigflow", "edm"),
     ("discrete", "eps"),
     ("discrete", "velocity"),
 ]
@@ -34,7 +35,7 @@ def test_the_average_velocity_satisfies_its_identity(kind, prediction, known):
 
 
 @pytest.mark.parametrize("options", [{}, {"improved": True}], ids=["meanflow", "improved"])
-@pytest.mark.parametrize(("kind", "prediction"), CASES[::2])
+@pytest.mark.parametrize(("kind", "prediction"), [CASES[0], CASES[2], CASES[5]])
 def test_the_average_velocity_is_the_minimum_from_data(kind, prediction, options, known):
     """Its gradient along a feature vanishes within the Monte-Carlo error, and not beside it."""
     schedule = known.SCHEDULES[kind]
@@ -159,7 +160,7 @@ def test_times_are_sorted_and_equal_as_often_as_asked(known):
         t, s = np.asarray(times).T
         low, high = schedule.time_range
         assert (s <= t).all() and noise.shape == (4000, 2)
-        assert kind == "edm" or ((s >= low).all() and (t <= high).all())
+        assert kind in ("edm", "trigflow") or ((s >= low).all() and (t <= high).all())
         assert abs((s == t).mean() - 0.4) < 0.035
         # The larger of two: their ranks are uniform, so the median of t is the 0.75 quantile.
     t = np.asarray(few_steps.MeanFlow(schedules.Flow(), equal=0).draw(keys, noise, 0)[0])[:, 0]

@@ -18,6 +18,7 @@ SCHEDULES = {
     "sigmoid": schedules.sigmoid(50),
     "zero_terminal_snr": schedules.zero_terminal_snr(schedules.cosine(50)),
     "edm": schedules.edm(),
+    "trigflow": schedules.trigflow(),
     "flow": schedules.flow(),
 }
 OBJECTIVES = {
@@ -31,6 +32,7 @@ OBJECTIVES = {
     "learned vlb": ("cosine", "eps", {"variance": "learned", "weighting": "vlb"}),
     "edm": ("edm", "edm", {}),
     "edm weighting": ("edm", "x0", {"weighting": "edm"}),
+    "trigflow": ("trigflow", "edm", {}),
     "flow": ("flow", "velocity", {}),
     "flow min_snr": ("flow", "velocity", {"weighting": "min_snr"}),
     "flow v": ("flow", "v", {}),

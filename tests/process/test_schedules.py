@@ -77,6 +77,11 @@ def test_edm_and_flow_are_what_their_papers_say():
     np.testing.assert_allclose(edm.conditioning(t), np.log(t) / 4)
     np.testing.assert_allclose(edm.input_scale(t), 1 / np.sqrt(t**2 + 0.25))
     assert edm.prior_std == 80
+    trig, size = schedules.trigflow(), 1 / np.sqrt(1 + 4 * t**2)
+    np.testing.assert_allclose(trig.alpha(trig.at(t)), size)
+    np.testing.assert_allclose(trig.sigma(trig.at(t)), size * t)
+    np.testing.assert_allclose(trig.sigma(t) ** 2 + 0.25 * trig.alpha(t) ** 2, 0.25)
+    np.testing.assert_array_equal(trig.conditioning(t), t)
     u = np.array([0.0, 0.25, 1.0])
     np.testing.assert_allclose(flow.alpha(u) + flow.sigma(u), 1)
     np.testing.assert_allclose(flow.conditioning(u), 1000 * u)
@@ -89,6 +94,7 @@ ALL = {
     "sigmoid": schedules.sigmoid(),
     "zero": schedules.zero_terminal_snr(schedules.cosine()),
     "edm": schedules.edm(),
+    "trigflow": schedules.trigflow(),
     "flow": schedules.flow(),
 }
 

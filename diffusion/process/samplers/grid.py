@@ -238,8 +238,10 @@ def _checked_times(schedule: Schedule, times: np.ndarray, steps: int | None) -> 
             "time a step: leave one of the two out"
         )
     low, high = schedule.time_range
-    # EDM's times are levels: any positive one is in the schedule.
-    inside = np.all(times > 0) if schedule.prior_std != 1 else times.min() >= low
+    # EDM's times are levels: any positive one is in the schedule, TrigFlow's to pi / 2.
+    inside = times.min() >= low
+    if schedule.prior_std != 1:
+        inside = np.all(times > 0) and schedule.alpha(times.max()) >= 0
     if not inside or (schedule.prior_std == 1 and times.max() > high):
         raise ValueError(
             f"times={times[0]} .. {times[-1]} leave the schedule's {low} .. {high}: lower "

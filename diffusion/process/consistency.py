@@ -61,10 +61,10 @@ class Consistency(few_steps.Method):
     """Consistency training from data, or distillation of a teacher: eq. 1.
 
     clean: the share of draws whose jump ends at clean data; below 1 for networks of two times. r is
-    t less ``skip`` of the time range, or where skip is 0 ECT's of eq. 2, whose steps are made q
-    times smaller every ``double_steps`` steps of training (0: never). levels: iCT's least and
-    greatest N in place of that, doubled as often. The error is weighed as MeanFlow's where
-    ``power`` is given, else by eq. 3 with c = ``huber``, or iCT's weight.
+    t less ``skip`` of the time range, or where skip is 0 ECT's of eq. 2, its t being sigma / alpha
+    of any schedule, whose steps are made q times smaller every ``double_steps`` steps of training
+    (0: never). levels: iCT's least and greatest N in place of that, doubled as often. The error is
+    weighed as MeanFlow's where ``power`` is given, else by eq. 3 with c = ``huber``, or iCT's.
     """
 
     prediction: str = "edm"
@@ -86,11 +86,13 @@ class Consistency(few_steps.Method):
         if self.levels and (len(self.levels) != 2 or not 1 <= self.levels[0] <= self.levels[1]):
             raise ValueError(f"levels={self.levels} must be a least and a greatest number, or ()")
         given = 0 < self.skip < 1 and not self.levels
-        by_level = self.skip == 0 and isinstance(self.schedule, EDM) and self.q > 1
+        by_level = self.skip == 0 and (
+            isinstance(self.schedule, EDM) if self.levels else self.q > 1
+        )
         if not given and not by_level:
             raise ValueError(
-                f"skip={self.skip} must lie in (0, 1), or be 0 with a schedule of EDM's levels and "
-                "q > 1 (ECT's steps), or with levels (iCT's)"
+                f"skip={self.skip} must lie in (0, 1), or be 0 with q > 1 (ECT's steps) or with "
+                "levels of EDM's schedule or TrigFlow (iCT's)"
             )
 
     def loss(self, network: Any, x0: Array, triple: Array, noise: Array) -> tuple[Array, dict]:
@@ -130,9 +132,11 @@ class Consistency(few_steps.Method):
         elif self.levels:
             t, r = self._neighbours(keys, stage)
         else:
-            level = self._level(t)
-            nearer = 1 - (1 + 8 * jax.nn.sigmoid(-level)) / self.q ** (stage + 1.0)
-            r = self.schedule.at(level * nearer)
+            logsnr = jnp.asarray(self.schedule.logsnr(t))
+            nearer = 8 * jax.nn.sigmoid(-jnp.exp(-0.5 * logsnr))
+            nearer = 1 - (1 + nearer) / self.q ** (stage + 1.0)
+            r = self.schedule.time(logsnr - 2 * jnp.log(jnp.maximum(nearer, 1e-30)))
+            r = jnp.where(nearer > 0, r, low)
         triple = jnp.stack([t, jnp.maximum(r, s), s], axis=1)
         return triple.astype(jnp.result_type(float)), losses.noise_like(keys, x0)
 
@@ -151,9 +155,8 @@ class Consistency(few_steps.Method):
         number = jnp.minimum(self.levels[0] * 2.0**stage, self.levels[1])
         place = jnp.exp((process.p_mean + process.p_std * drawn) / process.rho)
         place = jnp.clip(jnp.floor((place - low) / (high - low) * number), 0, number - 1)
-        t, r = (
-            process.at((low + (place + k) / number * (high - low)) ** process.rho) for k in (1, 0)
-        )
+        roots = (low + (place + k) / number * (high - low) for k in (1, 0))
+        t, r = (jnp.asarray(process.time(-2 * process.rho * jnp.log(root))) for root in roots)
         return t, jnp.where(place == 0, process.time_range[0], r)
 
 

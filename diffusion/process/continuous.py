@@ -71,12 +71,8 @@ class EDM:
     def logsnr(self, t: Times) -> Levels:
         return -2 * module(t).log(as_float(t))
 
-    def time(self, logsnr: Times) -> np.ndarray:
-        return np.asarray(np.exp(-0.5 * np.asarray(logsnr, np.float64)))
-
-    def at(self, level: Times) -> Levels:
-        """The time of a level sigma / alpha; jax stays jax."""
-        return as_float(level)
+    def time(self, logsnr: Times) -> Levels:
+        return module(logsnr).exp(-0.5 * as_float(logsnr))
 
     def conditioning(self, t: Times) -> Levels:
         """c_noise = ln(sigma) / 4 (EDM Table 1)."""
@@ -97,7 +93,8 @@ class TrigFlow(EDM):
 
     @property
     def time_range(self) -> tuple[float, float]:
-        return float(self.at(self.sigma_min)), float(self.at(self.sigma_max))
+        low, high = (np.arctan(s / self.sigma_data) for s in (self.sigma_min, self.sigma_max))
+        return float(low), float(high)
 
     @property
     def prior_std(self) -> float:
@@ -112,11 +109,8 @@ class TrigFlow(EDM):
     def logsnr(self, t: Times) -> Levels:
         return -2 * module(t).log(self.sigma_data * module(t).tan(as_float(t)))
 
-    def time(self, logsnr: Times) -> np.ndarray:
-        return np.asarray(self.at(super().time(logsnr)))
-
-    def at(self, level: Times) -> Levels:
-        return module(level).arctan(as_float(level) / self.sigma_data)
+    def time(self, logsnr: Times) -> Levels:
+        return module(logsnr).arctan(super().time(logsnr) / self.sigma_data)
 
     def conditioning(self, t: Times) -> Levels:
         return self.time_scale * as_float(t)
@@ -153,8 +147,8 @@ class Flow:
         with np.errstate(divide="ignore"):
             return 2 * (module(t).log1p(-t) - module(t).log(t))
 
-    def time(self, logsnr: Times) -> np.ndarray:
-        return np.asarray(1 / (1 + np.exp(np.minimum(0.5 * np.asarray(logsnr, np.float64), 700.0))))
+    def time(self, logsnr: Times) -> Levels:
+        return 1 / (1 + module(logsnr).exp(module(logsnr).minimum(0.5 * as_float(logsnr), 700.0)))
 
     def conditioning(self, t: Times) -> Levels:
         return self.time_scale * as_float(t)

@@ -60,7 +60,8 @@ def lognormal_times(keys: Key[Array, "batch"], schedule: Schedule) -> Array:
             f"times='lognormal' draws levels sigma for EDM's schedule or TrigFlow, not for "
             f"{type(schedule).__name__}: choose uniform or logit_normal"
         )
-    return schedule.at(jnp.exp(schedule.p_mean + schedule.p_std * normal(keys, keys.shape)))
+    logsnr = -2 * (schedule.p_mean + schedule.p_std * normal(keys, keys.shape))
+    return jnp.asarray(schedule.time(logsnr))
 
 
 def logit_normal_times(

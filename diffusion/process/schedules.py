@@ -43,8 +43,8 @@ class Schedule(Protocol):
     """What losses, samplers and likelihoods ask of a schedule; its t is in ``time_range``.
 
     ``conditioning(t)`` is what the network is told about t, ``input_scale(t)`` what its input is
-    multiplied by, ``time(logsnr)`` the inverse of ``logsnr`` in NumPy float64, ``prior_std`` the
-    standard deviation of x at the greatest t.
+    multiplied by, ``time(logsnr)`` the inverse of ``logsnr``, ``prior_std`` the standard deviation
+    of x at the greatest t.
     """
 
     @property
@@ -60,7 +60,7 @@ class Schedule(Protocol):
     def alpha(self, t: Times) -> Levels: ...
     def sigma(self, t: Times) -> Levels: ...
     def logsnr(self, t: Times) -> Levels: ...
-    def time(self, logsnr: Times) -> np.ndarray: ...
+    def time(self, logsnr: Times) -> Levels: ...
     def conditioning(self, t: Times) -> Times: ...
     def input_scale(self, t: Times) -> Levels: ...
 
@@ -157,13 +157,14 @@ class Discrete:
         with np.errstate(divide="ignore"):
             return module(t).log(signal) - module(t).log(noise)
 
-    def time(self, logsnr: Times) -> np.ndarray:
-        """The (fractional) t of this logsnr, clamped to [0, T-1]; NumPy float64."""
+    def time(self, logsnr: Times) -> Levels:
+        """The (fractional) t of this logsnr, clamped to [0, T-1]."""
+        like, logsnr = module(logsnr), as_float(logsnr)
         steps = np.arange(self.num_steps, dtype=np.float64)
         if self.between != "variance":
-            return np.asarray(np.interp(-np.asarray(logsnr), -self._tables["logsnr"], steps))
-        noise = 1 / (1 + np.exp(np.minimum(np.asarray(logsnr, np.float64), 700.0)))
-        return np.asarray(np.interp(noise, self._tables["noise"], steps))
+            return like.interp(-logsnr, -self._tables["logsnr"], steps)
+        noise = 1 / (1 + like.exp(like.minimum(logsnr, 700.0)))
+        return like.interp(noise, self._tables["noise"], steps)
 
     def conditioning(self, t: Times) -> Times:
         if self.between == "log_round" and not _is_integer(t):

@@ -64,15 +64,19 @@ def test_consistency_training_has_the_consistency_function_at_its_minimum(known)
     assert np.all(at[:-1] / at[1:] > 1.7) and np.all(beside > at) and beside[-1] > 3 * at[-1]
 
 
-def test_ect_draws_what_its_authors_do(known):
-    schedule = known.SCHEDULES["edm"]
+@pytest.mark.parametrize("kind", ["edm", "trigflow", "flow", "discrete"])
+def test_ect_draws_what_its_authors_do(kind, known):
+    """Of the levels sigma / alpha of any schedule, which are EDM's times."""
+    schedule = known.SCHEDULES[kind]
     keys, x0 = jax.random.split(jax.random.key(0), 512), jnp.zeros((512, 2))
-    method = consistency.Consistency(schedule, q=4, double_steps=100)
+    method = consistency.Consistency(schedule, "v", q=4, double_steps=100)
+    low = schedule.time_range[0]
     for step, stage in ((0, 1), (99, 1), (250, 3)):
         t, r, s = np.asarray(method.draw(keys, x0, step)[0]).T
-        want = t * (1 - (1 + 8 / (1 + np.exp(t))) / 4.0**stage)
-        np.testing.assert_allclose(r, np.maximum(want, 0.002), rtol=1e-12)
-        assert (s == 0.002).all()
+        level, end, least = (np.exp(-0.5 * schedule.logsnr(x)) for x in (t, r, low))
+        want = level * (1 - (1 + 8 * scipy.special.expit(-level)) / 4.0**stage)
+        np.testing.assert_allclose(end, np.maximum(want, least), rtol=1e-11)
+        assert (s == low).all() and (r < t)[t > low].all() and len(set(r)) > 20
     np.testing.assert_array_equal(t, losses.draw(keys, schedule, x0)[0])
 
 

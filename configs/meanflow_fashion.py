@@ -1,0 +1,37 @@
+"""One and two steps on Fashion-MNIST by class: `scratch` (default) or `tuned`.
+
+    python -m experiments.train --config=configs/meanflow_fashion.py:scratch --workdir=DIR
+    python -m experiments.evaluate --workdir=DIR --metrics=frechet_distance --sweep_steps=1,2 \\
+        --classifier=CLASSIFIER
+
+On the latents of configs/fashion_ldm.py. `scratch`: MeanFlow (arXiv:2505.13447) from the latents
+alone, the teacher's guidance folded in. `tuned`: consistency tuning (ECT, arXiv:2406.14548) of its
+U-Net at `init_from`, on its schedule and its prediction. For two CPU cores; distances beside the
+teacher's: experiments/results/few_steps/README.md.
+"""
+
+from configs import common, fashion_ldm
+
+
+def get_config(arg=None):
+    which, smoke = common.parse(arg, ("scratch", "tuned"))
+    config = fashion_ldm.get_config("smoke" if smoke else None)
+    config.sample.update(steps=1, guidance_scale=1.0)
+    if not smoke:
+        config.train.steps = config.optim.decay_steps = 10_000
+    if which == "scratch":
+        config.process.update(method="meanflow", prediction="velocity", times="logit_normal")
+        config.process.schedule = {"name": "flow"}
+        config.process.objective = {"mean": -0.4, "std": 1.0, "equal": 0.75, "guidance_scale": 1.5}
+        config.model.denoiser.second_time = True
+        config.optim.b2 = 0.95
+        config.sample.sampler = "meanflow"
+        return config
+    config.init_from = "runs/fashion_ldm"
+    config.process.method = "consistency"
+    config.process.objective = {"q": 2.0, "double_steps": config.train.steps // 8}
+    config.process.schedule.sigma_data = 1.0
+    config.conditioning.drop = 0.0
+    config.optim.learning_rate = 5e-4
+    config.sample.sampler = "consistency"
+    return config

@@ -111,7 +111,8 @@ def denoiser() -> ConfigDict:
     # of p(x_{t-1} | x_t): "fixed_large" (beta_t), "fixed_small" (the posterior's), "learned"
     config.process.variance = "fixed_large"
     # how it is learnt: "denoise", or for few steps "meanflow", "consistency", "scm", "progressive",
-    # each with an objective's arguments of its own (diffusion/process/few_steps.py, consistency.py)
+    # "lcm", each with an objective's arguments of its own (diffusion/process/few_steps.py and,
+    # after it, consistency.py and latent_consistency.py)
     config.process.method = "denoise"
     # norm: "l2", "l1"; weighting: "simple", "min_snr", "edm", "velocity", "vlb"; cosine: weight of
     # LightningDiT's angle (diffusion/process/losses.py)

@@ -18,6 +18,11 @@ are made while training, and nothing is stored:
 `controlnet`: the U-Net is frozen, and a ControlNet on edges of the images is trained; it is
 `online`, being given images.
 
+`lcm`: latent consistency distillation to 1 to 8 steps (Luo et al. 2023, arXiv:2310.04378), the
+U-Net told how strongly to guide; with `lora` (arXiv:2311.05556) it is not, and its updates turn any
+fine-tuned U-Net into such a one. Settings: Diffusers' train_lcm_distill_sd_wds.py and
+train_lcm_distill_lora_sd.py, whose updates are of the convolutions too, here of the dense layers.
+
 IMAGES holds a metadata.jsonl of `file_name` and `text`, or a .txt beside each image. The text
 encoder and the first stage stay frozen. A tenth of the captions is dropped, as v1-3 and v1-4 were
 trained (CompVis/stable-diffusion, Stable_Diffusion_v1_Model_Card.md); 1e-4 with 10,000 steps of
@@ -30,8 +35,10 @@ from configs import common, common_ldm
 
 def get_config(arg=None):
     which, switches, smoke = common.parse_switches(
-        arg, ("v1", "v2"), ("lora", "controlnet", "online")
+        arg, ("v1", "v2"), ("lora", "controlnet", "online", "lcm")
     )
+    if {"controlnet", "lcm"} <= set(switches):
+        raise ValueError(f"config argument {arg!r}: controlnet and lcm exclude each other")
     if {"controlnet", "lora"} <= set(switches):
         raise ValueError(f"config argument {arg!r}: controlnet and lora exclude each other")
     stored = not {"controlnet", "online"} & set(switches)
@@ -72,10 +79,32 @@ def get_config(arg=None):
         common_ldm.lora(config, rank=4)
     if "controlnet" in switches:
         common_ldm.controlnet(config, (16, 32, 96, 256))
+    if "lcm" in switches:
+        latent_consistency(config, "lora" in switches)
     if smoke:
         common_ldm.latent_smoke(config)
         config.model.denoiser.update({"heads": 2, "head_dim": None})
+        if "teacher" in config.model:
+            config.model.teacher = {**config.model.denoiser.to_dict(), "guidance_width": 0}
         config.model.text_encoder.update({"vocab_size": 1024, "width": 32, "layers": 2, "heads": 2})
         if "controlnet" in switches:
             config.model.controlnet.hint_widths = (8, 8, 8, 8)
     return config
+
+
+def latent_consistency(config, adapted):
+    """Students of `init_from`'s U-Net."""
+    config.process.method = "lcm"
+    config.process.objective = {"teacher": config.process.prediction, "weights": (5.0, 15.0)}
+    config.conditioning.drop = 0.0
+    config.train.steps = 1000
+    config.sample.update(sampler="lcm", steps=4, guidance_scale=1.0)
+    config.sample.options = {}
+    if adapted:
+        config.model.lora.update(rank=64, alpha=64.0)
+        config.model.lora.targets = ("to_q", "to_k", "to_v", "to_out", "proj_in", "proj_out")
+        return
+    config.model.teacher = config.model.denoiser.to_dict()
+    config.model.denoiser.guidance_width = 256  # Diffusers: time_cond_proj_dim
+    config.optim.update(learning_rate=1e-6, warmup_steps=0)
+    config.sample.guidance_scale = 8.0

@@ -115,6 +115,8 @@ PARAMETERS = {
     "ldm_lsun256:churches": {"denoiser": 294_966_916, "autoencoder": KL_F8},
     # without the augmentation's label, with a second time
     "meanflow_cifar10": {"denoiser": DDPMPP - 9 * 128 + 128 * 512 + 512 + 512 * 512 + 512},
+    "meanflow_fashion:scratch": {"denoiser": 1_344_644, "autoencoder": 396_404},
+    "meanflow_fashion:tuned": {"denoiser": 1_323_908, "autoencoder": 396_404},
     "meanflow_digits:tuned": {**DIGITS, "denoiser": DIGITS_TOLD, "teacher": DIGITS["denoiser"]},
     "meanflow_digits:scratch": {**DIGITS, "denoiser": DIGITS_TOLD},
     "ldm_layout:openimages": {
@@ -149,6 +151,8 @@ PARAMETERS = {
     "stable_diffusion:online": V1,
     "stable_diffusion:lora": {**V1, "lora": 797_184},
     "stable_diffusion:v2,lora": {**V2, "lora": 829_952},
+    "stable_diffusion:v1,lcm": {**V1, "denoiser": SD_V1 + 256 * 320, "teacher": SD_V1},
+    "stable_diffusion:v1,lcm,lora": {**V1, "lora": 23_937_024},
     "stable_diffusion:v1,controlnet": {**V1, "controlnet": 361_279_120},
     "stable_diffusion:v2,controlnet": {**V2, "controlnet": 364_228_240},
     "video_digits:unet": {"denoiser": 732_337},
@@ -264,8 +268,9 @@ def test_words_of_an_argument_combine_and_contradictions_are_refused():
     assert config.model.denoiser.linear_projection and "lora" in config.model
     assert "controlnet" in load("stable_diffusion", "controlnet,smoke").model
     assert load("stable_diffusion", "v1,lora").latents.contexts
+    assert load("stable_diffusion", "v2,lcm,lora").process.objective.teacher == "v"
     assert "latents" not in load("stable_diffusion", "online,controlnet")
-    for wrong in ("lora,controlnet", "v1,v2", "lora,v3"):
+    for wrong in ("lora,controlnet", "lcm,controlnet", "v1,v2", "lora,v3"):
         with pytest.raises(ValueError, match=wrong.split(",")[1]):
             load("stable_diffusion", wrong)
 

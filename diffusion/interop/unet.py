@@ -20,6 +20,7 @@ STEM = "diffusion_pytorch_model"
 
 RULES: files.Rules = (
     (r"^/time_(\d)/", r"/time_embedding/linear_\1/"),
+    (r"^/guidance_proj/", "/time_embedding/cond_proj/"),
     (r"^/norm_out/", "/conv_norm_out/"),
     (r"^/(down|up)_(\d+)_res_(\d+)/", r"/\1_blocks/\2/resnets/\3/"),
     (r"^/(down|up)_(\d+)_attn_(\d+)/", r"/\1_blocks/\2/attentions/\3/"),

@@ -48,7 +48,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("only_cross_attention", "dual_cross_attention"), (False,)),
     **dict.fromkeys(("resnet_skip_time_act", "class_embeddings_concat"), (False,)),
     **dict.fromkeys(("class_embed_type", "addition_embed_type", "encoder_hid_dim"), (None,)),
-    **dict.fromkeys(("encoder_hid_dim_type", "time_cond_proj_dim"), (None,)),
+    "encoder_hid_dim_type": (None,),
     **dict.fromkeys(("num_attention_heads", "cross_attention_norm"), (None,)),
     **dict.fromkeys(("time_embedding_act_fn", "timestep_post_act"), (None,)),
     "reverse_transformer_layers_per_block": (None,),
@@ -59,6 +59,7 @@ OTHERS = {
     *("use_memory_efficient_attention", "split_head_dim"),
     *("cross_attention_dim", "use_linear_projection", "num_class_embeds", "time_embedding_dim"),
     *("attn_norm_num_groups", "sample_size", "upcast_attention", "num_train_timesteps"),
+    "time_cond_proj_dim",
     *("addition_time_embed_dim", "addition_embed_type_num_heads"),
     "projection_class_embeddings_input_dim",
 }
@@ -131,6 +132,7 @@ def _module(config: Mapping[str, Any], conditional: bool, source: Path) -> UNet:
         downsample_padding=(0, 1) if config.get("downsample_padding") == 0 else 1,
         flip_sin_to_cos=config["flip_sin_to_cos"],
         freq_shift=config["freq_shift"],
+        guidance_width=config.get("time_cond_proj_dim") or 0,
     )
 
 
@@ -251,6 +253,7 @@ def _conditional(module: UNet, params: Mapping[str, Any], depths: list[int]) -> 
         "attention_head_dim": _per_level(heads, module.levels),
         "cross_attention_dim": params["mid_attn"]["blocks_0"]["attn2"]["to_k"]["kernel"].shape[0],
         "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "time_cond_proj_dim": module.guidance_width or None,
         "transformer_layers_per_block": _per_level(depths, module.levels),
         "use_linear_projection": module.linear_projection,
     }
@@ -284,6 +287,8 @@ def _check_expressible(module: UNet, params: Mapping[str, Any], depths: list[int
     for key in ("pool_context", "second_time"):
         if getattr(module, key):
             _refuse(key, True, "it has no such projection")
+    if module.guidance_width and not cross:
+        _refuse("guidance_width", module.guidance_width, "U-Nets without cross-attention have none")
     if module.downsample_padding not in (1, (1, 1), None, (0, 1)):
         _refuse("downsample_padding", module.downsample_padding, "only 1 and (0, 1) are")
     if cross and (module.resblock_updown or not module.mid_attention):

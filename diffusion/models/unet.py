@@ -43,7 +43,7 @@ from diffusion.models.layers import (
     timestep_embedding,
     zero_init,
 )
-from diffusion.models.second_time import with_second_time
+from diffusion.models.second_time import with_guidance, with_second_time
 
 # What the backward pass finds saved inside each block: nothing; the outputs of convolutions and of
 # attention (norms and activations, cheap to compute, are recomputed); or those of dense layers.
@@ -66,6 +66,7 @@ class UNet(nn.Module):
     num_classes: labels 0 .. num_classes - 1 (a null class counts) are embedded and added to temb;
         for labels as context (LDM on ImageNet) put `embedders.ClassEmbedder` before the U-Net.
     pool_context: add a projection of the mean context token to temb. second_time: takes `s`.
+    guidance_width: of the sinusoids of a guidance weight, which it then takes; 0: it does not.
     dtype: what to compute in; parameters stay float32. remat: None or a key of REMAT_POLICIES.
     """
 
@@ -90,6 +91,7 @@ class UNet(nn.Module):
     flip_sin_to_cos: bool = False
     freq_shift: int | float = 1
     second_time: bool = False
+    guidance_width: int = 0
     dtype: Any = None
     remat: str | None = None
 
@@ -104,6 +106,7 @@ class UNet(nn.Module):
         residuals: Sequence[Float[Array, "batch ..."]] | None = None,
         keys: Key[Array, "batch"] | None = None,
         s: Num[Array, ""] | Num[Array, "batch"] | None = None,
+        guidance: Float[Array, "batch"] | None = None,
     ) -> Float[Array, "batch *space out_channels"]:
         """Float32 or wider. `context_mask` True: may be looked at. `keys` None: no dropout.
 
@@ -111,7 +114,7 @@ class UNet(nn.Module):
         ValueError where the size cannot be halved between all levels, or fields contradict.
         """
         self._check(x, context, labels)
-        temb = self._embed(x, t, context, context_mask, labels, s)
+        temb = self._embed(x, t, context, context_mask, labels, s, guidance)
         return self._run(x, temb, context, context_mask, residuals, keys)
 
     def _run(self, x: Array, temb: Array, context, context_mask, residuals, keys) -> Array:
@@ -206,13 +209,14 @@ class UNet(nn.Module):
             return Upsample(width, dtype=self.dtype, name=name)(h)
         return Downsample(width, self.downsample_padding, dtype=self.dtype, name=name)(h)
 
-    def _embed(self, x: Array, t: Array, context, mask, labels, s=None) -> Array:
+    def _embed(self, x: Array, t: Array, context, mask, labels, s=None, guidance=None) -> Array:
         """Eq. 6."""
         t = jnp.broadcast_to(t, x.shape[:1]).astype(jnp.promote_types(x.dtype, jnp.float32))
         sinusoids = self.channels, self.flip_sin_to_cos, self.freq_shift
         dense = functools.partial(Dense, 4 * self.channels, dtype=self.dtype)
-        temb = nn.silu(dense(name="time_1")(timestep_embedding(t, *sinusoids)))
-        temb = dense(name="time_2")(temb)
+        temb = timestep_embedding(t, *sinusoids)
+        temb = with_guidance(self.guidance_width, temb, guidance, self.dtype)
+        temb = dense(name="time_2")(nn.silu(dense(name="time_1")(temb)))
         temb = with_second_time(self.second_time, temb, t, s, *sinusoids, self.dtype)
         if self.num_classes is not None:
             embed = nn.Embed(

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from diffusion import interop
 from diffusion.data.tokenizers import Tokenizer
 from diffusion.models import lora, target
+from diffusion.models.second_time import told_guidance
 from diffusion.models.unet import UNet
 from diffusion.process import keys as ks
 from diffusion.process import samplers
@@ -259,8 +260,12 @@ class Pipeline:
         told, nothing = task.condition(params, batch), None
         if empty := conditions.null(task.conditions, params, batch):
             nothing = task.condition(params, {**batch, **empty})
-        predict = functools.partial(task.predict, params)
-        return self.how.denoise(predict, told, nothing, batch.get("guidance_scale"), worse)
+        predict, scale = functools.partial(task.predict, params), batch.get("guidance_scale")
+        if told_guidance(task.network):  # as a weight beside 1, in place of a second evaluation
+            w = jnp.float32(self.how.guidance_scale if scale is None else scale) - 1
+            size = len(jax.tree.leaves(told)[0])
+            told, nothing, scale = {**told, "guidance": jnp.broadcast_to(w, size)}, None, None
+        return self.how.denoise(predict, told, nothing, scale, worse)
 
     def at_a_time(self, count: int) -> int:
         """How many of `count` pictures are made at a time: what all devices divide."""

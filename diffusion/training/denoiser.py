@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from diffusion.models.lora import Lora
+from diffusion.models.second_time import told_guidance
 from diffusion.process import keys as ks
 from diffusion.process import losses
 from diffusion.training import codec, conditions, coupling
@@ -51,9 +52,9 @@ class Denoiser:
     `drop_condition` of them dropped in training. loss_history is the empty history of second-moment
     resampling, None: t as `draw` has it. lora: low-rank updates of the U-Net. controlnets: each
     reads one of the condition's hints; the first is "controlnet" among the parameters, the next
-    "controlnet_1". teacher: a network, frozen, as "teacher" among the parameters. augment: of the
-    pictures in training (`augment.py`). coupled: in training noise and examples of a batch are
-    paired by optimal transport (`coupling.py`).
+    "controlnet_1". teacher: a network, frozen, as "teacher" among the parameters; None with `lora`:
+    the network without it. augment: of the pictures in training (`augment.py`). coupled: noise and
+    examples of a training batch are paired by optimal transport (`coupling.py`).
     """
 
     network: Any
@@ -181,7 +182,7 @@ class Denoiser:
         step: Array | int = 0,
     ) -> tuple[Float[Array, " batch"], dict[str, Array]]:
         """Equation 3 for each example, given one key an example; `step`: how many were taken."""
-        params = self.merged(params)
+        base, params = params, self.merged(params)
         if self.augment is not None and train:
             batch = self.augment(batch, ks.stream(keys, ks.DATA))
         x0 = self.clean(params, extra, batch, keys, train)
@@ -190,11 +191,14 @@ class Denoiser:
         condition = self.condition(params, batch, keys, train)
         dropout_keys = ks.stream(keys, ks.DROPOUT) if train else None
 
-        def network(x_t, t, s=None, told=True, teacher=False):
+        def network(x_t, t, s=None, told=True, teacher=False, guidance=None):
             given = condition if told else self.nothing(params, batch)
             if teacher:
-                frozen = dataclasses.replace(self, network=self.teacher)
-                return frozen.predict({**params, "denoiser": params["teacher"]}, x_t, t, given)
+                frozen = dataclasses.replace(self, network=self.teacher or self.network)
+                of = {**params, "denoiser": base["denoiser" if self.lora else "teacher"]}
+                return frozen.predict(of, x_t, t, given)
+            if guidance is not None and told_guidance(self.network):
+                given = {**given, "guidance": guidance}
             return self.predict(params, x_t, t, given, s, dropout_keys)
 
         t, noise = self.draw(ks.stream(keys, ks.TIMES), x0, step)

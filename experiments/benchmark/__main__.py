@@ -3,6 +3,7 @@ r"""How fast a config runs here, alone or against Diffusers with PyTorch on the 
     python -m experiments.benchmark --suite=train|sample|autoencoder|compile --config=configs/X.py \
         --batch=32 [--peer=diffusers] [--rounds=5] [--out=FILE.json] [--plot=FILE.png]
     python -m experiments.benchmark --suite=data|checkpoint|attention|growth --config=configs/X.py
+    python -m experiments.benchmark --suite=pictures --workdir=STUDENT,TEACHER --steps=1,4
 
 With a peer the two sides alternate in fresh processes (A, B, A, B, ...), `--rounds` times each, on
 the same weights and inputs, and nothing is timed before the gate: the peer loads the weights that
@@ -16,6 +17,7 @@ compile      the first step: with an empty compilation cache (cold) and with a f
 features     Inception's features of uint8 images, as FID takes them; --peer=pytorch-fid; no config
 data         the input pipeline of a config's prepared data, and the step fed by it
 checkpoint   saving and restoring the state, and what the hashes of the manifest add
+pictures     of trained runs, as they are sampled, a second (`pictures.py`)
 attention    kernels by length, on accelerators that have more than one
 device       all that a machine with an accelerator owes, in --budget_secs (`device.py`)
 growth       the step's time by batch (a + b B), by side, and by devices with their collectives
@@ -41,7 +43,7 @@ from ml_collections import ConfigDict
 from diffusion import files
 from diffusion.training.parallel import check_batch
 from diffusion.wording import Progress
-from experiments.benchmark import alone, device, growth, show
+from experiments.benchmark import alone, device, growth, pictures, show
 from experiments.benchmark.workload import describe, summary
 from experiments.host import cli
 from experiments.run import build
@@ -53,7 +55,7 @@ PEERS = {
 OURS = "experiments.benchmark.ours"
 COMPARED = ("train", "sample", "autoencoder", "compile")
 FEATURES = "features"  # the suite, whose peer is pytorch-fid
-GROWTH = "growth"
+GROWTH, PICTURES = "growth", "pictures"
 ENVIRONMENT = ("GLIBC_TUNABLES", "XLA_FLAGS")  # what both sides inherit, and the JSON says
 GATE = {"output": 1e-4, "gradient": 1e-3, "sampled": 1e-3}  # relative, float32
 
@@ -165,7 +167,7 @@ def fitted(config: ConfigDict) -> tuple[ConfigDict, dict[str, Any]]:
 
 def define(add: cli.Flags) -> None:
     add.config()
-    suites = [*COMPARED, FEATURES, *alone.SUITES, GROWTH, device.SUITE]
+    suites = [*COMPARED, FEATURES, *alone.SUITES, GROWTH, PICTURES, device.SUITE]
     add.add("enum", "suite", "train", "What is measured.", suites)
     add.add("string", "peer", None, f"{', '.join(PEERS)}: measured beside us.")
     add.add("integer", "batch", None, "Examples a call; default: the config's train.batch_size.")
@@ -173,6 +175,8 @@ def define(add: cli.Flags) -> None:
     add.add("integer", "warmup", 3, "Calls before the timed ones, after the first.")
     add.add("integer", "repeats", 20, "Timed calls (or groups of --sync_every) of a process.")
     add.add("integer", "sync_every", 1, "Calls between two waits; 10 on accelerators.")
+    add.add("list", "workdir", None, "Of --suite=pictures: trained runs.")
+    add.add("list", "steps", None, "Of --suite=pictures: of the first run; default: its config's.")
     add.add("integer", "sample_steps", 50, "Of --suite=sample.")
     add.add("float", "guidance_scale", 7.5, "Of --suite=sample, where there is a context.")
     add.add("integer", "seed", 0, "Of weights and inputs.")
@@ -208,6 +212,10 @@ def main(values: flags.FlagValues) -> None:
     elif values.suite in alone.SUITES:
         config = cli.require(values, "config")
         found = alone.SUITES[values.suite](config, values.batch, values.repeats)
+    elif values.suite == PICTURES:
+        runs, steps = cli.require(values, "workdir"), cli.numbers(values, "steps", int)
+        batch = values.batch or 64
+        found = pictures.pictures(runs, steps, batch, values.rounds, values.seed)
     elif values.suite == GROWTH:
         config, _ = fitted(cli.require(values, "config"))
         options = _sizes(values) | {"sample_steps": 1, "guidance_scale": 1.0, "peer_options": {}}

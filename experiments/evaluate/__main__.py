@@ -8,6 +8,7 @@ r"""Numbers of a trained run, or of a set of images, with what they depend on, a
         --out=FILE.json
     ... --preset=ldm_table1_celebahq            a published row's settings (presets.py)
     ... --sweep_guidance=1,2,4 --sweep_steps=10,25,50      a curve for each, and sweep.png
+    ... --sweep_steps=1,2 --beside=TEACHER/evaluation.json     and beside.png, of both
     ... --ema_length=0.05,0.1                   averages of such lengths (training/ema.py, eq. 5)
     ... --every_checkpoint                      a curve against the training step, and its picture
     python -m experiments.evaluate --every_checkpoint --workdir=DIR --out=DIR [--classifier=DIR]
@@ -115,6 +116,7 @@ def define(add: cli.Flags) -> None:
     )
     add.add("list", "sweep_guidance", None, "Guidance scales to measure as well.")
     add.add("list", "sweep_steps", None, "Numbers of sampler steps to measure as well.")
+    add.add("list", "beside", None, "JSONs of other runs' --sweep_steps, to draw on one plot.")
     add.add("integer", "checkpoint_step", None, "Of the checkpoint; default: the newest.")
     add.add("bool", "every_checkpoint", False, "Measure each that the run keeps as well.")
     rounding = list(sample_sets.ROUNDINGS)
@@ -208,6 +210,8 @@ def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> Non
     if values.out is None and subject.run is None:
         raise ValueError("--out is missing: with --samples alone, name a file for the results")
     swept(values)
+    if values.beside and not values.sweep_steps:
+        raise ValueError("--beside draws against network evaluations: give --sweep_steps as well")
 
 
 def swept(values: flags.FlagValues) -> dict[str, list]:
@@ -247,6 +251,7 @@ def main(values: flags.FlagValues) -> None:
             )
         return every_checkpoint.report(subject, place(values, subject, "results.json"))
     check(values, subject, metrics)
+    others = [curves.swept_steps(pathlib.Path(path)) for path in values.beside or ()]
     out = place(values, subject, "evaluation.json")
     which = weights_of(values, subject, metrics)
     if not values.samples:
@@ -268,6 +273,9 @@ def main(values: flags.FlagValues) -> None:
         pictures.captioned(out.with_name(f"{out.stem}_{name}.png"), *sheet)
     for name, curve in points.items():
         curves.plot(out.with_name(f"{out.stem}_{name}.png"), curve)
+    if others:
+        every = [point for found in (*others, curves.swept_steps(out)) for point in found]
+        curves.beside(out.with_name(f"{out.stem}_beside.png"), every)
     print(json.dumps(results, indent=2))
 
 

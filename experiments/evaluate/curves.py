@@ -1,5 +1,6 @@
 """Curves of an evaluation: metrics against guidance scale, sampler steps or training step."""
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +12,16 @@ from experiments.evaluate import every_checkpoint
 from experiments.evaluate.metrics import METRICS, measure
 from experiments.evaluate.samples import Subject
 from experiments.host import cluster
+from experiments.run import generate
 
-LABELS = {"guidance_scale": "guidance scale", "steps": "sampler steps", "step": "training step"}
+LABELS = {
+    "guidance_scale": "guidance scale",
+    "steps": "sampler steps",
+    "step": "training step",
+    "evaluations": "network evaluations a picture",
+}
 COLUMNS = 4
-SKIPPED = ("guidance_scale", "steps", "step", "samples", "num_held_out")
+SKIPPED = ("guidance_scale", "steps", "step", "evaluations", "samples", "num_held_out")
 
 
 def sweep(
@@ -45,7 +52,8 @@ def _point(
     found = measure(part, [m for m in metrics if METRICS[m].of != "first stage"])
     found.pop("sheets", None)
     made_from = part.samples.made_from()
-    where = {key: made_from["sample"][key] for key in ("guidance_scale", "steps")}
+    where = {key: made_from["sample"][key] for key in ("sampler", "guidance_scale", "steps")}
+    where["evaluations"] = generate.evaluations(part.run.model.pipeline)
     where |= {key: made_from[key] for key in ("step", "checkpoint")}
     shown = {name: float(f"{value[0]:.4g}") for name, value in numbers(found).items()}
     if cluster.is_first():
@@ -84,6 +92,35 @@ def plot(path: pathlib.Path, points: Sequence[Mapping[str, Any]]) -> None:
     pictures.figure(path, panels, columns, size=(3.6, 2.8))
 
 
+def swept_steps(path: pathlib.Path) -> list[dict[str, Any]]:
+    """What --sweep_steps measured in an evaluation's JSON, each point with its "run"."""
+    if not path.is_file():
+        raise ValueError(f"--beside={path} is no file: name the evaluation.json of another run")
+    found = json.loads(path.read_text())
+    points = found.get("sweep", []) if isinstance(found, dict) else []
+    points = [point for point in points if point["curve"] == "steps" and "evaluations" in point]
+    if not points:
+        raise ValueError(
+            f"--beside={path} holds no evaluations of a sweep: measure that run with --sweep_steps"
+        )
+    return [{"run": found["workdir"], **point} for point in points]
+
+
+def beside(path: pathlib.Path, points: Sequence[Mapping[str, Any]]) -> None:
+    """A panel a metric, against the network's evaluations; a line a run, sampler and guidance."""
+
+    def name(point: Mapping[str, Any], several: bool) -> str:
+        guided = point["guidance_scale"]
+        said = [point["run"], point["sampler"], f"guided by {guided:g}" if guided != 1 else ""]
+        return " ".join(filter(None, [*said, point["weights"] if several else ""]))
+
+    several = len({point["weights"] for point in points}) > 1
+    named = [{**point, "weights": name(point, several)} for point in points]
+    metrics = list(dict.fromkeys(metric for point in points for metric in numbers(point)))
+    panels = [_panel(named, "evaluations", metric) for metric in metrics]
+    pictures.figure(path, panels, min(2, len(panels)), size=(5.4, 3.6))
+
+
 def _panel(points: Sequence[Mapping[str, Any]], x: str, metric: str) -> Panel:
     lines = []
     for which in dict.fromkeys(point["weights"] for point in points):
@@ -95,7 +132,7 @@ def _panel(points: Sequence[Mapping[str, Any]], x: str, metric: str) -> Panel:
         place, value, low, high = zip(*curve) if curve else ((), (), (), ())
         lines.append(Line(place, value, which, low, high))
     settings: dict[str, Any] = {"xlabel": LABELS[x], "ylabel": metric.replace("_", " ")}
-    if x == "steps":
+    if x in ("steps", "evaluations"):
         ticks = sorted({float(point[x]) for point in points})
         settings |= {"xscale": "log", "xticks": ticks, "xticklabels": [f"{t:g}" for t in ticks]}
     return Panel(lines, settings)

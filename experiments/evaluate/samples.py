@@ -123,6 +123,12 @@ class Samples:
         config, epoch = self.run.image_config, references.UNSEEN_EPOCH
         return given.columns(config, self.num, epoch) if given.reads(config) else {}
 
+    def columns(self, num: int, held_out: bool = False) -> Columns:
+        """What the pipeline is told of them."""
+        pipeline = self.run.model.pipeline
+        told = pipeline.columns(self.prompts(num, held_out)[0])
+        return told | {name: self.given[name] for name in pipeline.reads if name in self.given}
+
     def drawn(self, columns: Columns, num: int, start: int = 0) -> Iterator[np.ndarray]:
         """Batches of uint8, from sample `start` on."""
         images = self.run.model.pipeline.images(columns, num, [self.seed], start, self._sampler)
@@ -147,9 +153,7 @@ class Samples:
             yield from _shown(self.set.batches(), self.count)
             return
         pipeline = self.run.model.pipeline
-        columns = pipeline.columns(self.prompts(num, held_out)[0])
-        columns |= {name: self.given[name] for name in pipeline.reads if name in self.given}
-        make = functools.partial(self.drawn, columns, num)
+        make = functools.partial(self.drawn, self.columns(num, held_out), num)
         if self.keep is None:
             yield from _shown(make(), num)
         else:

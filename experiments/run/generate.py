@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion import files, interop
+from diffusion.models.second_time import told_guidance
 from diffusion.sampling import guide
 from diffusion.sampling.pipeline import Pipeline
 from experiments.run import build, data, networks, tasks, workdir
@@ -69,6 +70,12 @@ def _autoguided(model: Model, directory: str) -> Model:
         raise ValueError(str(error) if key in str(error) else f"{key}: {error}") from error
     both = files.digest([model.checkpoint_hash, worse.checkpoint_hash])[:16]
     return dataclasses.replace(model, pipeline=guided, checkpoint_hash=both)
+
+
+def evaluations(model: Pipeline) -> int:
+    """Of the network, for one picture: for guidance it is asked twice, unless it is told."""
+    once = model.how.guidance_scale == 1 or told_guidance(model.task.network)
+    return model.how.method().evaluations * (1 if once else 2)
 
 
 def with_controlnet(model: Pipeline, directory: str | pathlib.Path) -> Pipeline:

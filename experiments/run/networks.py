@@ -245,7 +245,8 @@ def _check_same(config: ConfigDict, other: ConfigDict, name: str) -> None:
 def difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:
     """The first field, with both values, in which two modules' parameters differ; None: in none."""
     for field in dataclasses.fields(ours):
-        if field.name not in FREE and not (field.name == "second_time" and ours.second_time):
+        added = field.name in ("second_time", "guidance_width") and getattr(ours, field.name)
+        if field.name not in FREE and not added:
             a, b = (getattr(module, field.name, None) for module in (ours, theirs))
             if a != b and _said(ours, field.name) != _said(theirs, field.name):
                 return field.name, a, b

@@ -14,7 +14,7 @@ from diffusion.models.discriminator import PatchDiscriminator
 from diffusion.models.image_encoder import DigitClassifier
 from diffusion.models.initialisation import torch_defaults
 from diffusion.models.perceptual import LPIPS
-from diffusion.process import consistency, few_steps, losses
+from diffusion.process import consistency, few_steps, latent_consistency, losses
 from diffusion.training import augment
 from diffusion.training.adversarial import Adversary
 from diffusion.training.autoencoder import Autoencoder
@@ -29,6 +29,7 @@ METHODS: dict[str, type[few_steps.Method]] = {
     "consistency": consistency.Consistency,
     "scm": consistency.ContinuousConsistency,
     "progressive": consistency.Progressive,
+    "lcm": latent_consistency.LatentConsistency,
 }
 
 
@@ -144,10 +145,12 @@ def _check_method(config: ConfigDict) -> None:
         )
     if "controlnet" in config.model:
         raise ValueError(f"model.controlnet with process.method={method!r}: take the one away")
-    if ("teacher" in section and bool(section.teacher)) != ("teacher" in config.model):
+    # Under low-rank updates the network without them is the teacher.
+    frozen = "teacher" in config.model or "lora" in config.model
+    if ("teacher" in section and bool(section.teacher)) != frozen:
         raise ValueError(
-            "process.objective.teacher says what the network model.teacher predicts: give both, or "
-            "neither"
+            "process.objective.teacher says what the network model.teacher (with model.lora, the "
+            "one that is adapted) predicts: give both, or neither"
         )
     jumps = method == "meanflow" or ("clean" in section and section.clean < 1)
     if jumps != getattr(build.denoiser_network(config), "second_time", False):

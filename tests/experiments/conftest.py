@@ -6,6 +6,8 @@ are compared in tests/training.
 
 import importlib.util
 import pathlib
+import shutil
+import subprocess
 
 import jax
 import pytest
@@ -50,6 +52,30 @@ def converted(reference, tmp_path_factory):
     argv = ("--from=diffusers", f"--source={reference[1]}", f"--workdir={target}")
     assert cli.run(convert.define, convert.main, argv) == 0
     return target
+
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
+    "--disable-background-networking --disable-component-update --disable-sync"
+).split()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """browser(*flags, address): what Chromium writes of a page; skips where there is none."""
+
+    def look(*flags: str) -> str:
+        names = ("chromium", "chromium-browser", "chrome", "google-chrome")
+        found = next(filter(None, map(shutil.which, names)), None)
+        if found is None:
+            pytest.skip("no Chromium on the PATH: the page was not looked at in a browser")
+        argv = [found, *FLAGS, f"--user-data-dir={tmp_path}/profile"]
+        argv += ["--virtual-time-budget=60000", *flags]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return look
 
 
 @pytest.fixture(autouse=True)

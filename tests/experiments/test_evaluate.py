@@ -108,6 +108,26 @@ def test_curves_hold_every_point_and_are_drawn(whole):
             assert min(picture.size) > 200
 
 
+def test_several_runs_stand_on_one_plot_against_evaluations(whole, tmp_path, monkeypatch):
+    """--beside: a line a run, sampler and guidance, each point as its JSON has it."""
+    root, found, _ = whole
+    own = curves.swept_steps(root / "out.json")
+    scale = found["sample"]["guidance_scale"]
+    assert [(p["evaluations"], p["run"]) for p in own] == [(3 * (1 + (scale != 1)), "ldm")] * 2
+    quick = [{**p, "run": "quick", "sampler": "meanflow", "guidance_scale": 1.0} for p in own]
+    quick = [{**p, "evaluations": n, "frechet_distance": n} for p in quick for n in (2.0, 1.0)]
+    drawn, draw = [], pictures.figure
+    monkeypatch.setattr(pictures, "figure", lambda *a, **k: (drawn.extend(a[1]), draw(*a, **k)))
+    curves.beside(tmp_path / "beside.png", [*own, *quick])
+    panel = next(p for p in drawn if p.settings["ylabel"] == "frechet distance")
+    lines = {line.label: (line.x, line.y) for line in panel.lines}
+    assert lines["quick meanflow raw"] == ((1.0, 2.0), (1.0, 2.0))
+    guided = f"ldm dpmpp_2m guided by {scale:g} ema"
+    assert lines[guided] == ((own[0]["evaluations"],), (own[0]["frechet_distance"],))
+    assert len(lines) == 4 and panel.settings["xlabel"] == "network evaluations a picture"
+    assert (tmp_path / "beside.png").stat().st_size > 10_000
+
+
 def test_the_distance_is_that_of_the_samples_and_the_training_images(whole, job):
     root, found, _ = whole
     judge = Judge(job / "classifier")
@@ -294,6 +314,8 @@ def test_each_picture_is_scored_with_the_caption_it_was_made_of(monkeypatch, tmp
         (("--weights=raw", "--metrics=psnr"), ("--weights=raw", "psnr")),
         (("--sweep_guidance=1,two",), ("--sweep_guidance=1,two",)),
         (("--checkpoint_step=3",), ("3",)),
+        (("--beside=none.json",), ("--beside", "--sweep_steps")),
+        (("--beside=none.json", "--sweep_steps=2"), ("--beside=none.json is no file",)),
         (("--preset=ldm_table1_celebahq",), ("celeb_a_hq/256", "captioned_digits")),
         (("--preset=best",), ("best", "ldm_table1_celebahq")),
         (("--samples=nowhere",), ("--samples=nowhere",)),

@@ -8,6 +8,7 @@ import pytest
 
 from configs import distil_digits, meanflow_digits
 from experiments import sample, train
+from experiments.benchmark import __main__ as benchmark
 from experiments.host import cli
 from experiments.run import networks, tasks
 
@@ -30,6 +31,13 @@ def test_a_student_starts_as_its_teacher_and_makes_pictures_in_one_step(job, tmp
         given = [f"--workdir={tmp_path}/run", f"--out={out}", f"--steps={steps}", "--num=2"]
         assert cli.run(sample.define, sample.main, [*given, "--prompt=a red seven"]) == 0
         assert (out / "00001.png").is_file()
+    out = tmp_path / "speed.json"
+    argv = ["--suite=pictures", f"--workdir={tmp_path}/run,{job}/ldm", "--steps=1,2", "--batch=2"]
+    assert cli.run(benchmark.define, benchmark.main, [*argv, "--rounds=1", f"--out={out}"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["run"] for row in rows] == ["run", "run", "ldm"]
+    assert [row["evaluations"] for row in rows] == [1, 2, 4]  # the teacher's 2 steps are guided
+    assert rows[-1]["times"] == 1 and all(0 < row["images_per_sec"] <= row["best"] for row in rows)
 
 
 def test_contradictions_are_refused_by_name():

@@ -13,7 +13,7 @@ from PIL import Image
 from configs import stable_diffusion
 from diffusion import weights
 from diffusion.interop import autoencoder, text_encoder, unet_config
-from experiments import encode_latents, train
+from experiments import encode_latents, sample, train
 from experiments.convert import __main__ as convert
 from experiments.host import cli
 from experiments.run import assemble, build, networks
@@ -27,10 +27,6 @@ def refused(capsys, *words) -> None:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert all(word in lines[0] for word in words), lines[0]
-
-
-def stable_diffusion_config(*argv):
-    return ("--config=configs/stable_diffusion.py:v1,online,smoke", *argv)
 
 
 @pytest.fixture
@@ -47,12 +43,12 @@ def pictures(tmp_path):
     return folder
 
 
-def tune(sd, converted, pictures, target, *argv):
+def tune(sd, converted, pictures, target, *argv, words="online"):
     given = (f"--config.init_from={converted}", f"--config.data.dir={pictures}")
     given += ("--config.train.batch_size=4", "--config.train.steps=2", "--config.parallel.data=1")
     given += ("--config.evaluation.preview=0", f"--workdir={target}")
-    argv = stable_diffusion_config(*sd.FLAGS, *given, *argv)
-    return cli.run(train.define, train.main, argv)
+    config = f"--config=configs/stable_diffusion.py:v1,{words},smoke"
+    return cli.run(train.define, train.main, (config, *sd.FLAGS, *given, *argv))
 
 
 def test_fine_tuning_begins_from_a_converted_pipeline(sd, converted, pictures, tmp_path, capsys):
@@ -75,6 +71,35 @@ def test_fine_tuning_begins_from_a_converted_pipeline(sd, converted, pictures, t
         assert isinstance(
             StableDiffusionPipeline.from_pretrained(tmp_path / "out"), StableDiffusionPipeline
         )
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])
+def test_latent_consistency_is_distilled_from_a_converted_pipeline(
+    adapted, sd, converted, pictures, tmp_path
+):
+    """The teacher is what was converted; guidance is told to the whole network alone."""
+    target, words = tmp_path / "run", "online,lcm" + ",lora" * adapted
+    more = ("--config.data.max_bad_images=1", "--config.optim.learning_rate=1e-3")
+    if not adapted:
+        more += ("--config.model.teacher.heads=4",)
+    assert tune(sd, converted, pictures, target, *more, words=words) == 0
+    assert np.isfinite(losses(target)).all() and min(losses(target)) > 0
+    found = networks.load(target, "raw", merged=False).params
+    base = networks.load(converted).params["denoiser"]
+    assert ("lora" in found) == adapted and ("guidance_proj" in found["denoiser"]) != adapted
+    same = [
+        np.array_equal(a, b)
+        for a, b in zip(*map(jax.tree.leaves, (base, {k: found["denoiser"][k] for k in base})))
+    ]
+    assert all(same) if adapted else not any(same)
+    made = []
+    for scale in (1, 8):
+        out = tmp_path / f"out{scale}"
+        given = (f"--workdir={target}", f"--out={out}", "--num=1", "--steps=2", "--prompt=a fox")
+        argv = (*given, f"--guidance_scale={scale}")
+        assert cli.run(sample.define, sample.main, argv) == 0
+        made.append((out / "00000.png").read_bytes())
+    assert made[0] != made[1]
 
 
 @pytest.fixture

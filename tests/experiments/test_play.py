@@ -1,7 +1,12 @@
 """The page of a run: pictures by HTTP, refusals that leave it running, and nothing but its own."""
 
+import html
 import http.client
+import http.server
 import io
+import json
+import pathlib
+import re
 import socket
 import threading
 import urllib.parse
@@ -17,11 +22,16 @@ from experiments.run import generate
 
 
 @pytest.fixture(scope="module")
-def address(job):
+def serving(job):
     with play.server(str(job / "ldm")) as serving:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
-        yield serving.server_address
+        yield serving
         serving.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(serving):
+    return serving.server_address
 
 
 def get(address, path, **headers):
@@ -67,6 +77,51 @@ def test_what_is_no_request_is_refused_and_leaves_it_running(address):
     with socket.create_connection(address) as noise:
         noise.sendall(b"\x00\xff nonsense\r\n\r\n")
     assert picture(address, prompt="\x00\u2603", steps=2)[0] == 200  # words that it does not know
+    assert picture(address, steps=2)[0] == 200
+
+
+LOOK = pathlib.Path(__file__).with_name("play_look.html")
+
+
+@pytest.fixture(scope="module")
+def watched(serving):
+    """The same server, which also has a page that uses the page, and can lose connections."""
+    lost = threading.Event()
+
+    class Watched(serving.RequestHandlerClass):
+        def do_GET(self):
+            if self.path == "/look":
+                self._send(200, "text/html", LOOK.read_bytes())
+            elif self.path.startswith("/lost?"):
+                lost.set() if self.path.endswith("on") else lost.clear()
+                self._send(200, "text/plain", b"")
+            elif lost.is_set():
+                self.close_connection = True
+            else:
+                super().do_GET()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Watched) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        yield other.server_address
+        other.shutdown()
+
+
+def test_a_browser_draws_as_one_types(watched, address, browser):
+    """A prompt typed, a slider moved, bad requests and lost connections, as a reader sees them."""
+    host = "http://{}:{}".format(*watched)
+    dumped = browser("--window-size=900,1200", "--dump-dom", f"{host}/look")
+    seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dumped, re.S)[1]))
+    assert "error" not in seen, seen
+    first, one_step, typed, slid, seeded, raw, refused, broken, lost, again = seen["pictures"]
+    assert seen["words"] == "a red seven" and seen["scale"] == "7.5"
+    assert 0 not in seen["pictures"]
+    assert len({first, one_step, typed, slid, seeded, raw}) == 6  # each wish is another picture
+    assert refused == broken == lost == again == raw  # what is no answer leaves the last one
+    for key in ("first", "typed", "slid", "seeded", "raw", "again"):
+        assert re.fullmatch(r"[\d.]+ ms", seen[key]), (key, seen)
+    assert "2400 characters" in seen["refused"] and "seed=-1" in seen["broken"]
+    assert "still running" in seen["lost"] and seen["file"] == 404
+    assert seen["overflow"] <= 0
     assert picture(address, steps=2)[0] == 200
 
 

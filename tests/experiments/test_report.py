@@ -10,8 +10,6 @@ import json
 import math
 import pathlib
 import re
-import shutil
-import subprocess
 import time
 
 import numpy as np
@@ -431,22 +429,7 @@ def test_the_default_job_ends_with_a_report(job):
 
 # -- in a browser ----------------------------------------------------------------------------------
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-    "--disable-background-networking --disable-component-update --disable-sync"
-).split()
 LOOK = pathlib.Path(__file__).with_name("report_look.html")  # uses it, and writes what it saw
-
-
-def browser(tmp_path, *flags):
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-    found = found or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no Chromium on the PATH: the report was not looked at in a browser")
-    argv = [found, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=10000"]
-    done = subprocess.run([*argv, *flags], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 MARKED = "<b>a&lt;"  # the name of a run: Plotly would read it as marked text
@@ -470,12 +453,11 @@ def rich(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize(("scheme", "ground"), [(1, "rgb(255, 255, 255)"), (0, "rgb(20, 23, 28)")])
-def test_a_browser_draws_it_and_it_answers(rich, tmp_path, width, scheme, ground):
+def test_a_browser_draws_it_and_it_answers(rich, tmp_path, browser, width, scheme, ground):
     look = tmp_path / "look.html"
     text = LOOK.read_text().replace("{{width}}", str(width))
     look.write_text(text.replace("{{report}}", html.escape(rich.read_text())))
     dumped = browser(
-        tmp_path,
         "--window-size=1300,1500",
         f"--blink-settings=preferredColorScheme={scheme}",
         "--dump-dom",
@@ -494,9 +476,9 @@ def test_a_browser_draws_it_and_it_answers(rich, tmp_path, width, scheme, ground
     assert seen["contrast"][0] >= 4.5, seen["contrast"]
 
 
-def test_a_browser_photographs_it_from_a_file(rich, tmp_path):
+def test_a_browser_photographs_it_from_a_file(rich, tmp_path, browser):
     path = tmp_path / "seen.png"
-    browser(tmp_path, "--window-size=1280,1600", f"--screenshot={path}", f"file://{rich}")
+    browser("--window-size=1280,1600", f"--screenshot={path}", f"file://{rich}")
     with Image.open(path) as photograph:
         assert photograph.size == (1280, 1600)
         assert len(photograph.convert("RGB").getcolors(1 << 24)) > 100

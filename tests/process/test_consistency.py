@@ -1,12 +1,14 @@
 """Consistency and progressive distillation against the known flow of Gaussian data."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 
-from diffusion.process import consistency, gaussian, losses, schedules
+from diffusion.process import consistency, gaussian, latent_consistency, losses, schedules
 from diffusion.process.samplers import SAMPLERS, sample
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -80,6 +82,17 @@ def test_ect_draws_what_its_authors_do(kind, known):
     np.testing.assert_array_equal(t, losses.draw(keys, schedule, x0)[0])
 
 
+def test_lcm_draws_its_grid_and_guidance():
+    method = latent_consistency.LatentConsistency(schedules.scaled_linear(), teacher="eps")
+    keys = jax.random.split(jax.random.key(0), 2000)
+    t, r, w = np.asarray(method.draw(keys, jnp.zeros((2000, 1)))[0]).T
+    assert set(t) == set(range(19, 1000, 20)) and (r == np.maximum(t - 20, 0)).all()
+    assert w.min() >= 5 and w.max() <= 15 and abs(w.mean() - 10) < 0.3
+    for wrong in ({"teacher": ""}, {"original_steps": 0}, {"weights": (5, 1)}):
+        with pytest.raises(ValueError, match=next(iter(wrong)) + "="):
+            dataclasses.replace(method, **wrong)
+
+
 def test_ict_draws_neighbours_as_often_as_its_authors(known):
     """Levels of Karras et al.'s sampler, N of them doubling; pairs as often as iCT's erf says."""
     schedule = schedules.EDM(p_mean=-1.1, p_std=2.0)
@@ -98,104 +111,6 @@ def test_ict_draws_neighbours_as_often_as_its_authors(known):
         found = np.bincount(place - 1, minlength=intervals) / count
         want = want / want.sum()
         assert np.all(np.abs(found - want) < 5 * np.sqrt(want / count) + 1 / count)
-
-
-def theta(seed=1):
-    rng = np.random.default_rng(seed)
-    return {"w": jnp.asarray(rng.normal(size=(4, 4))), "b": jnp.asarray(rng.normal(size=4))}
-
-
-def smooth(theta, x, t):
-    """A network's output."""
-    return jnp.tanh(x @ theta["w"] + theta["b"][None] * jnp.sin(0.3 * t)[:, None])
-
-
-def ect(now, fixed, x0, noise, t, r):
-    """Eq. 3 on EDM's schedule, and iCT's with a weight of the step."""
-
-    def function(theta, level):
-        x, c = x0 + level[:, None] * noise, jnp.sqrt(level**2 + 0.25)[:, None]
-        found = smooth(theta, x / c, jnp.log(level) / 4)
-        return 0.25 * x / c**2 + level[:, None] * 0.5 / c * found
-
-    square = jnp.sum((function(now, t) - function(fixed, r)) ** 2, axis=1)
-    return jnp.sqrt(square + 0.03**2) - 0.03
-
-
-def scm(now, fixed, x0, noise, t, share):
-    """sCM's algorithm 1 in its own words: TrigFlow, its F minus ours, its derivative numeric."""
-    d, t, share = 0.5, t[:, None], share[:, None]
-    x_t = jnp.cos(t) * x0 + jnp.sin(t) * d * noise
-    rate = jnp.cos(t) * d * noise - jnp.sin(t) * x0
-
-    def f(theta, h=0.0):
-        return -smooth(theta, (x_t + h * rate) / d, t[:, 0] + h)
-
-    h = 1e-5
-    slope = (8 * (f(fixed, h) - f(fixed, -h)) - f(fixed, 2 * h) + f(fixed, -2 * h)) / (12 * h)
-    g = -(jnp.cos(t) ** 2) * (d * f(fixed) - rate)
-    g = g - share * jnp.cos(t) * jnp.sin(t) * (x_t + d * slope)
-    g = g / (jnp.linalg.norm(g, axis=1, keepdims=True) + 0.1)
-    return jnp.mean((f(now) - f(fixed) - g) ** 2, axis=1)
-
-
-def progressive(now, fixed, x0, noise, t, r):
-    """arXiv:2202.00512, algorithm 2 on the straight path, from the teacher's eps - x_0."""
-    m, (a, b) = (t + r) / 2, (1 - t[:, None], t[:, None])
-    x_t = a * x0 + b * noise
-    x_m = x_t - (t - m)[:, None] * smooth(fixed, x_t, 1000 * t)
-    x_r = x_m - (m - r)[:, None] * smooth(fixed, x_m, 1000 * m)
-    target = x_t - b * (x_t - x_r) / (t - r)[:, None]
-    x_0 = (a * x_t - b * smooth(now, x_t, 1000 * t)) / (a**2 + b**2)
-    weight = jnp.maximum((1 - t) ** 2 / t**2, 1)
-    return weight * jnp.mean((x_0 - target) ** 2, axis=1)
-
-
-LEVELS = (0.5, 1.0, 4.0, 30.0), (0.25, 0.02, 3.0, 20.0)
-HUBER = {"huber": 0.03}
-EACH = {
-    "ect": (consistency.Consistency(schedules.EDM(), **HUBER), ect, LEVELS),
-    "ict": (consistency.Consistency(schedules.EDM(), **HUBER, levels=(10, 20)), ect, LEVELS),
-    "scm": (
-        consistency.ContinuousConsistency(schedules.TrigFlow()),
-        scm,
-        ((0.1, 0.7, 1.2, 1.5), (1.0, 0.3, 0.0, 1.0)),
-    ),
-    "progressive": (
-        consistency.Progressive(schedules.Flow(), "v", teacher="velocity", steps=2),
-        progressive,
-        ((1.0, 0.5, 1.0, 0.5), (0.5, 0.0, 0.5, 0.0)),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_gradients_are_finite_differences_with_the_targets_held(name, known):
-    """Each loss by its paper's own formula, whose target's parameters stay as they are."""
-    method, formula, given = EACH[name]
-    x0, _, noise = known.drawn("edm", 4)
-    t, r = (jnp.asarray(times) for times in given)
-    times = {"scm": (t, r), "progressive": (t, (t + r) / 2, r)}
-    times = jnp.stack(times.get(name, (t, r, jnp.full(4, 0.002))), axis=1)
-    weight = {"ect": (t**2 + 0.25) / (0.5 * t) ** 2, "ict": 1 / (t - r)}.get(name, 1.0)
-    start = theta()
-
-    def loss(theta):
-        def network(x, t, s=None, told=True, teacher=False):
-            return smooth(start if teacher else theta, x, t)
-
-        return method.loss(network, x0, times, noise)[0].sum()
-
-    def with_held(theta):
-        return jnp.sum(weight * formula(theta, start, x0, noise, t, r))
-
-    if name != "scm":  # whose value is that of the tangent before it is normalised
-        np.testing.assert_allclose(loss(start), with_held(start), rtol=1e-8)
-    for leaf, grad in jax.grad(loss)(start).items():
-        step = jnp.asarray(np.random.default_rng(2).normal(size=grad.shape))
-        ends = [with_held({**start, leaf: start[leaf] + k * 1e-5 * step}) for k in (1, -1)]
-        found, numeric = float(jnp.vdot(grad, step)), float((ends[0] - ends[1]) / 2e-5)
-        assert abs(found - numeric) < 1e-7 * max(1.0, abs(found)) and abs(found) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["flow", "edm", "trigflow", "discrete"])

@@ -219,16 +219,16 @@ def _by_level(
             f"which runs from {ends[0]} to {ends[1]}: choose uniform or trailing"
         )
     if spacing == "logsnr":
-        return schedule.time(np.linspace(ends[0], ends[1], steps + 1)[:-1])
+        return np.asarray(schedule.time(np.linspace(ends[0], ends[1], steps + 1)[:-1]))
     if spacing == "exponential":
-        return schedule.time(np.linspace(ends[0], ends[1], steps))
+        return np.asarray(schedule.time(np.linspace(ends[0], ends[1], steps)))
     largest, least = np.exp(-0.5 * ends)
     if spacing == "beta":
         level = least + betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, steps)) * (largest - least)
     else:
         largest, least = largest ** (1 / rho), least ** (1 / rho)
         level = (largest + np.linspace(0, 1, steps) * (least - largest)) ** rho
-    return schedule.time(-2 * np.log(level))
+    return np.asarray(schedule.time(-2 * np.log(level)))
 
 
 def _checked_times(schedule: Schedule, times: np.ndarray, steps: int | None) -> np.ndarray:

@@ -13,6 +13,8 @@ level r = floor((1 - eta) t') by the noise estimate e, and back up by noise:
 Both visit n of the ``original_steps`` times k T/original_steps - 1 that such models are trained on.
 """
 
+from typing import Any
+
 import numpy as np
 
 from diffusion.process.samplers.base import Sampler, linear
@@ -30,14 +32,16 @@ def lcm(
 ) -> Sampler:
     """Eq. 1; 4 ``steps`` by default. ValueError where there are more than ``original_steps``."""
     grid = _grid(schedule, steps, original_steps, times)
-    u, last = (
-        timestep_scaling * grid.times.astype(np.float64),
-        np.arange(grid.steps) == grid.steps - 1,
-    )
-    skip, out = 0.25 / (u**2 + 0.25), u / np.sqrt(u**2 + 0.25)
+    last = np.arange(grid.steps) == grid.steps - 1
+    skip, out = boundary(timestep_scaling * grid.times.astype(np.float64))
     alpha = np.where(last, 1.0, grid.alpha[1:])
     noise = np.where(last, 0.0, grid.sigma[1:])
     return linear(grid, alpha * skip, (alpha * out)[:, None], noise)
+
+
+def boundary(u: Any) -> tuple[Any, Any]:
+    """(c_skip, c_out) of eq. 1."""
+    return 0.25 / (u**2 + 0.25), u / (u**2 + 0.25) ** 0.5
 
 
 def tcd(

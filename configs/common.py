@@ -52,7 +52,7 @@ def base(task: str) -> ConfigDict:
     config.model = ConfigDict()
 
     config.optim = ConfigDict()
-    config.optim.name = "adam"  # "adam", "adamw", "sgd", or "muon" with AdamW for what is no matrix
+    config.optim.name = "adam"  # "adam", "radam", "adamw", "sgd", or "muon", AdamW for no matrix
     config.optim.learning_rate = 2e-4  # the one used: never scaled by batch or devices
     config.optim.warmup_steps = 0  # linear, from 0
     config.optim.decay = "constant"  # "constant", "cosine", "linear" or "inverse_sqrt"

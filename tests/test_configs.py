@@ -117,6 +117,9 @@ PARAMETERS = {
     "meanflow_cifar10": {"denoiser": DDPMPP - 9 * 128 + 128 * 512 + 512 + 512 * 512 + 512},
     "meanflow_fashion:scratch": {"denoiser": 1_344_644, "autoencoder": 396_404},
     "meanflow_fashion:tuned": {"denoiser": 1_323_908, "autoencoder": 396_404},
+    # SiT's (`sit_imagenet256`, above) and a second time
+    "meanflow_imagenet256:xl2": {"denoiser": 674_816_272 + (256 + 1152 + 2) * 1152},
+    "meanflow_imagenet256:b4": {"denoiser": 130_377_280 + (256 + 768 + 2) * 768},
     "meanflow_digits:tuned": {**DIGITS, "denoiser": DIGITS_TOLD, "teacher": DIGITS["denoiser"]},
     "meanflow_digits:scratch": {**DIGITS, "denoiser": DIGITS_TOLD},
     "ldm_layout:openimages": {

@@ -57,7 +57,8 @@ class Method:
 
     times: how t and s are drawn, one of ``losses.TIMES``; "": lognormal for EDM's schedule, else
     uniform. mean, std: of logit_normal times. teacher: the prediction of the frozen network; "":
-    there is none. guidance_scale: w; guidance_mix: k. ValueError where they contradict.
+    there is none. guidance_scale: w; guidance_mix: k; guidance_times: the least and greatest t that
+    are guided, (): all. ValueError where they contradict.
     """
 
     schedule: Schedule
@@ -69,6 +70,7 @@ class Method:
     teacher: str = ""
     guidance_scale: float | int = 1.0
     guidance_mix: float | int = 0.0
+    guidance_times: tuple[float | int, ...] = ()
 
     forward_mode: ClassVar[bool] = False  # whether the loss takes a jvp of the network
 
@@ -82,6 +84,8 @@ class Method:
                 f"guidance_mix={self.guidance_mix} must lie in [0, 1), and be 0 with a teacher, "
                 "which is guided by guidance_scale alone"
             )
+        if len(self.guidance_times) not in (0, 2):
+            raise ValueError(f"guidance_times={self.guidance_times} must be (low, high), or ()")
         for key in ("mean", "std"):
             if getattr(self, key) is not None and self.times != "logit_normal":
                 raise ValueError(
@@ -118,17 +122,23 @@ class Method:
 
     def wanted(self, network: Any, x0: Array, noise: Array, x_t: Array, t: Array) -> Array:
         """The v that is learnt, from data or of the teacher; held fixed."""
-        w, k = self.guidance_scale, self.guidance_mix
+        plain, mixed = self.guidance_scale == 1, self.guidance_mix != 0
+        w: Any = self.guidance_scale
+        k: Any = self.guidance_mix
+        if self.guidance_times:
+            low, high = self.guidance_times
+            inside = gaussian.expand((t >= low) & (t <= high), x_t) > 0
+            w, k = jnp.where(inside, w, 1), jnp.where(inside, k, 0)
         if self.teacher:
             cond = self.of(network, x_t, t, teacher=True)
-            if w == 1:
+            if plain:
                 return held(cond)
             null = self.of(network, x_t, t, teacher=True, told=False)
             return held(null + w * (cond - null))
         v = noise - x0
-        if w != 1:
+        if not plain:
             v = w * v + (1 - w) * self.of(network, x_t, t, t, told=False)
-        if k:
+        if mixed:
             v = (1 - k) * v + k * self.of(network, x_t, t, t)
         return held(v)
 

@@ -14,7 +14,7 @@ import optax.contrib
 from jaxtyping import Array
 
 Rate = Callable[..., Array]  # step -> learning rate
-BY_ELEMENT = ("adam", "adamw", "sgd")  # which do not look at a leaf's shape
+BY_ELEMENT = ("adam", "radam", "adamw", "sgd")  # which do not look at a leaf's shape
 
 
 def learning_rate(
@@ -62,19 +62,20 @@ def make_transform(
     weight_decay: float = 0.0,
     momentum: float = 0.95,
 ) -> optax.GradientTransformation:
-    """Adam, AdamW, SGD or Muon with a scheduled rate. Raises ValueError for another name.
+    """Adam, RAdam, AdamW, SGD or Muon with a scheduled rate. Raises ValueError for another name.
 
+    "radam" (arXiv:1908.03265) needs no warm-up: its own follows from the variance of its steps.
     "muon" (Jordan et al. 2024, as scaled by Moonlight, arXiv:2502.16982): orthogonalised momentum
     for matrices, their updates of AdamW's usual size, so that one rate serves both; AdamW for what
     is no matrix (biases, norms, convolutions, tables of embeddings).
     """
-    if name == "adam":
+    if name in ("adam", "radam"):
         if weight_decay:
             raise ValueError(
-                f"optim.weight_decay={weight_decay} has no effect with optim.name='adam': "
+                f"optim.weight_decay={weight_decay} has no effect with optim.name={name!r}: "
                 "use optim.name='adamw'"
             )
-        return optax.adam(rate, b1=b1, b2=b2, eps=eps)
+        return {"adam": optax.adam, "radam": optax.radam}[name](rate, b1=b1, b2=b2, eps=eps)
     if name == "adamw":
         return optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     if name == "sgd":
@@ -87,7 +88,7 @@ def make_transform(
         )
         adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
         return optax.partition({"muon": muon, "adamw": adamw}, _kinds)
-    raise ValueError(f"optim.name={name!r} is unknown: use 'adam', 'adamw', 'sgd' or 'muon'")
+    raise ValueError(f"optim.name={name!r} is unknown: use adam, radam, adamw, sgd or muon")
 
 
 def _kinds(params: Any) -> Any:

@@ -81,7 +81,7 @@ def test_latent_consistency_is_distilled_from_a_converted_pipeline(
     target, words = tmp_path / "run", "online,lcm" + ",lora" * adapted
     more = ("--config.data.max_bad_images=1", "--config.optim.learning_rate=1e-3")
     if not adapted:
-        more += ("--config.model.teacher.heads=4",)
+        more += tuple(flag.replace("denoiser", "teacher") for flag in sd.FLAGS if "deno" in flag)
     assert tune(sd, converted, pictures, target, *more, words=words) == 0
     assert np.isfinite(losses(target)).all() and min(losses(target)) > 0
     found = networks.load(target, "raw", merged=False).params

@@ -1,5 +1,7 @@
 """Objectives and samplers of few steps against closed forms: the flow of Gaussian data is known."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,13 @@ def test_guidance_is_folded_in_as_the_paper_has_it(known):
             seen = np.asarray(error * feature)
             assert abs(seen.mean()) < 4 * seen.std() / np.sqrt(seen.size)
         assert np.asarray(error).std() > 0.1
+    part = few_steps.Method(
+        schedule, "velocity", guidance_scale=w, guidance_mix=0.7, guidance_times=(0.0, 0.5)
+    )
+    np.testing.assert_array_equal(part.wanted(network, x0, noise, x_t, t[:, 0]), noise - x0)
+    inside = part.wanted(network, x0, noise, x_t, t[:, 0] - 0.2)
+    same = dataclasses.replace(part, guidance_times=())
+    np.testing.assert_array_equal(inside, same.wanted(network, x0, noise, x_t, t[:, 0] - 0.2))
     flow = few_steps.Method(schedule, "velocity", teacher="velocity", guidance_scale=w)
     wanted = flow.wanted(network, x0, noise, x_t, t[:, 0])
     np.testing.assert_allclose(wanted, network(x_t, told_time, told_time), rtol=1e-10, atol=1e-10)

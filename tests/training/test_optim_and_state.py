@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffusion.models import target
@@ -45,6 +46,21 @@ def test_adamw_decays_the_weights_and_adam_refuses_to():
     np.testing.assert_allclose(updates["w"], [-0.1 * 0.5 * 2.0])
     with pytest.raises(ValueError, match=r"optim.weight_decay=0.5.*adamw"):
         optim.make_transform(lambda step: 0.1, "adam", weight_decay=0.5)
+
+
+def test_radam_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    ours, transform = jnp.zeros(5), optim.make_transform(lambda step: 0.01, "radam")
+    theirs = torch.zeros(5, requires_grad=True)
+    state, optimizer = transform.init(ours), torch.optim.RAdam([theirs], lr=0.01)
+    for grad in rng.normal(size=(30, 5)).astype(np.float32):
+        theirs.grad = torch.tensor(grad)
+        optimizer.step()
+        updates, state = transform.update(jnp.asarray(grad), state, ours)
+        ours = optax.apply_updates(ours, updates)
+    np.testing.assert_allclose(ours, theirs.detach(), atol=1e-4)
+    assert np.abs(ours).max() > 0.02
 
 
 def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():

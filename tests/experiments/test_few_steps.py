@@ -55,5 +55,5 @@ def test_contradictions_are_refused_by_name():
     refused("train_text_encoder=True with model.teacher", conditioning__train_text_encoder=True)
     refused("^process.objective.skip=2", process__objective__skip=2.0)
     refused("^process.objective.equal=3", meanflow_digits, process__objective__equal=3.0)
-    refused("teacher predicts: give both", process__objective__teacher="")
+    refused(r"adapted\) predicts: give both", process__objective__teacher="")
     refused("^init_from is empty.*frozen", build=networks.begin, init_from="")

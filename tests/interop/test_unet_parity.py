@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import diffusers
     import torch
-    from diffusers import UNet2DConditionModel, UNet2DModel
+    from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel, UNet2DModel
     from safetensors.torch import load_file, save_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -127,6 +127,7 @@ CONDITIONAL = {
             "attention_head_dim": (2, 4, 4),
             "cross_attention_dim": 40,
             "use_linear_projection": True,
+            "time_cond_proj_dim": 16,  # as latent consistency models have
         },
         (2, 4, 8, 8),
     ),
@@ -149,6 +150,7 @@ CONDITIONAL = {
     ),
 }
 CASES = {**PLAIN, **CONDITIONAL}
+GUIDANCE = (7.0, 0.5)  # weights, told to those with time_cond_proj_dim
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -185,6 +187,9 @@ def inputs(name: str) -> dict:
     }
     if "num_class_embeds" in config:
         found["class_labels"] = torch.tensor([4, 0][: shape[0]])
+    if width := config.get("time_cond_proj_dim"):
+        embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        found["timestep_cond"] = embed(None, torch.tensor(GUIDANCE), width)
     if name in CONDITIONAL:
         size = (shape[0], 7, config["cross_attention_dim"])
         found["encoder_hidden_states"] = torch.randn(size, generator=generator)
@@ -206,6 +211,7 @@ def ours(module: UNet, params, given: dict):
             context=arrays.get("encoder_hidden_states"),
             context_mask=arrays.get("encoder_attention_mask"),
             labels=arrays.get("class_labels"),
+            guidance=jnp.asarray(GUIDANCE) if "timestep_cond" in arrays else None,
         )
 
     @jax.jit

@@ -22,7 +22,7 @@ def get_config(arg=None):
         common_digits.digits_teacher(config)
         config.process.objective = {"equal": 0.25, "teacher": "eps", "guidance_scale": 5.0}
     else:
-        config.process.schedule = {"name": "flow"}
+        config.process.schedule = {"name": "flow", "time_scale": 10.0}  # a smooth function of t
         config.conditioning.drop = 0.1
         config.process.objective = {"equal": 0.5, "guidance_scale": 5.0, "guidance_mix": 0.8}
     config.optim.b2 = 0.95

@@ -18,10 +18,10 @@ def get_config(arg=None):
     config = fashion_ldm.get_config("smoke" if smoke else None)
     config.sample.update(steps=1, guidance_scale=1.0)
     if not smoke:
-        config.train.steps = config.optim.decay_steps = 10_000
+        config.train.steps = config.optim.decay_steps = 8_000
     if which == "scratch":
         config.process.update(method="meanflow", prediction="velocity", times="logit_normal")
-        config.process.schedule = {"name": "flow"}
+        config.process.schedule = {"name": "flow", "time_scale": 10.0}  # a smooth function of t
         config.process.objective = {"mean": -0.4, "std": 1.0, "equal": 0.75, "guidance_scale": 1.5}
         config.model.denoiser.second_time = True
         config.optim.b2 = 0.95

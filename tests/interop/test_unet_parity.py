@@ -150,7 +150,7 @@ CONDITIONAL = {
     ),
 }
 CASES = {**PLAIN, **CONDITIONAL}
-GUIDANCE = (7.0, 0.5)  # weights, told to those with time_cond_proj_dim
+GUIDANCE = (1.0, 0.5)  # weights, told to those with time_cond_proj_dim; 1000 of them, as times
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -133,7 +133,8 @@ def denoiser() -> ConfigDict:
     # a series; "": none
     config.conditioning.concat = ""
     config.conditioning.downscale = 0  # image's side over the small one's; 0: as large as x_t
-    config.conditioning.degradation = "bicubic"  # how it is made small, or "bsr_light"
+    config.conditioning.degradation = "bicubic"  # how it is made small, "area" or "bsr_light"
+    config.conditioning.enlarge = "cubic"  # how it is made x_t's size again, or "linear"
     config.conditioning.masks = "lama"  # what "inpaint*" hides: "lama", or "half" of the picture
     config.init_networks = ()  # which of its networks to take; (): all that it has
     config.init_from = ""  # workdir whose networks the run starts from or keeps frozen; "": none
@@ -147,6 +148,8 @@ def denoiser() -> ConfigDict:
     # A worse run, or one of its checkpoints (DIR/checkpoints/STEP), that `sample` and `evaluate`
     # guide away from (diffusion/sampling/guide.py); "": none. Previews are without
     config.sample.autoguidance = ""
+    config.sample.guidance_classifier = ""  # workdir of a classifier of noised pictures; "": none
+    config.sample.classifier_scale = 1.0  # s of its gradient
     config.sample.clip = False  # predicted x0 to [-1, 1] (pixel space)
     config.sample.dynamic_threshold = 0.0  # percentile of Imagen's, to 1, for `clip`; 0: none
     config.sample.batch_size = 64

@@ -41,6 +41,18 @@ def ddpm_unet_256() -> dict:
     }
 
 
+def adm_unet() -> dict:
+    """What ADM's networks share; improved DDPM's resample by convolutions."""
+    return ddpm_unet() | {
+        "scale_shift": True,
+        "resblock_updown": True,
+        "epsilon": 1e-5,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0.0,
+    }
+
+
 def ddpm_unet_small() -> dict:
     """A U-Net for grey 32x32 images that trains in minutes on a CPU: 627,433 parameters."""
     return ddpm_unet() | {
@@ -76,6 +88,8 @@ def smoke_ddpm(config: ConfigDict) -> ConfigDict:
         config.model.denoiser.update({"width": 48, "depth": 2, "heads": 2})
     else:
         levels = min(2, len(config.model.denoiser.multipliers))
+        if "head_dim" in config.model.denoiser:
+            config.model.denoiser.update({"heads": 1, "head_dim": None})
         config.model.denoiser.update(
             {
                 "channels": 8,

@@ -13,6 +13,7 @@ def get_config(arg=None):
     config = common.base("classifier")
     config.data.update(name="fashion_mnist", dir="runs/data", channels=1, fit="pad")
     config.model.classifier = {
+        "kind": "digits",
         "widths": (32, 64, 96),
         "feature_dim": 64,
         "dropout": 0.3,

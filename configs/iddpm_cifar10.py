@@ -18,17 +18,13 @@ from configs import common, common_ddpm
 def get_config(arg=None):
     kind, smoke = common.parse(arg, ("hybrid", "simple", "vlb"))
     config = common_ddpm.ddpm("cifar10", flip=False)
-    config.model.denoiser = common_ddpm.ddpm_unet() | {
+    config.model.denoiser = common_ddpm.adm_unet() | {
+        "resblock_updown": False,
         "out_channels": 3 if kind == "simple" else 6,
         "blocks": 3,
         "attention": (False, True, True, False),
         "heads": 4,
         "dropout": 0.3,
-        "scale_shift": True,
-        "epsilon": 1e-5,
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0.0,
     }
     config.process.schedule = {"name": "cosine", "num_steps": 4000, "time_scale": 0.25}
     if kind != "simple":

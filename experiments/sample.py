@@ -11,6 +11,7 @@ A video's frames stand side by side, a series is plotted.
     ... --box=3,0.1,0.1,0.4,0.4 --box=...     of boxes: label, left, top, width, height
     ... --autoguidance=DIR                    guided away from a worse run (or DIR/checkpoints/STEP)
     ... --controlnet=DIR --control=PNG        steered by a picture; both may be given several times
+    ... --guidance_classifier=DIR --classifier_scale=1 --label=3   by a classifier's gradient
     ... --lora=FILE                           with low-rank updates in Diffusers' format
     ... --embedding=FILE[,FILE]               with learned words (textual inversion)
 
@@ -35,6 +36,7 @@ from absl import flags
 from PIL import Image
 
 from diffusion import files, interop, pictures
+from diffusion.sampling.words import with_embeddings
 from diffusion.wording import Progress
 from experiments.host import cli, cluster
 from experiments.run import generate, kept
@@ -44,6 +46,7 @@ SETTINGS = ("sampler", "steps", "guidance_scale", "guidance_rescale", "guidance_
 ASKED = ("negative_prompt", "label", "strength", "control_scale", "lora_scale", "size", "tile")
 ASKED += ("box",)
 FILES = ("image", "mask", "segments", "control", "controlnet", "lora", "embedding")
+FILES += ("guidance_classifier",)
 SHOWN = 256  # pictures in grid.png
 # make(start=i) -> batches of pictures from number i on
 Make = Callable[..., Iterator[np.ndarray]]
@@ -78,9 +81,7 @@ def define(add: cli.Flags) -> None:
     add.add("float", "guidance_scale", None, "Default: the config's sample.guidance_scale.")
     add.add("float", "guidance_rescale", None, "Default: the config's sample.guidance_rescale.")
     add.add("list", "guidance_interval", None, "low,high of t, where guidance acts.")
-    add.add(
-        "string", "autoguidance", None, "A worse run, or DIR/checkpoints/STEP, to guide away from."
-    )
+    generate.define_guided(add)
     add.add("integer", "batch_size", None, "Default: the config's sample.batch_size.")
     add.add("enum", "weights", "ema", "Averaged or raw parameters.", ["ema", "raw"])
     add.add("float", "ema_length", None, "Average of this length, of the run's ema.profiles.")
@@ -137,8 +138,8 @@ def which_weights(values: flags.FlagValues) -> str:
 
 def open_model(values: flags.FlagValues) -> generate.Model:
     """The run with everything that the flags add to it."""
-    changes = {"autoguidance": values.autoguidance}
-    model = generate.load(cli.require(values, "workdir"), which_weights(values), None, changes)
+    guided = generate.guided(values)
+    model = generate.load(cli.require(values, "workdir"), which_weights(values), sample=guided)
     pipeline = model.pipeline
     if values.size:
         pipeline = pipeline.resized(cli.numbers(values, "size", int))
@@ -151,7 +152,7 @@ def open_model(values: flags.FlagValues) -> generate.Model:
     for path in values.embedding or ():
         words = interop.load_embeddings(path)
         try:
-            pipeline = pipeline.with_embeddings(words)
+            pipeline = with_embeddings(pipeline, words)
         except ValueError as error:
             raise ValueError(f"--embedding={path}: {error}") from error
         if cluster.is_first():

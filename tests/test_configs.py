@@ -54,6 +54,22 @@ PARAMETERS = {
     "ddpm_lsun256:church": {"denoiser": 113_673_219},
     "ddpm_lsun256:bedroom": {"denoiser": 113_673_219},
     "ddpm_lsun256:cat": {"denoiser": 113_673_219},
+    **{
+        f"adm_imagenet:{size}": {"denoiser": count}
+        for size, count in {  # of guided-diffusion's own classes
+            "64": 295_904_454,
+            "128": 421_529_606,
+            "256": 553_838_086,
+            "512": 558_997_638,
+            "64_256": 311_795_910,
+            "128_512": 308_835_270,
+        }.items()
+    },
+    "adm_classifier:64": {"classifier": 65_438_568},
+    "adm_classifier:128": {"classifier": 42_568_040},
+    "adm_classifier:256": {"classifier": 54_096_360},
+    "adm_classifier:512": {"classifier": 54_448_360},
+    "adm_classifier:digits": {"classifier": 563_082},
     "digits_autoencoder": {"autoencoder": 926_356},
     "digits_classifier": {"classifier": 131_114},
     "digits_controlnet": {**DIGITS, "controlnet": 872_080},

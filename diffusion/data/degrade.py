@@ -1,6 +1,8 @@
-"""Small pictures of large ones, for super-resolution: plain bicubic, or BSRGAN's degradation.
+"""Small pictures of large ones, for super-resolution: bicubic, means, or BSRGAN's degradation.
 
-"bicubic" is Pillow's, antialiased. "bsr_light" is what LDM's `bsr_sr` was trained on
+"bicubic" is Pillow's, antialiased. "area" takes means of blocks, as ADM's upsamplers are trained on
+(openai/guided-diffusion: scripts/super_res_train.py), rounded to 8 bits, which those are not.
+"bsr_light" is what LDM's `bsr_sr` was trained on
 (https://arxiv.org/abs/2112.10752, section 4.4): the light variant of Zhang et al.'s random blur,
 resizing, noise and JPEG, in an order drawn anew for each picture
 (https://arxiv.org/abs/2103.14006; CompVis/latent-diffusion:
@@ -30,7 +32,7 @@ from scipy import ndimage
 from diffusion.data.counter import Draws
 from diffusion.data.sources import Batch
 
-KINDS = ("bicubic", "bsr_light")
+KINDS = ("bicubic", "area", "bsr_light")
 PURPOSE = 31  # of draws, folded into their keys
 RESIZINGS = ("linear", "cubic", "area")
 
@@ -58,6 +60,9 @@ class Degrade:
         for image, index, epoch in zip(batch["image"], batch["index"], batch["epoch"]):
             if self.kind == "bicubic":
                 made.append(bicubic(image, 1 / self.factor))
+            elif self.kind == "area":
+                size = [side // self.factor for side in image.shape[:2]]
+                made.append(np.rint(_resize(image * 1.0, size, "area")).astype(np.uint8))
             else:
                 draws = Draws((self.seed, PURPOSE, int(epoch), int(index)))
                 made.append(bsr_light(image, self.factor, draws))

@@ -91,7 +91,7 @@ def read_unet(weights: Weights, module: UNet) -> dict[str, Any]:
     in_channels = ours.tensors["input_blocks.0.0.weight"].shape[1]
     keys = [t for name, t in ours.tensors.items() if name.endswith("attn2.to_k.weight")]
     shapes = unet_shapes(module, in_channels, keys[0].shape[1] if keys else None)
-    return to_params(_split_qkv(ours, module), shapes, unet_rules(module))
+    return to_params(split_qkv(ours, module), shapes, unet_rules(module))
 
 
 def unet_tensors(module: UNet, params: Any) -> dict[str, np.ndarray]:
@@ -113,7 +113,8 @@ def unet_tensors(module: UNet, params: Any) -> dict[str, np.ndarray]:
     return {UNET + name: np.ascontiguousarray(tensor) for name, tensor in joined.items()}
 
 
-def _split_qkv(weights: Weights, module: UNet) -> Weights:
+def split_qkv(weights: Weights, module: UNet) -> Weights:
+    """With to_q, to_k and to_v in the place of each qkv of the legacy order."""
     tensors, files = dict(weights.tensors), dict(weights.files)
     for name in weights.tensors:
         match = re.match(r"(.*)\.qkv\.(weight|bias)$", name)

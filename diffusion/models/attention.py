@@ -95,8 +95,9 @@ class Attention(nn.Module):
     """Multi-head attention over tokens, from `x` to itself or to `context`.
 
     `mask`: (batch, keys), or what broadcasts to (batch, heads, queries, keys); True: may be looked
-    at. The output width is that of `x`; `heads * head_dim` need not equal it. qk_norm: "layer" or
-    "rms", over the channels of each head's q and k. angles: rotary positions, for self-attention.
+    at. The output width is that of `x`, or out_features; `heads * head_dim` need not be. qk_norm:
+    "layer" or "rms", over the channels of each head's q and k. angles: rotary positions, for
+    self-attention.
     """
 
     heads: int
@@ -106,6 +107,7 @@ class Attention(nn.Module):
     out_init: Callable[..., Any] = default_init
     qkv_init: Callable[..., Any] = default_init
     qk_norm: str | None = None
+    out_features: int | None = None
     dtype: Any = None
 
     @nn.compact
@@ -115,7 +117,7 @@ class Attention(nn.Module):
         context: Float[Array, "batch keys context_width"] | None = None,
         mask: Bool[Array, "#batch keys"] | Bool[Array, "#batch #heads #tokens keys"] | None = None,
         angles: Float[Array, "tokens half"] | None = None,
-    ) -> Float[Array, "batch tokens width"]:
+    ) -> Float[Array, "batch tokens out_width"]:
         context = x if context is None else context
         inner = self.heads * self.head_dim
         project = functools.partial(
@@ -135,7 +137,7 @@ class Attention(nn.Module):
         y = dot_product_attention(q, k, v, mask).reshape(*x.shape[:2], inner)
         y = checkpoint_name(y, "attention")
         return Dense(
-            x.shape[-1],
+            self.out_features or x.shape[-1],
             use_bias=self.out_bias,
             kernel_init=self.out_init,
             dtype=self.dtype,

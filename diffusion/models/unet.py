@@ -15,7 +15,8 @@ No resampling on the last level. What differs between the published networks is 
     DDPM (https://arxiv.org/abs/2006.11239), the defaults: freq_shift 1, [sin, cos], padding (0, 1),
         epsilon 1e-6, one head.
     ADM (https://arxiv.org/abs/2105.05233): freq_shift 0, [cos, sin], padding 1, epsilon 1e-5,
-        head_dim 64, scale_shift, resblock_updown.
+        head_dim 64, scale_shift, resblock_updown; a first level narrower than `channels` has its
+        width from conv_in on (512 pixels).
     LDM (https://arxiv.org/abs/2112.10752), Stable Diffusion: as ADM without the last two (churches
         has them); transformer_depth 1, context; SD 2.x has linear_projection and head_dim 64.
 
@@ -134,7 +135,7 @@ class UNet(nn.Module):
         self, x: Array, temb: Array, context, mask, keys, added: Array | None = None
     ) -> tuple[Array, list[Array]]:
         """Eqs. 1-2; `added` (of a ControlNet) to what leaves conv_in."""
-        h = Conv(self.channels, dtype=self.dtype, name="conv_in")(x)
+        h = Conv(min(self.channels, self.width(0)), dtype=self.dtype, name="conv_in")(x)
         h = h if added is None else h + added
         skips = [h]
         for i in range(self.levels):

@@ -1,4 +1,4 @@
-r"""Wrappers denoise -> denoise: guidance, thresholding, inpainting.
+r"""Wrappers denoise -> denoise: guidance without and with a classifier, thresholding, inpainting.
 
 ``denoise(x_t, t)`` gives an estimate of x_0, or (x_0, variance output); a wrapper changes the
 estimate and passes the conditional variance output on. At fixed x_t every prediction type is affine
@@ -12,14 +12,25 @@ eq. 15-16, arXiv:2305.08891), with standard deviations over each example,
     x_0' = phi x_0 std(x_0^c) / std(x_0) + (1 - phi) x_0                                      (2)
 
 Deviation: (2) acts on x_0, as denoise returns it; the authors act on the network's own output.
+
+A classifier p(y | x_t) moves the score by s grad log p (ADM algorithm 2, arXiv:2105.05233:
+eps - s sigma grad log p), and so, since x_0 = (x_t + sigma^2 score) / alpha,
+
+    x_0' = x_0 + s sigma^2 / alpha grad log p(y | x_t)                                        (3)
+
+ADM's algorithm 1, for ancestral steps, moves their mean by s times their variance instead: equal to
+the first order in the step.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from diffusion.process.gaussian import Denoise, expand
+from diffusion.process.gaussian import Denoise, apply_network, expand
+from diffusion.process.schedules import Schedule
 
 
 def _split(output: Any) -> tuple[Array, tuple[Array, ...]]:
@@ -80,6 +91,33 @@ def classifier_free(
         return _join(x0, rest)
 
     return denoise
+
+
+def log_probability(
+    network: Callable[..., Array], schedule: Schedule, label: Int[Array, " batch"]
+) -> Callable[[Array, Array], Array]:
+    """For `by_classifier`: log p(label | x_t) (batch,) of a network(x, t) that gives logits."""
+
+    def log_p(x_t: Array, t: Array) -> Array:
+        logits = apply_network(network, schedule, "eps", x_t, t)
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
+
+    return log_p
+
+
+def by_classifier(
+    denoise: Denoise, log_p: Callable[[Array, Array], Array], schedule: Schedule, scale: Any
+) -> Denoise:
+    """Eq. 3: ``log_p(x_t, t)`` gives log p(y | x_t) (batch,) of each one's class; ``scale`` s is ()
+    or (batch,). Bounds of x_0 belong inside, as the authors have theirs (clip_denoised)."""
+
+    def wrapped(x_t: Array, t: Array, *s: Array) -> Any:
+        x0, rest = _split(denoise(x_t, t, *s))
+        gradient = jax.grad(lambda x: jnp.sum(log_p(x, t)))(x_t)
+        factor = scale * schedule.sigma(t) ** 2 / schedule.alpha(t)
+        return _join(x0 + expand(factor, x0) * gradient.astype(x0.dtype), rest)
+
+    return wrapped
 
 
 def clip_x0(denoise: Denoise, low: float | int = -1.0, high: float | int = 1.0) -> Denoise:

@@ -6,7 +6,7 @@ keyed by fold_in(key(seed), i), so neither batch size nor device count changes i
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,8 @@ class Pipeline:
     """A denoiser with all it needs to make pictures. `params` holds every network, by name.
 
     extra: the latents' shift and scale. batch_size: pictures at a time. guide: a worse model, which
-    guidance leads away from (`sampling/guide.py`); its networks are params["guide"].
+    guidance leads away from (`sampling/guide.py`); its networks are params["guide"]. classifier: of
+    noised pictures, whose gradient guides (`guidance.by_classifier`).
     """
 
     task: Denoiser
@@ -46,6 +47,7 @@ class Pipeline:
     tokenizer: Tokenizer | None = None
     batch_size: int = 64
     guide: "Pipeline | None" = None
+    classifier: Any = None
 
     @property
     def downsampling(self) -> int:
@@ -87,6 +89,8 @@ class Pipeline:
     def resized(self, size: Sequence[int]) -> "Pipeline":
         """For pictures of (height, width) pixels. ValueError where the networks refuse."""
         multiple = self.downsampling * self.task.network.size_multiple
+        if self.classifier is not None:
+            raise ValueError("size is the classifier's own with guidance_classifier: leave it out")
         if len(size) != 2 or any(side < 1 or side % multiple for side in size):
             raise ValueError(
                 f"size={','.join(map(str, size))} must be height,width in multiples of {multiple}, "
@@ -104,30 +108,6 @@ class Pipeline:
             name = "denoiser" if name == "unet" else name
             params[name] = lora.merge(params[name], tree, scale)
         return dataclasses.replace(self, params=params)
-
-    def with_embeddings(self, words: Mapping[str, np.ndarray]) -> "Pipeline":
-        """With learned words, (vectors, width) each. ValueError where they are of another encoder,
-        or tokens already."""
-        text: Any = self.task.conditions.get("text")
-        if self.tokenizer is None or text is None:
-            raise ValueError("the model reads no captions, so that no word can be learned for it")
-        table = np.asarray(self.params["text_encoder"]["token_embedding"]["embedding"])
-        tokenizer = self.tokenizer.with_words({word: len(v) for word, v in words.items()})
-        rows = max(len(table), tokenizer.vocabulary_size)
-        table = np.concatenate([table, np.zeros((rows - len(table), table.shape[1]), table.dtype)])
-        for word, vectors in words.items():
-            if vectors.shape[1] != table.shape[1]:
-                raise ValueError(
-                    f"the word {word!r} has vectors of {vectors.shape[1]}, but the text encoder's "
-                    f"are of {table.shape[1]}: it was learned for another one"
-                )
-            first: Any = tokenizer.backend.token_to_id(word)
-            table[first : first + len(vectors)] = vectors
-        encoder = {**self.params["text_encoder"], "token_embedding": {"embedding": table}}
-        grown = dataclasses.replace(text, encoder=text.encoder.clone(vocab_size=rows))
-        task = dataclasses.replace(self.task, conditions={**self.task.conditions, "text": grown})
-        params = {**self.params, "text_encoder": encoder}
-        return dataclasses.replace(self, task=task, tokenizer=tokenizer, params=params)
 
     def with_controlnet(self, network: Any, params: Any) -> "Pipeline":
         """Steered by one ControlNet more. ValueError for one of another U-Net."""
@@ -187,19 +167,21 @@ class Pipeline:
             if tokens is not None and (words or name == "tokens"):
                 found[name] = tokens
         known: Any = self.task.conditions.get("label")
-        if known is None:
+        if known is None and self.classifier is None:
             if labels:
                 raise ValueError(f"label={labels[0]}, but the model knows no classes: leave it out")
             return found
-        if not known.has_null and self.guide is None and self.how.guidance_scale != 1:
+        null = known is None or known.has_null
+        if not null and self.guide is None and self.how.guidance_scale != 1:
             raise ValueError(
                 f"guidance_scale={self.how.guidance_scale} needs a null class, which the model was "
                 "trained without: set it to 1"
             )
-        last = known.null_label - (not known.has_null)
+        classes = self.classifier.classes if known is None else known.null_label
+        last = classes - (self.classifier is not None or not known.has_null)
         if wrong := [label for label in labels or () if not 0 <= label <= last]:
             raise ValueError(f"label={wrong[0]} must lie in 0..{last}")
-        return found | {"label": np.array(labels or range(known.null_label), np.int32)}
+        return found | {"label": np.array(labels or range(classes), np.int32)}
 
     # -- pictures --------------------------------------------------------------------------------
 
@@ -265,7 +247,11 @@ class Pipeline:
             w = jnp.float32(self.how.guidance_scale if scale is None else scale) - 1
             size = len(jax.tree.leaves(told)[0])
             told, nothing, scale = {**told, "guidance": jnp.broadcast_to(w, size)}, None, None
-        return self.how.denoise(predict, told, nothing, scale, worse)
+        denoise = self.how.denoise(predict, told, nothing, scale, worse)
+        if self.classifier is None:
+            return denoise
+        judge = functools.partial(self.classifier.apply, {"params": params["classifier"]})
+        return self.how.classified(denoise, judge, batch["label"])
 
     def at_a_time(self, count: int) -> int:
         """How many of `count` pictures are made at a time: what all devices divide."""

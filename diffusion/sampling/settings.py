@@ -36,6 +36,7 @@ class Settings:
     guidance_channels: int = 0
     clip: bool = False
     dynamic_threshold: float | int = 0.0
+    classifier_scale: float | int = 1.0  # of a pipeline that has a classifier
 
     def __post_init__(self):
         if len(self.guidance_interval) not in (0, 2):
@@ -129,6 +130,13 @@ class Settings:
             )
         except ValueError as error:  # it begins with the argument's name
             raise ValueError(f"guidance_{error}") from error
+
+    def classified(
+        self, denoise: Denoise, judge: Callable[..., jax.Array], label: jax.Array
+    ) -> Denoise:
+        """Led by the gradient of a classifier's judge(x, t), logits, to each one's class."""
+        log_p = guidance.log_probability(judge, self.schedule, label)
+        return guidance.by_classifier(denoise, log_p, self.schedule, self.classifier_scale)
 
     def _bounded(self, denoise: Denoise) -> Denoise:
         if not self.dynamic_threshold:

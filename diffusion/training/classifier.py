@@ -1,6 +1,11 @@
-"""The classification task: the digit classifier that the default job is evaluated with."""
+"""The classification task: the digit classifier that the default job is evaluated with, or ADM's of
+noised pictures (`models/noisy_classifier.py`), told x_t and t as the denoiser it will guide is:
+
+    (1)  x_t = alpha(t) x_0 + sigma(t) eps,   t as for a denoiser (arXiv:2105.05233, section 4)
+"""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +13,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
+from diffusion.process import gaussian, losses
 from diffusion.process import keys as ks
+from diffusion.process.schedules import Schedule
 from diffusion.training import codec
 from diffusion.training import state as ts
 from diffusion.training.ema import Ema
@@ -17,19 +24,24 @@ from diffusion.training.state import Metrics, Optimizer, Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """Softmax cross-entropy on `batch["label"]` from `batch["image"]` (uint8)."""
+    """Softmax cross-entropy on `batch["label"]` from `batch["image"]` (uint8).
+
+    noising: the schedule of eq. 1, whose network takes t as well; None: pictures as they are.
+    """
 
     network: Any
     sample_shape: tuple[int, ...]
     optimizer: Optimizer
     ema: Ema
     accumulate: int = 1
+    noising: Schedule | None = None
+    flip: bool = False
 
     def init(self, key: Key[Array, ""]) -> TrainState:
         init_key, run_key = jax.random.split(key)
-        params = {
-            "classifier": self.network.init(init_key, jnp.zeros((1, *self.sample_shape)))["params"]
-        }
+        time = () if self.noising is None else (jnp.zeros(1),)
+        x = jnp.zeros((1, *self.sample_shape))
+        params = {"classifier": self.network.init(init_key, x, *time)["params"]}
         return ts.create_state(run_key, params, self.optimizer, self.ema, {})
 
     def train_step(
@@ -37,7 +49,7 @@ class Classifier:
     ) -> tuple[TrainState, Metrics]:
         def loss_fn(params, batch):
             keys = ks.example_keys(state.rng, state.step, batch["position"])
-            logits = self.logits(params, batch["image"], ks.stream(keys, ks.DROPOUT))
+            logits = self.logits(params, batch["image"], keys, train=True)
             return _cross_entropy(logits, batch["label"]).mean()
 
         grad_fn = ts.accumulate(jax.value_and_grad(loss_fn), self.accumulate)
@@ -49,7 +61,10 @@ class Classifier:
         self, state: TrainState, batch: dict[str, Array], frozen: Params
     ) -> dict[str, Array]:
         """Sums over a batch: "loss", "accuracy" and "count" of valid examples."""
-        logits = self.logits(state.inference_params, batch["image"])
+        keys = ks.example_keys(
+            jax.random.key_data(jax.random.key(0)), jnp.zeros((), jnp.int32), batch["index"]
+        )
+        logits = self.logits(state.inference_params, batch["image"], keys)
         valid = batch["valid"].astype(jnp.float32)
         right = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
         return {
@@ -59,10 +74,21 @@ class Classifier:
         }
 
     def logits(
-        self, params: Params, image: Array, keys: Array | None = None
+        self, params: Params, image: Array, keys: Array, train: bool = False
     ) -> Float[Array, "batch classes"]:
+        """Of pictures noised by eq. 1 where there is noise; `keys` draw it, and in training dropout
+        and mirroring."""
         x = codec.signed(image)
-        return self.network.apply({"params": params["classifier"]}, x, keys=keys)
+        if self.flip and train:
+            x = ts.random_flip(x, ks.stream(keys, ks.DATA))
+        dropout = ks.stream(keys, ks.DROPOUT) if train else None
+        variables = {"params": params["classifier"]}
+        network = functools.partial(self.network.apply, variables, keys=dropout)
+        if self.noising is None:
+            return network(x)
+        t, noise = losses.draw(ks.stream(keys, ks.TIMES), self.noising, x)
+        x_t = gaussian.q_sample(self.noising, x, t, noise)
+        return gaussian.apply_network(network, self.noising, "eps", x_t, t)
 
 
 def _cross_entropy(logits: Array, labels: Array) -> Float[Array, " batch"]:

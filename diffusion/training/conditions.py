@@ -161,8 +161,9 @@ class Past:
 class Concat:
     """What joins x_t's channels: always told, never dropped.
 
-        "low_resolution"  "small", uint8, in [-1, 1], enlarged `factor` times by bicubic to x_t's
-                          size (LDM, arXiv:2112.10752, section 4.4; SR3, arXiv:2104.07636)
+        "low_resolution"  "small", uint8, in [-1, 1], enlarged `factor` times to x_t's size, by
+                          bicubic or, as ADM's, linear `enlarge` (LDM, arXiv:2112.10752, section
+                          4.4; SR3, arXiv:2104.07636)
         "inpaint"         [mask in {0, 1}, latents of the image with a grey hole]: Stable Diffusion
         "inpaint_ldm"     [latents of the image with a black hole, mask in {-1, 1}]: CompVis's
                           inpainting_big (CompVis/latent-diffusion: scripts/inpaint.py)
@@ -175,6 +176,7 @@ class Concat:
     shape: tuple[int, ...]
     factor: int = 1
     rescaler: Any = None
+    enlarge: str = "cubic"
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -208,7 +210,8 @@ class Concat:
             small = codec.signed(batch["small"])
             space = [side * self.factor for side in small.shape[1:-1]]
             shape = (len(small), *space, small.shape[-1])
-            return {"concat": jax.image.resize(small, shape, "cubic") if self.factor > 1 else small}
+            large = jax.image.resize(small, shape, self.enlarge) if self.factor > 1 else small
+            return {"concat": large}
         masked = batch["masked"]
         step = batch["mask"].shape[1] // masked.shape[1]
         mask = batch["mask"][:, ::step, ::step].astype(masked.dtype)  # the nearest, as the authors'

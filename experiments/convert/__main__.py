@@ -41,7 +41,8 @@ def write_workdir(target: pathlib.Path, parts: Parts) -> None:
     config = parts.config
     if parts.tokenizer is not None:
         data.null_tokens(config, parts.tokenizer)
-    own = ("autoencoder",) if config.task == "autoencoder" else build.trained(config)
+    alone = {"autoencoder": ("autoencoder",), "classifier": ("classifier",)}
+    own = alone.get(config.task) or build.trained(config)
     trained = {name: tree for name, tree in parts.params.items() if name in own}
     extra = {}
     if "autoencoder" in parts.params:
@@ -104,6 +105,8 @@ def main(values: flags.FlagValues) -> None:
     ready = f"{target} is ready: "
     if "denoiser" in parts.params:
         print(f"{ready}python -m experiments.sample --workdir={target}")
+    elif "classifier" in parts.params:
+        print(f"{ready}python -m experiments.sample --workdir=DIR --guidance_classifier={target}")
     else:
         print(f"{ready}it holds {', '.join(parts.params)} alone, for a config's init_from")
 

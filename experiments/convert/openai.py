@@ -4,10 +4,12 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from configs import adm_classifier
 from diffusion.interop import openai, single_file
+from diffusion.interop.files import Weights
 from diffusion.interop.scheduler import Scheduler
 from experiments.convert.reading import Parts, finish, pipeline_config
-from experiments.run import build
+from experiments.run import build, tasks
 
 
 def from_openai(source: pathlib.Path, config: ConfigDict | None, order: str | None) -> Parts:
@@ -17,6 +19,8 @@ def from_openai(source: pathlib.Path, config: ConfigDict | None, order: str | No
     published file has, or legacy.
     """
     held = single_file.read_file(source)
+    if openai.is_classifier(held):
+        return _classifier(held, source, config)
     module = openai.infer_unet(held, source)
     if config is not None:
         config = ConfigDict(config.to_dict())
@@ -38,7 +42,7 @@ def from_openai(source: pathlib.Path, config: ConfigDict | None, order: str | No
     )
     network = openai.with_heads(module, known.heads, known.head_dim)
     params = openai.read_unet(held, network, order)
-    channels = params["conv_in"]["kernel"].shape[-2]
+    channels = 3 if known.small else params["conv_in"]["kernel"].shape[-2]
     learned = module.out_channels == 2 * channels
     described = Scheduler(
         dict(known.schedule),
@@ -51,5 +55,17 @@ def from_openai(source: pathlib.Path, config: ConfigDict | None, order: str | No
     config = pipeline_config(network, None, described)
     config.data.update({"image_size": known.size, "channels": channels})
     config.conditioning.null_label = False  # every class is one of the data's
+    if known.small:
+        config.conditioning.update(downscale=known.size // known.small)
+        config.conditioning.update(degradation="area", enlarge="linear")
     config.sample.steps = 250
     return Parts(finish(config, params, source), {"denoiser": params})
+
+
+def _classifier(held: Weights, source: pathlib.Path, config: ConfigDict | None) -> Parts:
+    """A classifier of noised pictures, for `sample --guidance_classifier`."""
+    if config is None:
+        config = adm_classifier.get_config(str(openai.classifier_size(held, source)))
+    config = ConfigDict(config.to_dict())
+    network, side = tasks.task(config).network, config.data.image_size
+    return Parts(config, {"classifier": openai.read_classifier(held, network, side)})

@@ -57,7 +57,7 @@ from experiments.evaluate.metrics import METRICS
 from experiments.evaluate.references import Against, versions
 from experiments.evaluate.samples import Run, Samples, Subject
 from experiments.host import cli, cluster
-from experiments.run import workdir
+from experiments.run import generate, workdir
 
 BOTH = ("ema", "raw")
 OF_SAMPLES = ("sweep_guidance", "sweep_steps", "checkpoint_step", "keep", "ema_length")
@@ -111,9 +111,7 @@ def define(add: cli.Flags) -> None:
     add.add("string", "sampler", None, "Default: the config's sample.sampler.")
     add.add("integer", "steps", None, "Sampler steps; default: the config's sample.steps.")
     add.add("float", "guidance_scale", None, "Default: the config's sample.guidance_scale.")
-    add.add(
-        "string", "autoguidance", None, "A worse run, or DIR/checkpoints/STEP, to guide away from."
-    )
+    generate.define_guided(add)
     add.add("list", "sweep_guidance", None, "Guidance scales to measure as well.")
     add.add("list", "sweep_steps", None, "Numbers of sampler steps to measure as well.")
     add.add("list", "beside", None, "JSONs of other runs' --sweep_steps, to draw on one plot.")
@@ -153,7 +151,7 @@ def subject_of(values: flags.FlagValues, preset: presets.Preset | None) -> Subje
     run = None
     if directory := path("workdir"):
         options = {name: values[name].value for name in ("sampler", "steps", "guidance_scale")}
-        sample = {"autoguidance": values.autoguidance, **(preset.sample if preset else {})}
+        sample = generate.guided(values) | (preset.sample if preset else {})
         run = Run(directory, "ema", values.checkpoint_step, sample, options)
     samples = Samples(
         run,

@@ -108,9 +108,10 @@ class Judge:
 
     def __init__(self, directory: pathlib.Path, batch: int = 250, flag: str = "--classifier"):
         config = workdir.read_config(directory, flag)
-        if config.task != "classifier":
+        if config.task != "classifier" or config.model.classifier.kind != "digits":
+            kind = "" if config.task != "classifier" else f" of {config.model.classifier.kind}"
             raise ValueError(
-                f"{flag}={directory} holds a run with task={config.task!r}: name one of "
+                f"{flag}={directory} holds a run with task={config.task!r}{kind}: name one of "
                 "configs/digits_classifier.py"
             )
         self.data = config.data.name

@@ -72,6 +72,8 @@ class Run:
             chosen["options"] = sample.options.to_dict()
         if sample.autoguidance:  # which checkpoint it was is in the hash
             chosen["autoguidance"] = pathlib.Path(sample.autoguidance).name
+        if sample.guidance_classifier:  # so is which classifier
+            chosen["classifier_scale"] = how.classifier_scale
         return {"step": self.model.step, "checkpoint": self.model.checkpoint_hash, "sample": chosen}
 
 

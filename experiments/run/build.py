@@ -106,7 +106,7 @@ def schedule(config: ConfigDict) -> schedules.Schedule:
 
 def settings(config: ConfigDict) -> Settings:
     """How `config.sample` finds x_0."""
-    others = ("options", "batch_size", "autoguidance")
+    others = ("options", "batch_size", "autoguidance", "guidance_classifier")
     section = {k: v for k, v in config.sample.items() if k not in others}
     process = {"prediction": config.process.prediction, "variance": config.process.variance}
     own = options(config.sample.options) if "options" in config.sample else {}

@@ -11,6 +11,7 @@ from diffusion import files, interop
 from diffusion.models.second_time import told_guidance
 from diffusion.sampling import guide
 from diffusion.sampling.pipeline import Pipeline
+from experiments.host import cli
 from experiments.run import build, data, networks, tasks, workdir
 
 
@@ -48,13 +49,59 @@ def load(
     task = tasks.task(config.lock(), null_tokens=tokens)
     given = {"extra": found.extra, "first_stage": found.first_stage, "tokenizer": found.tokenizer}
     made = Model(config, pipeline(config, task, found.params, **given), found.hash, found.step)
-    return _autoguided(made, config.sample.autoguidance) if config.sample.autoguidance else made
+    made = _autoguided(made, config.sample.autoguidance) if config.sample.autoguidance else made
+    judge = config.sample.guidance_classifier
+    return _classified(made, judge) if judge else made
 
 
 def pipeline(config: ConfigDict, task: Any, params: dict[str, Any], **given: Any) -> Pipeline:
     """What a config says of sampling, around networks."""
     how = build.settings(config)
     return Pipeline(task, how, params, **given, batch_size=config.sample.batch_size)
+
+
+GUIDED = ("autoguidance", "guidance_classifier", "classifier_scale")
+
+
+def define_guided(add: cli.Flags) -> None:
+    """Flags of guidance by other runs, named as keys of `sample` are."""
+    add.add(
+        "string", "autoguidance", None, "A worse run, or DIR/checkpoints/STEP, to guide away from."
+    )
+    add.add("string", "guidance_classifier", None, "A run of configs/adm_classifier.py.")
+    add.add("float", "classifier_scale", None, "Of its gradient.")
+
+
+def guided(values: Any) -> dict[str, Any]:
+    """The keys of those flags."""
+    return {name: values[name].value for name in GUIDED}
+
+
+def _classified(model: Model, directory: str) -> Model:
+    """Guided by a run of `configs/adm_classifier.py`. ValueError for one of other pictures, noise
+    or classes."""
+    key = f"sample.guidance_classifier={directory}"
+    found = networks.load(directory, flag="sample.guidance_classifier", tasks=("classifier",))
+    if found.config.model.classifier.kind != "noisy_unet":
+        raise ValueError(
+            f"{key} reads pictures without noise: name a run of configs/adm_classifier.py"
+        )
+    net, pipeline = tasks.task(found.config).network, model.pipeline
+    label: Any = pipeline.task.conditions.get("label")
+    for what, ours, theirs in (
+        ("data.image_size", pipeline.task.sample_shape, build.sample_shape(found.config)),
+        ("process.schedule", *(c.process.schedule.to_dict() for c in (model.config, found.config))),
+        ("classes", net.classes if label is None else label.null_label, net.classes),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"{key} has {what}={theirs}, but the denoiser has {ours}: name a classifier of the "
+                "same"
+            )
+    params = {**pipeline.params, "classifier": found.params["classifier"]}
+    guided = dataclasses.replace(pipeline, classifier=net, params=params)
+    both = files.digest([model.checkpoint_hash, found.hash])[:16]
+    return dataclasses.replace(model, pipeline=guided, checkpoint_hash=both)
 
 
 def _autoguided(model: Model, directory: str) -> Model:

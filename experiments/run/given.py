@@ -57,7 +57,10 @@ def concat(config: ConfigDict) -> conditions.Concat:
     joined = (*shape[:-1], build.choose(channels, kind, "conditioning.concat"))
     _check_rescaler(config)
     if kind != "semantic":
-        return conditions.Concat(kind, joined, shape[0] // small_size(config))
+        enlarge = config.conditioning.enlarge
+        build.choose({"cubic": 0, "linear": 0}, enlarge, "conditioning.enlarge")
+        factor = shape[0] // small_size(config)
+        return conditions.Concat(kind, joined, factor, enlarge=enlarge)
     rescaler = build.construct(SpatialRescaler, config.model.rescaler, "model.rescaler")
     if 2**rescaler.halvings * shape[0] != build.image_shape(config)[0]:
         raise ValueError(

@@ -13,6 +13,7 @@ from diffusion.models import target
 from diffusion.models.discriminator import PatchDiscriminator
 from diffusion.models.image_encoder import DigitClassifier
 from diffusion.models.initialisation import torch_defaults
+from diffusion.models.noisy_classifier import NoisyClassifier
 from diffusion.models.perceptual import LPIPS
 from diffusion.process import consistency, few_steps, latent_consistency, losses
 from diffusion.training import augment
@@ -229,10 +230,30 @@ def adversary(config: ConfigDict, dtype: Any) -> Adversary | None:
     )
 
 
+CLASSIFIERS: dict[str, Any] = {"digits": DigitClassifier, "noisy_unet": NoisyClassifier}
+
+
 def classifier(config: ConfigDict) -> Classifier:
+    section, more = config.model.classifier, {}
+    make = build.choose(CLASSIFIERS, section.kind, "model.classifier.kind")
+    noised = make is NoisyClassifier
+    if noised != ("process" in config):
+        raise ValueError(
+            f"model.classifier.kind={section.kind!r} {'without' if noised else 'with'} a "
+            "process.schedule: 'noisy_unet' alone reads noised pictures; start from "
+            "configs/adm_classifier.py"
+        )
+    if noised:
+        remat = None if config.parallel.remat == "none" else config.parallel.remat
+        more = {
+            "remat": remat,
+            "dtype": build.choose(build.DTYPES, config.model.dtype, "model.dtype"),
+        }
     return Classifier(
-        network=build.construct(DigitClassifier, config.model.classifier, "model.classifier"),
+        network=build.construct(make, section, "model.classifier", **more),
         sample_shape=build.image_shape(config),
+        noising=build.schedule(config) if noised else None,
+        flip=config.data.flip,
         optimizer=build.optimizer(config, ("classifier",)),
         ema=build.ema(config, ("classifier",)),
         accumulate=config.train.accumulate,

@@ -97,6 +97,8 @@ def _known(found: dict) -> ConfigDict:
     parts = model if isinstance(model, dict) else {}
     if isinstance(lora := parts.get("lora"), dict):
         parts["lora"] = {"initialisation": "uniform", **lora}
+    if task == "classifier" and isinstance(judge := parts.get("classifier"), dict):
+        parts["classifier"] = {"kind": "digits", **judge}
     if task == "autoencoder" and isinstance(first := parts.get("autoencoder"), dict):
         return common.first_stage(first.get("name"))
     return common.denoiser() if task == "denoiser" else common.base(task)

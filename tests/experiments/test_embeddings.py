@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion.interop import load_embeddings, save_embeddings
+from diffusion.sampling.words import with_embeddings
 from experiments import sample
 from experiments.run import generate
 
@@ -71,7 +72,7 @@ def theirs(reference, folder):
 def test_prompts_with_learned_words_are_as_diffusers_reads_them(folder, theirs, converted):
     pipe = generate.load(converted).pipeline
     for file in ("cat.safetensors", "dog.bin", "style.pt"):
-        pipe = pipe.with_embeddings(load_embeddings(folder / file))
+        pipe = with_embeddings(pipe, load_embeddings(folder / file))
     tokens = pipe.tokens(PROMPTS)
     spelled = [theirs.maybe_convert_prompt(prompt, theirs.tokenizer) for prompt in PROMPTS]
     options = {"padding": "max_length", "max_length": 16, "truncation": True}

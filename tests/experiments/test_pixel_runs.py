@@ -38,6 +38,11 @@ def picture_size(directory):
         return picture.size
 
 
+def picture(directory):
+    with Image.open(directory / "made" / "00000.png") as made:
+        return np.asarray(made)
+
+
 @pytest.fixture(scope="module")
 def learned(job, tmp_path_factory):
     """The bound with a learned variance and resampled times, on captioned digits."""
@@ -65,6 +70,33 @@ def test_a_learned_variance_samples_and_has_a_bound(learned):
 
 def test_a_learned_variance_serves_samplers_that_need_none(learned):
     assert sampled(learned, "--sampler=ddim", "--steps=2") == 0
+
+
+def test_a_classifier_of_noised_digits_guides(learned, job, tmp_path, capsys):
+    """It trains on the denoiser's own noise; one of other noise, or of none, is refused."""
+    config = importlib.import_module("configs.adm_classifier").get_config("digits,smoke")
+    config.data.dir = str(job / "data")
+    directory = tmp_path / "judge"
+    config.process.schedule = {"name": "cosine", "num_steps": 100, "time_scale": 0.25}
+    train.train(config.copy_and_resolve_references().lock(), directory)
+    assert sampled(learned, "--num=2", "--steps=2") == 0
+    plain = picture(learned)
+    guided = f"--guidance_classifier={directory}"
+    flags = ("--num=2", "--steps=2", "--label=3")
+    assert sampled(learned, *flags, guided, "--classifier_scale=0") == 0
+    np.testing.assert_array_equal(picture(learned), plain)
+    assert sampled(learned, *flags, guided, "--classifier_scale=1000") == 0
+    assert np.any(picture(learned) != plain)
+    assert sampled(learned, *flags) == 2
+    assert "the model knows no classes" in capsys.readouterr().err
+    assert sampled(learned, "--label=10", guided) == 2
+    assert "label=10 must lie in 0..9" in capsys.readouterr().err
+    assert sampled(learned, f"--guidance_classifier={job}/classifier") == 2
+    assert "reads pictures without noise" in capsys.readouterr().err
+    config.process.schedule.time_scale = 1.0
+    (directory / "config.json").write_text(json.dumps(config.to_dict()))
+    assert sampled(learned, guided) == 2
+    assert "has process.schedule={" in capsys.readouterr().err
 
 
 def test_fixed_variance_with_the_channels_of_a_learned_one_is_refused(job, tmp_path):

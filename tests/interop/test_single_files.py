@@ -107,6 +107,9 @@ COUNTS = {
     "guided-diffusion's 128x128_diffusion": 421_529_606,
     "guided-diffusion's 256x256_diffusion": 553_838_086,
     "guided-diffusion's 256x256_diffusion_uncond or LSUN": 552_814_086,
+    "guided-diffusion's 512x512_diffusion": 558_997_638,
+    "guided-diffusion's 64_256_upsampler": 311_795_910,
+    "guided-diffusion's 128_512_upsampler": 308_835_270,
 }
 
 
@@ -117,7 +120,8 @@ def test_published_architectures_count_as_their_authors(shape, known):
     lsun = "lsun_uncond" in known.name
     module = dataclasses.replace(ADM, **dict(zip(keys, shape)), scale_shift=not lsun)
     module = openai.with_heads(module, known.heads, known.head_dim)
-    count = sum(leaf.size for leaf in jax.tree.leaves(unet_shapes(module, 3, None)))
+    reads = 6 if known.small else 3
+    count = sum(leaf.size for leaf in jax.tree.leaves(unet_shapes(module, reads, None)))
     assert count == COUNTS[known.name]
     assert openai.published(module) == known
 
@@ -154,14 +158,44 @@ def test_a_file_of_openai_becomes_a_workdir(tmp_path, monkeypatch, capsys):
     assert "needs a null class" in capsys.readouterr().err
 
 
+def test_an_upsampler_is_told_a_small_picture(tmp_path, monkeypatch):
+    """Half as wide at first as its time embedding, like the U-Net of 512 pixels."""
+    module = dataclasses.replace(ADM, multipliers=(0.5, 1))
+    params, tensors = file_of(module, 6)
+    source = write(tmp_path / "up.pt", tensors)
+    assert openai.infer_unet(held(tensors), "up.pt") == openai.with_heads(module, 1, None)
+    linear = {"name": "ddpm_linear", "num_steps": 1000}
+    known = openai.Published("a tiny one", 8, None, 16, linear, small=4)
+    monkeypatch.setattr(openai, "PUBLISHED", {(32, (0.5, 1), 1, (False, True), 4, True): known})
+    assert run(convert, "--from=openai", f"--source={source}", f"--workdir={tmp_path}/run") == 0
+    told = json.loads((tmp_path / "run" / "config.json").read_text())["conditioning"]
+    wanted = {
+        "concat": "low_resolution",
+        "downscale": 2,
+        "degradation": "area",
+        "enlarge": "linear",
+    }
+    assert {key: told[key] for key in wanted} == wanted
+    same(generate.load(tmp_path / "run").pipeline.params["denoiser"], params)
+    x = np.arange(12).reshape(1, 2, 2, 3)
+    concat = generate.load(tmp_path / "run").pipeline.concat
+    large = concat.encode({}, {"small": np.uint8(20 * x)})["concat"]
+    theirs = torch.nn.functional.interpolate(
+        torch.from_numpy(np.moveaxis(np.float32(20 * x / 127.5 - 1), -1, 1)),
+        (4, 4),
+        mode="bilinear",
+    )
+    np.testing.assert_allclose(large, np.moveaxis(theirs.numpy(), 1, -1), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop("out.2.weight"), "a classifier's half"),
+        (lambda t: t.pop("out.2.weight"), "half a U-Net"),
         (lambda t: t.clear(), "no U-Net"),
         (
-            lambda t: t.update({"input_blocks.0.0.weight": np.zeros((32, 6, 3, 3))}),
-            "as an upsampler does",
+            lambda t: t.update({"input_blocks.0.0.weight": np.zeros((32, 4, 3, 3))}),
+            "it reads 4 channels",
         ),
         (
             lambda t: t.update({"time_embed.0.weight": np.zeros((128, 64))}),

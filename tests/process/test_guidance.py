@@ -96,6 +96,7 @@ def test_wrappers_pass_the_variance_output_on():
         guidance.clip_x0(pair),
         guidance.dynamic_threshold(pair),
         guidance.inpaint(pair, X, jnp.ones((4, 4, 1))),
+        guidance.by_classifier(pair, lambda x, t: x.sum((1, 2, 3)), schedules.cosine(1000), 2.0),
     )
     for wrapper in wrappers:
         x0, variance = wrapper(X, T)
@@ -114,6 +115,75 @@ def test_inpaint_ends_at_what_is_known(name, exact):
     out = sample(s, guidance.inpaint(free, known, mask), X, keys)
     np.testing.assert_allclose(out[:, :2], known[:, :2], atol=1e-5)
     np.testing.assert_allclose(out[:, 2:], sample(s, free, X, keys)[:, 2:], atol=1e-5)
+
+
+MEANS, STD = jnp.array([-1.5, 0.5]), 0.4  # of each class's N(mean, STD^2), both as likely
+
+
+def of_class(schedule, x, t, means):
+    """E[x_0 | x_t, y] and log p(x_t | y), up to what all classes share, of N(mean, STD^2)."""
+    a, s = (gaussian.expand(f(t), x) for f in (schedule.alpha, schedule.sigma))
+    variance = a**2 * STD**2 + s**2
+    x0 = means + a * STD**2 / variance * (x - a * means)
+    return x0, -0.5 * jnp.sum((x - a * means) ** 2 / variance, axis=1, keepdims=True)
+
+
+def of_both(schedule):
+    """The denoiser of the mixture, and its classifier."""
+
+    def parts(x, t):
+        return [of_class(schedule, x, t, mean) for mean in MEANS]
+
+    def logits(x, t):
+        return jnp.concatenate([log for _, log in parts(x, t)], axis=1)
+
+    def denoise(x, t):
+        share = jax.nn.softmax(logits(x, t))
+        return sum(share[:, i : i + 1] * x0 for i, (x0, _) in enumerate(parts(x, t)))
+
+    return denoise, logits
+
+
+@pytest.mark.parametrize("name", ["cosine", "edm"])
+def test_a_classifiers_gradient_makes_the_denoiser_of_its_class(name, x64):
+    """Score of the mixture + grad log p(y | x_t) = score of the class, at every t and x_t."""
+    schedule = {"cosine": schedules.cosine(1000), "edm": schedules.EDM()}[name]
+    t = jnp.array([0.3, 2.0, 20.0]) if name == "edm" else T
+    x, label = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2))), jnp.array([0, 1, 1])
+    denoise, logits = of_both(schedule)
+
+    def network(x, told):  # which EDM's is told otherwise
+        if name != "edm":
+            return logits(x, told)
+        t = jnp.exp(4 * told)
+        return logits(x * jnp.sqrt(t**2 + schedule.sigma_data**2)[:, None], t)
+
+    log_p = guidance.log_probability(network, schedule, label)
+    guided = guidance.by_classifier(denoise, log_p, schedule, 1.0)(x, t)
+    wanted, _ = of_class(schedule, x, t, MEANS[label][:, None])
+    np.testing.assert_allclose(guided, wanted, rtol=1e-9, atol=1e-9)
+    # ADM's algorithm 2: eps - s sigma grad log p.
+    a, s = (gaussian.expand(f(t), x) for f in (schedule.alpha, schedule.sigma))
+    eps = (x - a * denoise(x, t)) / s - 3.0 * s * jax.grad(lambda x: log_p(x, t).sum())(x)
+    thrice = guidance.by_classifier(denoise, log_p, schedule, jnp.full(3, 3.0))(x, t)
+    np.testing.assert_allclose(thrice, (x - s * eps) / a, rtol=1e-9, atol=1e-9)
+
+
+def test_guided_samples_are_of_the_class():
+    schedule = schedules.cosine(1000)
+    denoise, logits = of_both(schedule)
+    label = jnp.tile(jnp.array([0, 1]), 1000)
+    log_p = guidance.log_probability(logits, schedule, label)
+    guided = guidance.by_classifier(denoise, log_p, schedule, 1.0)
+    keys, x = (
+        jax.random.split(jax.random.key(0), 2000),
+        jax.random.normal(jax.random.key(1), (2000, 2)),
+    )
+    found = sample(SAMPLERS["ddim"](schedule, 50), guided, x, keys)
+    for i, mean in enumerate(MEANS):
+        mine = np.asarray(found[label == i])
+        np.testing.assert_allclose(mine.mean(0), mean, atol=0.05)
+        np.testing.assert_allclose(mine.std(0), STD, atol=0.03)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def denoiser() -> ConfigDict:
     config.sample.autoguidance = ""
     config.sample.guidance_classifier = ""  # workdir of a classifier of noised pictures; "": none
     config.sample.classifier_scale = 1.0  # s of its gradient
+    config.sample.state = "float32"  # of x between the network's calls, or "float64", as EDM's
     config.sample.clip = False  # predicted x0 to [-1, 1] (pixel space)
     config.sample.dynamic_threshold = 0.0  # percentile of Imagen's, to 1, for `clip`; 0: none
     config.sample.batch_size = 64

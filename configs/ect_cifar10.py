@@ -26,6 +26,6 @@ def get_config(arg=None):
     config.train.update(steps=200_000, batch_size=BATCH)
     config.optim.update(learning_rate=1e-4, warmup_steps=1000)
     config.ema.update(decay=0.9999, ramp=True, ramp_share=0.0)
-    config.sample.update(sampler="consistency", steps=2)
+    config.sample.update(sampler="consistency", steps=2, state="float32")
     config.sample.options = {"times": (80.0, 0.821)}
     return common_ddpm.smoke_ddpm(config) if smoke else config

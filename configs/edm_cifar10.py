@@ -44,5 +44,5 @@ def get_config(arg=None):
     config.optim.clip_norm = 0.0
     config.ema.decay = 0.5 ** (BATCH / 500_000)
     config.ema.ramp_share = 0.05
-    config.sample.update(sampler="heun", steps=18, clip=False)
+    config.sample.update(sampler="heun", steps=18, clip=False, state="float64")
     return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -23,5 +23,5 @@ def get_config(arg=None):
     config.train.update(steps=800_000, batch_size=1024)
     config.optim.update(learning_rate=6e-4, warmup_steps=10_000)
     config.ema.update(decay=0.99995, ramp_share=0.0)
-    config.sample.update(sampler="meanflow", steps=1)
+    config.sample.update(sampler="meanflow", steps=1, state="float32")
     return common_ddpm.smoke_ddpm(config) if smoke else config

@@ -46,7 +46,6 @@ SETTINGS = ("sampler", "steps", "guidance_scale", "guidance_rescale", "guidance_
 ASKED = ("negative_prompt", "label", "strength", "control_scale", "lora_scale", "size", "tile")
 ASKED += ("box",)
 FILES = ("image", "mask", "segments", "control", "controlnet", "lora", "embedding")
-FILES += ("guidance_classifier",)
 SHOWN = 256  # pictures in grid.png
 # make(start=i) -> batches of pictures from number i on
 Make = Callable[..., Iterator[np.ndarray]]

@@ -54,6 +54,7 @@ PARAMETERS = {
     "ddpm_lsun256:church": {"denoiser": 113_673_219},
     "ddpm_lsun256:bedroom": {"denoiser": 113_673_219},
     "ddpm_lsun256:cat": {"denoiser": 113_673_219},
+    "ddpm_lsun256:bedroom_large": {"denoiser": 255_677_955},
     **{
         f"adm_imagenet:{size}": {"denoiser": count}
         for size, count in {  # of guided-diffusion's own classes
@@ -109,6 +110,10 @@ PARAMETERS = {
     "iddpm_cifar10:vlb": {"denoiser": 52_542_979 + 3 * (9 * 128 + 1)},
     "jit_imagenet256:b16": {"denoiser": 131_123_712},  # 131 M and 459 M in the paper
     "jit_imagenet256:l16": {"denoiser": 458_877_664},
+    "iddpm_imagenet64:hybrid": {"denoiser": 121_063_942},
+    "iddpm_imagenet64:vlb": {"denoiser": 121_063_942},
+    "iddpm_imagenet64:cond": {"denoiser": 273_049_350},
+    "iddpm_imagenet64:upsampler": {"denoiser": 279_792_390},  # of the authors' own class
     "ldm_celebahq256": {"denoiser": LDM_256, "autoencoder": VQ_F4},
     "ldm_ffhq256": {"denoiser": LDM_256, "autoencoder": VQ_F4},
     "ldm_imagenet256:f4": {

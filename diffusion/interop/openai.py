@@ -42,6 +42,7 @@ class Published:
 LINEAR = {"name": "ddpm_linear", "num_steps": 1000}
 QUICK = {"name": "cosine", "num_steps": 4000, "time_scale": 0.25}  # rescale_timesteps, the default
 SLOW = {"name": "cosine", "num_steps": 4000}
+LONG = {"name": "ddpm_linear", "num_steps": 4000, "beta_start": 0.1 / 4000, "beta_end": 20 / 4000}
 NO, YES = False, True
 # By channels, multipliers, blocks, levels with attention, classes, residual blocks that resample.
 PUBLISHED = {
@@ -56,6 +57,9 @@ PUBLISHED = {
     ),
     (128, (1, 1, 2, 2, 4, 4), 2, (NO, NO, NO, NO, YES, NO), None, NO): Published(
         "improved-diffusion's lsun_uncond", 256, 1, None, LINEAR
+    ),
+    (192, (1, 1, 2, 2, 4, 4), 2, (NO, NO, NO, NO, YES, YES), 1000, NO): Published(
+        "improved-diffusion's upsample_cond", 256, 4, None, LONG, small=64
     ),
     (192, (1, 2, 3, 4), 3, (NO, YES, YES, YES), 1000, YES): Published(
         "guided-diffusion's 64x64_diffusion", 64, None, 64, LINEAR | {"name": "cosine"}, "new"
@@ -98,12 +102,12 @@ def infer_unet(weights: Weights, source: object) -> UNet:
             f"{source} holds {kind} (no out.2.weight): give a diffusion model's file of OpenAI's"
         )
     levels = _levels(tensors)
-    channels = tensors["time_embed.0.weight"].shape[1]
+    wide, channels = tensors["time_embed.0.weight"].shape
     first, read = tensors["input_blocks.0.0.weight"].shape[:2]
     widths = [width for width, _, _ in levels]
     blocks = {count for _, count, _ in levels}
     wrong = ""
-    if first != min(channels, widths[0]):
+    if first != min(channels, widths[0]) or wide != 4 * channels:
         wrong = f"its first level has {first} channels and its time embedding is of {channels}"
     elif len(blocks) > 1 or any(2 * width % channels for width in widths):
         wrong = f"levels of widths {widths} and blocks {sorted(blocks)} are not those of one U-Net"

@@ -24,6 +24,7 @@ from diffusion.process import samplers
 from diffusion.process.gaussian import Denoise
 from diffusion.sampling import inputs
 from diffusion.sampling.inputs import Columns
+from diffusion.sampling.precision import in_float32, with_float64
 from diffusion.sampling.settings import Settings
 from diffusion.training import codec, conditions
 from diffusion.training.denoiser import Denoiser, control_name
@@ -219,17 +220,21 @@ class Pipeline:
             params = task.merged(params)
             encode = functools.partial(codec.encode, bare.first_stage, params, bare.extra)
             given = inputs.prepare(bare.concat, batch, encode, bare.downsampling)
-            denoise = bare._denoise(params, batch, encode)
-            x = ks.normal(first, (len(indices), *task.sample_shape))  # of (seed, i) alone
-            x = given.start(how.schedule, method, x)
-            found = samplers.sample(method, given.kept(denoise), x, noise, trajectory)
+            denoise = given.kept(bare._denoise(params, batch, encode))
+            x = ks.normal(first, (len(indices), *task.sample_shape), jnp.float32)  # of (seed, i)
+            x, wide = given.start(how.schedule, method, x), how.state == "float64"
+            if wide:
+                x, denoise = x.astype(jnp.float64), in_float32(denoise)
+            found = samplers.sample(method, denoise, x, noise, trajectory)
+            found = jax.tree.map(lambda x: x.astype(jnp.float32), found) if wide else found
             if not trajectory:
                 return given.pasted(bare.decode(params, found, tile, rounded))
             x0, xs = found
             return bare.decode(params, x0, tile), jax.vmap(lambda x: bare.decode(params, x))(xs)
 
         mesh = make_mesh()
-        return jax.jit(target.aimed(run, mesh.devices.flatten().tolist(), mesh))
+        jitted = jax.jit(target.aimed(run, mesh.devices.flatten().tolist(), mesh))
+        return with_float64(jitted, how.state)
 
     def _denoise(self, params: Any, batch: dict[str, Any], encode: Callable[..., Any]) -> Denoise:
         """denoise(x_t, t) of the pictures that `batch` asks for, guided."""

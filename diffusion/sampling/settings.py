@@ -12,6 +12,7 @@ from diffusion.process import gaussian, guidance
 from diffusion.process.gaussian import Denoise
 from diffusion.process.samplers import SAMPLERS, Sampler
 from diffusion.process.schedules import Schedule
+from diffusion.sampling.precision import STATES
 
 # predict(x_t, t, told[, s]) -> the network's output, told what conditions say.
 Predict = Callable[..., jax.Array]
@@ -37,8 +38,11 @@ class Settings:
     clip: bool = False
     dynamic_threshold: float | int = 0.0
     classifier_scale: float | int = 1.0  # of a pipeline that has a classifier
+    state: str = "float32"  # of x between the network's calls, or "float64"
 
     def __post_init__(self):
+        if self.state not in STATES:
+            raise ValueError(f"state={self.state!r} is unknown: use {' or '.join(STATES)}")
         if len(self.guidance_interval) not in (0, 2):
             raise ValueError(
                 f"guidance_interval={self.guidance_interval} must be (low, high), or ()"

@@ -31,5 +31,5 @@ def from_edm(source: pathlib.Path) -> Parts:
     config.data.update({"image_size": side, "channels": said["img_channels"]})
     config.conditioning.null_label = False  # every class is one of the data's
     steps = (18 if side < 64 else 40) if song else 256
-    config.sample.update({"steps": steps, "batch_size": 64})
+    config.sample.update({"steps": steps, "batch_size": 64, "state": "float64"})
     return Parts(finish(config, params, source), {"denoiser": params})

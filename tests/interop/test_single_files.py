@@ -109,6 +109,7 @@ COUNTS = {
     "guided-diffusion's 256x256_diffusion_uncond or LSUN": 552_814_086,
     "guided-diffusion's 512x512_diffusion": 558_997_638,
     "guided-diffusion's 64_256_upsampler": 311_795_910,
+    "improved-diffusion's upsample_cond": 279_792_390,
     "guided-diffusion's 128_512_upsampler": 308_835_270,
 }
 
@@ -160,13 +161,13 @@ def test_a_file_of_openai_becomes_a_workdir(tmp_path, monkeypatch, capsys):
 
 def test_an_upsampler_is_told_a_small_picture(tmp_path, monkeypatch):
     """Half as wide at first as its time embedding, like the U-Net of 512 pixels."""
-    module = dataclasses.replace(ADM, multipliers=(0.5, 1))
+    module = dataclasses.replace(ADM, channels=64, multipliers=(0.5, 1), head_dim=32)
     params, tensors = file_of(module, 6)
     source = write(tmp_path / "up.pt", tensors)
     assert openai.infer_unet(held(tensors), "up.pt") == openai.with_heads(module, 1, None)
     linear = {"name": "ddpm_linear", "num_steps": 1000}
-    known = openai.Published("a tiny one", 8, None, 16, linear, small=4)
-    monkeypatch.setattr(openai, "PUBLISHED", {(32, (0.5, 1), 1, (False, True), 4, True): known})
+    known = openai.Published("a tiny one", 8, None, 32, linear, small=4)
+    monkeypatch.setattr(openai, "PUBLISHED", {(64, (0.5, 1), 1, (False, True), 4, True): known})
     assert run(convert, "--from=openai", f"--source={source}", f"--workdir={tmp_path}/run") == 0
     told = json.loads((tmp_path / "run" / "config.json").read_text())["conditioning"]
     wanted = {

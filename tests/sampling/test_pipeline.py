@@ -1,6 +1,8 @@
 """Pictures without a config: networks, settings and a first stage are all there is."""
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -12,7 +14,8 @@ import pytest
 from diffusion.models.controlnet import ControlNet
 from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
-from diffusion.process import losses, schedules
+from diffusion.process import gaussian, losses, schedules
+from diffusion.process import keys as ks
 from diffusion.sampling.guide import guided
 from diffusion.sampling.inputs import Inputs
 from diffusion.sampling.pipeline import Pipeline
@@ -166,3 +169,41 @@ def test_what_is_kept_of_an_image_is_in_the_samples_own_units(pixels, own):
     )
     found = Inputs(image=image, mask=mask).pasted(jnp.full((1, 2, 2, 1), pixels))
     np.testing.assert_allclose(found.ravel(), [own, pixels, own, pixels], rtol=1e-6)
+
+
+def test_a_state_in_float64_around_a_network_in_float32():
+    """EDM's algorithm 1 as NumPy takes it in float64, around a network of float32."""
+    schedule, kinds = schedules.EDM(), set()
+
+    class Curved(Known):
+        def apply(self, variables, x, t, labels, residuals=None, keys=None):
+            kinds.add((str(x.dtype), str(t.dtype)))
+            return jnp.sin(3 * x) + t.reshape(-1, 1, 1, 1)
+
+    pipe = pipeline(Curved(), sampler="heun", steps=6, prediction="edm")
+    how = dataclasses.replace(pipe.how, schedule=schedule, state="float64")
+    pipe = dataclasses.replace(pipe, how=how)
+    given = np.uint32([0, 0]), np.int32([0, 1]), {"label": np.zeros(2, np.int32)}
+    found = np.asarray(pipe.compiled(rounded=False)(pipe.params, *given))
+    assert kinds == {("float32", "float32")} and found.dtype == np.float32
+
+    network = functools.partial(Curved().apply, {}, labels=None)
+    denoise = gaussian.make_denoise(network, schedule, "edm")
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(given[1])
+    x = np.float64(80) * np.asarray(ks.normal(ks.stream(keys, 0), (2, *SHAPE)), np.float64)
+    levels = np.append(np.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 6) ** 7, 0)
+
+    def slope(x, level):
+        t = jnp.full(2, level, jnp.float32)
+        return (x - np.asarray(denoise(jnp.float32(x), t), np.float64)) / level
+
+    for here, there in itertools.pairwise(levels):
+        first = slope(x, here)
+        end = x + (there - here) * first
+        x = end if there == 0 else x + (there - here) * (first + slope(end, there)) / 2
+    np.testing.assert_allclose(found, np.clip((x + 1) / 2, 0, 1), rtol=0, atol=2e-7)
+    narrow = dataclasses.replace(pipe, how=dataclasses.replace(how, state="float32"))
+    other = np.asarray(narrow.compiled(rounded=False)(pipe.params, *given))
+    assert 1e-6 < np.abs(other - found).max() < 1e-2
+    with pytest.raises(ValueError, match="state='half' is unknown"):
+        dataclasses.replace(how, state="half")

@@ -10,7 +10,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "experiments/results/fidelity"
 ROWS = json.loads((PAGE / "authors.json").read_text())
 PAPERS = ("ddpm_celebahq256", "ddpm_cifar10", "ddpm_lsun256", "iddpm_cifar10", "edm_cifar10")
-PAPERS += ("flow_cifar10", "autoencoder_kl", "autoencoder_vq")
+PAPERS += (
+    "iddpm_imagenet64",
+    "adm_imagenet",
+    "adm_classifier",
+    "flow_cifar10",
+    "autoencoder_kl",
+    "autoencoder_vq",
+)
 
 
 def of(row):

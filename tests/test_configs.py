@@ -102,7 +102,7 @@ PARAMETERS = {
     "fashion_ldm:unet": {"denoiser": 1_323_908, "autoencoder": 396_404},
     "fashion_ldm:sit": {"denoiser": 1_871_372, "autoencoder": 396_404},
     "flow_cifar10:ot": {"denoiser": 35_746_307},
-    "flow_cifar10:rf": {"denoiser": 58_687_747},
+    "flow_cifar10:rf": {"denoiser": 61_804_419},
     "folder_ldm": {"denoiser": 138_259_716, "text_encoder": 23_149_056, "autoencoder": KL_F8},
     "forecast": {"denoiser": FORECAST},
     "iddpm_cifar10:hybrid": {"denoiser": 52_542_979 + 3 * (9 * 128 + 1)},  # a variance beside eps

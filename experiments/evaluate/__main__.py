@@ -166,6 +166,8 @@ def subject_of(values: flags.FlagValues, preset: presets.Preset | None) -> Subje
         if run is None:
             raise ValueError(f"--workdir is missing: --preset={values.preset} is of a run")
         presets.check(values.preset, preset, run.image_config, run.directory)
+        if "classifier_scale" in preset.sample and not values.guidance_classifier:
+            raise ValueError(f"--preset={values.preset} is guided: give --guidance_classifier=DIR")
     return Subject(samples, tools, against, values.replicates, strict=True)
 
 

@@ -15,8 +15,7 @@ No resampling on the last level. What differs between the published networks is 
     DDPM (https://arxiv.org/abs/2006.11239), the defaults: freq_shift 1, [sin, cos], padding (0, 1),
         epsilon 1e-6, one head.
     ADM (https://arxiv.org/abs/2105.05233): freq_shift 0, [cos, sin], padding 1, epsilon 1e-5,
-        head_dim 64, scale_shift, resblock_updown; a first level narrower than `channels` has its
-        width from conv_in on (512 pixels).
+        head_dim 64, scale_shift, resblock_updown; conv_in no wider than a narrow first level (512).
     LDM (https://arxiv.org/abs/2112.10752), Stable Diffusion: as ADM without the last two (churches
         has them); transformer_depth 1, context; SD 2.x has linear_projection and head_dim 64.
 
@@ -275,9 +274,7 @@ class UNet(nn.Module):
                     f"has {self.levels}: give one entry a level"
                 )
         if self.remat is not None and self.remat not in REMAT_POLICIES:
-            raise ValueError(
-                f"remat={self.remat!r} must be None or one of {sorted(REMAT_POLICIES)}"
-            )
+            raise ValueError(f"remat={self.remat!r} must be one of {[None, *REMAT_POLICIES]}")
         factor, space = 2 ** (self.levels - 1), x.shape[1:-1]
         if any(size % factor for size in space):
             raise ValueError(

@@ -182,7 +182,7 @@ def test_a_size_that_cannot_be_halved_is_refused(size):
         ({"heads": None}, {}, "heads=None and head_dim=None: give exactly one"),
         ({"heads": 3}, {}, "heads=3 does not divide level 1's 16 channels"),
         ({"heads": None, "head_dim": 5}, {}, "head_dim=5 does not divide level 1's 16"),
-        ({"remat": "some"}, {}, "remat='some' must be None or one of"),
+        ({"remat": "some"}, {}, "remat='some' must be one of"),
         ({"num_classes": 3}, {}, "num_classes=3 but labels are not given"),
         ({}, {"labels": jnp.zeros(1, int)}, "num_classes=None but labels are given"),
         ({"pool_context": True}, {}, "pool_context=True needs a context"),

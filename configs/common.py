@@ -105,7 +105,7 @@ def denoiser() -> ConfigDict:
     """Keys that a diffusion task adds; pixel-space DDPM unless the config says otherwise."""
     config = base("denoiser")
     config.process = ConfigDict()
-    config.process.prediction = "eps"  # what the network puts out
+    config.process.prediction = "eps"  # what the network puts out (diffusion/process/gaussian.py)
     # Its constructor's arguments; "zero_terminal_snr"; "between": of whole t (process/schedules.py)
     config.process.schedule = ConfigDict({"name": "ddpm_linear", "num_steps": 1000})
     # of p(x_{t-1} | x_t): "fixed_large" (beta_t), "fixed_small" (the posterior's), "learned"

@@ -47,7 +47,8 @@ PARAMETERS = {
     "autoencoder_vq:f8_n256": {"autoencoder": VQ_F8 - (16_384 - 256) * 4, **KL_GAN},
     "autoencoder_vq:f16": {"autoencoder": 69_593_371, **VQ_GAN},
     "ddpm_celebahq256": {"denoiser": 113_673_219},
-    "ddpm_cifar10": {"denoiser": 35_746_307},
+    "ddpm_cifar10:eps": {"denoiser": 35_746_307},
+    "ddpm_cifar10:mu": {"denoiser": 35_746_307},
     # of one channel for three: the first and the last convolution are narrower
     "ddpm_fashion_mnist:gpu": {"denoiser": 35_746_307 - 2 * 9 * 128 - 2 * (9 * 128 + 1)},
     "ddpm_fashion_mnist:cpu": {"denoiser": 627_433},

@@ -28,6 +28,11 @@ pair" followed by "from the pair":
     edm:      x_0 = (alpha d^2 x_t / n + sigma d F) / n,  eps = (sigma x_t / n - alpha d F) / n
 
 (4) alone is singular at alpha = 0 and (5) alone at sigma = 0; v, velocity and edm never are.
+
+DDPM's first choice (section 3.2), "mu", the mean of (3) from t to s = t-1, is linear in (x_t, x_0)
+with factors c_x, c_0 that t alone does not tell, but its schedule: it is read as x_0,
+
+    mu:       x_0 = (mu - c_x x_t) / c_0                                           (6)
 """
 
 from collections.abc import Callable
@@ -164,6 +169,14 @@ def check_prediction(prediction: str, argument: str = "prediction") -> str:
     return prediction
 
 
+def known(prediction: str, schedule: Schedule) -> str:
+    """The name itself, once it and what it needs of the schedule are known to be."""
+    if prediction == "mu":
+        posterior_tables(schedule)
+        return prediction
+    return check_prediction(prediction)
+
+
 def convert(
     output: Float[Array, "batch *shape"],
     source: str,
@@ -216,6 +229,18 @@ def apply_network(
     return network(expand(scale, x_t) * x_t, *times)
 
 
+def plain(
+    output: Array, prediction: str, schedule: Schedule, x_t: Array, t: Shaped[Array, "batch"]
+) -> tuple[Array, str, Array | float]:
+    """A network's output as a prediction of CONVERSIONS, its name, and how often its error is in
+    the output's: (output, prediction, 1), of "mu" (x_0 by eq. 6, "x0", c_0)."""
+    if prediction != "mu":
+        return output, check_prediction(prediction), 1.0
+    tables = posterior_tables(schedule)
+    of_x, of_x0 = (jnp.asarray(tables[name], x_t.dtype)[t] for name in ("x", "x0"))
+    return (output - expand(of_x, x_t) * x_t) / expand(of_x0, x_t), "x0", of_x0
+
+
 def split_variance(output: Array, x: Array, learned: bool) -> tuple[Array, Array | None]:
     """(prediction, variance output or None), or ValueError where the channels do not fit."""
     channels, expected = output.shape[-1], x.shape[-1] * (2 if learned else 1)
@@ -252,14 +277,14 @@ def make_denoise(
     two times for the x_0 of a jump to s (`few_steps.py`). Raises ValueError for an unknown
     prediction, eps at zero terminal SNR, and a wrong number of channels.
     """
-    check_terminal(schedule, check_prediction(prediction))
+    check_terminal(schedule, known(prediction, schedule))
 
     def denoise(x_t: Array, t: Array, *s: Array) -> Any:
         output = apply_network(network, schedule, prediction, x_t, t, *s)
         output, variance = split_variance(output, x_t, learned_variance)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        output = output.astype(x_t.dtype)
-        x0 = convert(output, prediction, "x0", x_t, alpha, sigma, schedule.sigma_data)
+        output, kind, _ = plain(output.astype(x_t.dtype), prediction, schedule, x_t, t)
+        x0 = convert(output, kind, "x0", x_t, alpha, sigma, schedule.sigma_data)
         return (x0, variance.astype(x_t.dtype)) if variance is not None else x0
 
     return denoise

@@ -177,12 +177,14 @@ def objective(
         x_t = gaussian.q_sample(schedule, x0, t, noise)
         output = gaussian.apply_network(network, schedule, prediction, x_t, t)
         output, v = gaussian.split_variance(output.astype(x0.dtype), x0, variance == "learned")
-        target = gaussian.targets(prediction, x0, noise, alpha, sigma, schedule.sigma_data)
-        error = (output - target).reshape(x0.shape[0], -1)
+        output, kind, factor = gaussian.plain(output, prediction, schedule, x_t, t)
+        target = gaussian.targets(kind, x0, noise, alpha, sigma, schedule.sigma_data)
+        error = gaussian.expand(factor, x0) * (output - target)
+        error = error.reshape(x0.shape[0], -1)
         aux = {"mse": jnp.mean(error**2, axis=1)}
         if weighting == "vlb" or variance == "learned":
             mean = output if weighting == "vlb" else jax.lax.stop_gradient(output)
-            aux["vlb"] = _bound(schedule, prediction, mean, v, x0, x_t, t, variance)
+            aux["vlb"] = _bound(schedule, kind, mean, v, x0, x_t, t, variance)
         if weighting == "vlb":
             return aux["vlb"], aux
         distance = aux["mse"] if norm == "l2" else jnp.mean(jnp.abs(error), axis=1)
@@ -210,7 +212,11 @@ def _bound(schedule, prediction, output, v, x0, x_t, t, variance) -> Array:
 
 
 def _check(schedule: Schedule, prediction: str, norm: str, weighting: str, variance: str) -> None:
-    gaussian.check_terminal(schedule, gaussian.check_prediction(prediction))
+    gaussian.check_terminal(schedule, gaussian.known(prediction, schedule))
+    if prediction == "mu" and weighting not in ("simple", "vlb"):
+        raise ValueError(
+            f"weighting={weighting!r} is of other predictions than 'mu': use simple or vlb"
+        )
     likelihood.check_variance(variance)
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is unknown: choose one of {', '.join(NORMS)}")

@@ -306,3 +306,39 @@ def test_second_moment_resampler():
 def test_what_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned"])
+def test_a_mean_is_read_as_the_x0_that_it_is_of(variance, x64):
+    """mu-prediction (DDPM section 3.2): the error of the posterior's mean, and the same bound."""
+    channels = 2 if variance == "learned" else 1
+
+    def means(x, t):
+        return jnp.concatenate([network(x, t)] * channels, axis=-1)
+
+    def told(x, t):
+        """The same as a prediction of x0."""
+        tables = gaussian.posterior_tables(DDPM)
+        of_x, of_x0 = (tables[name][np.asarray(t)].reshape(-1, 1, 1, 1) for name in ("x", "x0"))
+        x0 = (network(x, t) - of_x * x) / of_x0
+        return jnp.concatenate([x0, *[network(x, t)] * (channels - 1)], axis=-1)
+
+    steps, x_t = jnp.array([0, 200, 600, 999]), noised(DDPM, jnp.array([0, 200, 600, 999]))
+    how = {"variance": variance, "weighting": "vlb"}
+    for prediction, net in (("mu", means), ("x0", told)):
+        bound, aux = losses.objective(DDPM, prediction, **how)(net, clean(), steps, unit())
+        if prediction == "mu":
+            mean, _ = gaussian.posterior(DDPM, clean(), x_t, steps)
+            np.testing.assert_allclose(aux["mse"], per_example((mean - network(x_t, steps)) ** 2))
+            first = bound
+    np.testing.assert_allclose(first, bound, rtol=1e-9)
+    learned = {"learned_variance": variance == "learned"}
+    found, wanted = (
+        gaussian.make_denoise(net, DDPM, prediction, **learned)(x_t, steps)
+        for prediction, net in (("mu", means), ("x0", told))
+    )
+    jax.tree.map(np.testing.assert_allclose, found, wanted)
+    with pytest.raises(ValueError, match="has no posterior per step"):
+        gaussian.make_denoise(means, EDM, "mu")
+    with pytest.raises(ValueError, match="weighting='min_snr' is of other predictions"):
+        losses.objective(DDPM, "mu", weighting="min_snr")

@@ -3,6 +3,7 @@
 from diffusion.interop.autoencoder import load_autoencoder, save_autoencoder
 from diffusion.interop.controlnet import load_controlnet, save_controlnet
 from diffusion.interop.embeddings import load_embeddings, save_embeddings
+from diffusion.interop.latte import load_latte, save_latte
 from diffusion.interop.lora import load_lora, save_lora
 from diffusion.interop.t5 import load_t5
 from diffusion.interop.text_encoder import load_text_encoder, save_text_encoder
@@ -15,6 +16,7 @@ __all__ = [
     "load_controlnet",
     "load_dit",
     "load_embeddings",
+    "load_latte",
     "load_lora",
     "load_pixart",
     "load_sd3",
@@ -25,6 +27,7 @@ __all__ = [
     "save_autoencoder",
     "save_controlnet",
     "save_embeddings",
+    "save_latte",
     "save_lora",
     "save_pixart",
     "save_sd3",

@@ -1,4 +1,4 @@
-"""PixArt and Stable Diffusion 3's MMDiT of Diffusers, both ways.
+"""PixArt and Stable Diffusion 3's MMDiT of Diffusers, both ways; `latte.py` shares what is here.
 
 PixArt (alpha at 512, sigma) is `models/transformer.py` with adaLN-single and cross-attention; alpha
 at 1024, told of resolution and aspect ratio, is refused. MMDiT's norms at the ends have scale and
@@ -32,7 +32,7 @@ SHARED: files.Rules = (
 )
 
 
-def _read(
+def read(
     directory: str | os.PathLike, module: Any, in_channels: int, rules: files.Rules, told: Any
 ) -> dict[str, Any]:
     """Parameters; patches are one dense layer where PyTorch has a convolution."""
@@ -48,14 +48,15 @@ def _read(
             raise ValueError(
                 f"{directory}: {POSITIONS} is not that of {module.grid} patches a side"
             )
-    x = jnp.zeros((1, module.size, module.size, in_channels))
+    space = module.size if isinstance(module.size, tuple) else (module.size,) * 2
+    x = jnp.zeros((1, *space, in_channels))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, jnp.zeros(1), **told))
     found = files.Weights(tensors, {k: weights.files[k] for k in tensors}, weights.directory)
     found = found.renamed([(r"scale_shift_table$", "table")])
     return files.to_params(found, shapes["params"], rules)
 
 
-def _write(
+def write(
     directory: str | os.PathLike,
     module: Any,
     params: Mapping[str, Any],
@@ -64,7 +65,7 @@ def _write(
 ) -> None:
     tensors = files.to_tensors(params, rules)
     tensors = {re.sub(r"\btable$", "scale_shift_table", name): a for name, a in tensors.items()}
-    patch = module.patch
+    patch = np.max(module.patch)
     kernel = tensors[PATCHES].reshape(module.width, patch, patch, -1)
     tensors[PATCHES] = np.ascontiguousarray(np.moveaxis(kernel, -1, 1))
     if isinstance(module, MMDiT):
@@ -74,11 +75,11 @@ def _write(
     files.write_directory(directory, config, tensors, STEM)
 
 
-def _channels(module: Any, params: Mapping[str, Any]) -> int:
-    return params["patches"]["kernel"].shape[0] // module.patch**2
+def channels(module: Any, params: Mapping[str, Any]) -> int:
+    return params["patches"]["kernel"].shape[0] // int(np.max(module.patch)) ** 2
 
 
-def _same(module: Any, wanted: Mapping[str, Any], cls: str) -> None:
+def same(module: Any, wanted: Mapping[str, Any], cls: str) -> None:
     for key, value in wanted.items():
         if (found := getattr(module, key)) != value:
             raise ValueError(
@@ -118,8 +119,7 @@ PIXART_NUMBERS = {
     "interpolation_scale": None,
     "use_additional_conditions": None,
     "caption_channels": None,
-    "norm_num_groups": 32,  # of this and the next nothing is made
-    "num_embeds_ada_norm": 1000,
+    **dict.fromkeys(("norm_num_groups", "num_embeds_ada_norm")),  # nothing is made of them
 }
 PIXART_IS = {
     "modulation": "single",
@@ -133,7 +133,7 @@ PIXART_IS = {
     "freq_shift": 0,
     "num_classes": None,
     "activation": "gelu_tanh",
-    "mlp_epsilon": None,
+    **{"mlp_epsilon": None, "bottleneck": None, "label_tokens": 0, "factorised": False},
 }
 
 
@@ -173,14 +173,14 @@ def load_pixart(directory: str | os.PathLike) -> tuple[Transformer, dict[str, An
         epsilon=given["norm_eps"],
     )
     words = {"context": jnp.zeros((1, 1, given["caption_channels"]))}
-    return module, _read(directory, module, given["in_channels"], PIXART_RULES, words)
+    return module, read(directory, module, given["in_channels"], PIXART_RULES, words)
 
 
 def save_pixart(
     directory: str | os.PathLike, module: Transformer, params: Mapping[str, Any]
 ) -> None:
     """Writes a directory that Diffusers loads. ValueError where it has no such network."""
-    _same(module, PIXART_IS, PIXART)
+    same(module, PIXART_IS, PIXART)
     if not isinstance(module.patch, int) or not isinstance(module.size, int):
         raise ValueError(
             f"patch={module.patch} and size={module.size} cannot be written for Diffusers: its "
@@ -191,7 +191,7 @@ def save_pixart(
         "attention_head_dim": module.width // module.heads,
         "caption_channels": params["context_1"]["kernel"].shape[0],
         "cross_attention_dim": module.width,
-        "in_channels": _channels(module, params),
+        "in_channels": channels(module, params),
         "interpolation_scale": module.position_scale,
         "norm_eps": module.epsilon,
         "num_attention_heads": module.heads,
@@ -201,7 +201,7 @@ def save_pixart(
         "sample_size": module.size,
         "use_additional_conditions": False,
     }
-    _write(directory, module, params, config, PIXART_RULES)
+    write(directory, module, params, config, PIXART_RULES)
 
 
 # -- Stable Diffusion 3 ----------------------------------------------------------------------------
@@ -274,19 +274,19 @@ def load_sd3(directory: str | os.PathLike) -> tuple[MMDiT, dict[str, Any]]:
         "context": jnp.zeros((1, 1, given["joint_attention_dim"])),
         "pooled": jnp.zeros((1, given["pooled_projection_dim"])),
     }
-    return module, _read(directory, module, given["in_channels"], SD3_RULES, told)
+    return module, read(directory, module, given["in_channels"], SD3_RULES, told)
 
 
 def save_sd3(directory: str | os.PathLike, module: MMDiT, params: Mapping[str, Any]) -> None:
     """Writes a directory that Diffusers loads. ValueError where it has no such network."""
     wanted = {"mult": 4, "activation": "gelu_tanh", "epsilon": 1e-6, "pool": "given"}
-    _same(module, wanted, SD3)
+    same(module, wanted, SD3)
     config = {
         "_class_name": SD3,
         "attention_head_dim": module.width // module.heads,
         "caption_projection_dim": module.width,
         "dual_attention_layers": list(range(module.dual)),
-        "in_channels": _channels(module, params),
+        "in_channels": channels(module, params),
         "joint_attention_dim": params["context"]["kernel"].shape[0],
         "num_attention_heads": module.heads,
         "num_layers": module.depth,
@@ -297,4 +297,4 @@ def save_sd3(directory: str | os.PathLike, module: MMDiT, params: Mapping[str, A
         "qk_norm": "rms_norm" if module.qk_norm else None,
         "sample_size": module.size,
     }
-    _write(directory, module, params, config, SD3_RULES)
+    write(directory, module, params, config, SD3_RULES)

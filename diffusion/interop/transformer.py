@@ -150,6 +150,9 @@ def _config(module: Transformer, params: Mapping[str, Any]) -> dict[str, Any]:
         "position_scale": 1,
         "pool_context": False,
         "second_time": False,
+        "bottleneck": None,
+        "label_tokens": 0,
+        "factorised": False,
     }
     for key, value in needed.items():
         if getattr(module, key) != value:

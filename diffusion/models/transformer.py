@@ -17,8 +17,10 @@ Patches and positions are `models/positions.py`'s.
 
 LightningDiT (https://arxiv.org/abs/2501.01423) is `positions="both"`, `norm="rms"`,
 `activation="swiglu"`, `mult=8 / 3`; JiT (https://arxiv.org/abs/2511.13720) adds `qk_norm`, a
-`bottleneck` and `label_tokens`. Initialisation is DiT's (`facebookresearch/DiT: models.py`):
-q, k and v as one matrix there, hence their smaller scale here.
+`bottleneck` and `label_tokens`. Of a video all patches look at each other, or those of a frame and
+of a place in turn, as in Latte (https://arxiv.org/abs/2401.03048, variant 1): `factorised`.
+Initialisation is DiT's (`facebookresearch/DiT: models.py`): q, k and v as one matrix there, hence
+their smaller scale here.
 """
 
 import functools
@@ -34,7 +36,7 @@ from diffusion.models.attention import ACTIVATIONS, mean_token
 from diffusion.models.layers import Dense, timestep_embedding
 from diffusion.models.positions import patches, per_axis, rotary_angles, sincos_positions, unpatch
 from diffusion.models.second_time import with_second_time
-from diffusion.models.transformer_blocks import Block, make_norm, table, zero_dense
+from diffusion.models.transformer_blocks import Block, folded, make_norm, table, zero_dense
 from diffusion.models.unet import REMAT_POLICIES
 
 TIME_WIDTH = 256  # of eq. 2's sinusoids
@@ -56,7 +58,9 @@ class Transformer(nn.Module):
     norms of each head's q and k. registers: learned tokens beside the patches (arXiv:2309.16588).
     bottleneck: patches pass through so few channels first; None: not. label_tokens: so many tokens
     of the class embedding, each with learned values of its own added, join the patches before block
-    `label_tokens_from` (JiT's in-context conditioning).
+    `label_tokens_from` (JiT's in-context conditioning). factorised: each of `depth` blocks looks
+    within a frame and at the caption, and another after it along the first axis, time, whose
+    positions are added before the first of those (Latte).
     activation: of the feed-forward, `models/attention.py`'s. epsilon: of the norms, of that before
     the feed-forward `mlp_epsilon` where it is given (Diffusers' DiT has 1e-5).
     freq_shift: of eq. 2's sinusoids; 1 in Diffusers' DiT. second_time: takes `s`.
@@ -83,6 +87,7 @@ class Transformer(nn.Module):
     bottleneck: int | None = None
     label_tokens: int = 0
     label_tokens_from: int = 0
+    factorised: bool = False
     activation: str = "gelu_tanh"
     epsilon: float = 1e-6
     mlp_epsilon: float | None = None
@@ -108,18 +113,20 @@ class Transformer(nn.Module):
         ValueError where the patch does not divide the size, for another size than the network's,
         and where fields and conditions contradict.
         """
-        self._check(context, labels, residuals)
+        self._check(x.ndim - 2, context, labels, residuals)
         patch = per_axis("patch", self.patch, x.ndim - 2)
         grid = self._grid(x.shape[1:-1], patch)
-        places, angles = self._places(grid, patch), None
+        places = self._places(grid, patch)
+        space, time = (places[1:], places[:1]) if self.factorised else (places, [])
         u = patches(x, patch)
         if self.bottleneck:
             u = Dense(self.bottleneck, use_bias=False, dtype=self.dtype, name="bottleneck")(u)
         u = Dense(self.width, dtype=self.dtype, name="patches")(u).reshape(len(x), -1, self.width)
+        frames = grid[0] if self.factorised else 1
         if self.positions != "rotary":
-            u = u + jnp.asarray(sincos_positions(places, self.width), u.dtype)[None]
-        if self.positions != "sincos":
-            angles = rotary_angles(places, self.width // self.heads, self.registers)
+            added = np.tile(sincos_positions(space, self.width), (frames, 1))
+            u = u + jnp.asarray(added, u.dtype)[None]
+        angles, along = (self._angles(axes) for axes in (space, time))
         u = self._joined(u, self.registers, "registers")
         label = self._label(labels)
         c, shared = self._condition(x, t, label, context, context_mask, s)
@@ -130,25 +137,28 @@ class Transformer(nn.Module):
                 u = self._joined(u, self.label_tokens, "label_tokens", label)
                 if angles is not None:
                     angles = jnp.pad(angles, ((self.label_tokens, 0), (0, 0)))
-            make = block(
-                self.width,
-                self.heads,
-                self.mult,
-                self.modulation,
-                self.cross,
-                self.norm,
-                self.qk_norm,
-                self.activation,
-                self.epsilon,
-                self.mlp_epsilon,
-                dtype=self.dtype,
-                name=f"blocks_{i}",
-            )
-            u = make(u, c if shared is None else shared, context, context_mask, angles)
+            told = c if shared is None else shared, context, context_mask
+            u = folded(self._block(block, self.cross, f"blocks_{i}"), u, frames, 1, told, angles)
+            if self.factorised:
+                if i == 0 and frames > 1 and self.positions != "rotary":
+                    added = sincos_positions(time, self.width).repeat(u.shape[1] // frames, axis=0)
+                    u = u + jnp.asarray(added, u.dtype)[None]
+                make = self._block(block, False, f"time_blocks_{i}")
+                u = folded(make, u, frames, 2, (told[0], None, None), along)
         u = self._out(u[:, self.registers + self.label_tokens :], c, math.prod(patch))
         return unpatch(u.reshape(len(x), *grid, -1), patch).astype(
             jnp.promote_types(x.dtype, jnp.float32)
         )
+
+    def _block(self, block: Any, cross: bool, name: str) -> Any:
+        shape = self.width, self.heads, self.mult, self.modulation, cross, self.norm, self.qk_norm
+        rest = self.activation, self.epsilon, self.mlp_epsilon
+        return block(*shape, *rest, dtype=self.dtype, name=name)
+
+    def _angles(self, places: list[np.ndarray]) -> Array | None:
+        if self.positions == "sincos" or not places:
+            return None
+        return rotary_angles(places, self.width // self.heads, self.registers)
 
     def _condition(
         self, x: Array, t: Array, label: Array | None, context: Any, mask: Array | None, s: Any
@@ -227,10 +237,11 @@ class Transformer(nn.Module):
         if self.size is None:
             return [np.arange(n) / self.position_scale for n in grid]
         sizes = per_axis("size", self.size, len(grid))
-        scale = self.position_scale
-        return [np.arange(n) * (s / p / n / scale) for n, s, p in zip(grid, sizes, patch)]
+        scales = [1 if self.factorised else self.position_scale]
+        scales += [self.position_scale] * (len(grid) - 1)
+        return [np.arange(n) * (s / p / n / k) for n, s, p, k in zip(grid, sizes, patch, scales)]
 
-    def _check(self, context: Array | None, labels: Array | None, residuals: Any) -> None:
+    def _check(self, rank: int, context: Any, labels: Any, residuals: Any) -> None:
         for key, allowed in (
             ("modulation", ("zero", "single")),
             ("positions", ("sincos", "rotary", "both")),
@@ -252,6 +263,11 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"label_tokens={self.label_tokens} from block {self.label_tokens_from} needs "
                 f"num_classes, and a block below depth={self.depth}: set label_tokens to 0, or both"
+            )
+        if self.factorised and (rank < 2 or self.registers or self.label_tokens):
+            raise ValueError(
+                f"factorised=True with registers={self.registers}, label_tokens="
+                f"{self.label_tokens} and {rank} axes: it needs patches alone, on two axes or more"
             )
         if (self.cross or self.pool_context) != (context is not None):
             raise ValueError(

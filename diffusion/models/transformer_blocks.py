@@ -64,6 +64,23 @@ class Block(nn.Module):
         return u + g2 * FeedForward(self.activation, self.mult, self.dtype, name="ff")(h)
 
 
+def folded(
+    block: Any, u: Array, frames: int, over: int, told: tuple[Any, ...], angles: Array | None
+) -> Array:
+    """`block` on u's (batch, frames x places) tokens: over 1 those of each frame, 2 of each place.
+
+    told: c, context and its mask, (batch, ...) each or None.
+    """
+    if frames == 1 and over == 1:
+        return block(u, *told, angles)
+    batch, _, width = u.shape
+    u = u.reshape(batch, frames, -1, width)
+    u = u if over == 1 else u.swapaxes(1, 2)
+    each = [a if a is None else jnp.repeat(a, u.shape[1], axis=0) for a in told]
+    out = block(u.reshape(-1, u.shape[2], width), *each, angles).reshape(u.shape)
+    return (out if over == 1 else out.swapaxes(1, 2)).reshape(batch, -1, width)
+
+
 def make_norm(kind: str, epsilon: float, dtype: Any, name: str) -> nn.Module:
     """Over channels: "layer" has no parameters, "rms" a scale."""
     if kind == "rms":

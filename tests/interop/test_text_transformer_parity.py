@@ -1,4 +1,5 @@
-"""PixArt and MMDiT against Diffusers' `PixArtTransformer2DModel` and `SD3Transformer2DModel`, live.
+"""PixArt, MMDiT and Latte against Diffusers' `PixArtTransformer2DModel`, `SD3Transformer2DModel`
+and `LatteTransformer3DModel`, live.
 
 Every parameter is random, those that start at zero too.
 """
@@ -19,11 +20,19 @@ from diffusion.models.transformer import Transformer
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
-    from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
+    from diffusers import (
+        LatteTransformer3DModel,
+        PixArtTransformer2DModel,
+        SD3Transformer2DModel,
+    )
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "num_layers": 3}
 PIXART = {**HEADS, "out_channels": 8, "cross_attention_dim": 24, "sample_size": 8}
 PIXART |= {"caption_channels": 10, "use_additional_conditions": False}
+LATTE = {**HEADS, "num_layers": 2, "out_channels": 8, "cross_attention_dim": 24, "sample_size": 8}
+LATTE |= {"caption_channels": 10, "patch_size": 2, "video_length": 3, "attention_bias": True}
+LATTE |= {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "norm_eps": 1e-6}
+LATTE |= {"activation_fn": "gelu-approximate"}
 SD3 = {**HEADS, "out_channels": 4, "joint_attention_dim": 10, "caption_projection_dim": 24}
 SD3 |= {"pooled_projection_dim": 6, "pos_embed_max_size": 12, "sample_size": 8}
 SD35 = {**SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
@@ -55,7 +64,9 @@ def draws(side, width=8):
 
 def compare(module, params, theirs, x, words, told):
     """Outputs, and gradients with respect to x and words."""
-    x_t = torch.tensor(x).permute(0, 3, 1, 2).requires_grad_()
+    last = (0, x.ndim - 1, *range(1, x.ndim - 1))  # channels second, as PyTorch has them
+    first = (0, *range(2, x.ndim), 1)
+    x_t = torch.tensor(x).permute(last).requires_grad_()
     words_t = torch.tensor(words).requires_grad_()
     out = theirs(x_t, words_t)
     weight = np.random.default_rng(2).normal(size=out.shape).astype(np.float32)
@@ -63,12 +74,12 @@ def compare(module, params, theirs, x, words, told):
 
     def loss(x, words):
         out = module.apply({"params": params}, x, jnp.array([3.0, 977.0]), words, **told)
-        return (out * weight.transpose(0, 2, 3, 1)).sum(), out
+        return (out * weight.transpose(first)).sum(), out
 
     with jax.default_matmul_precision("highest"):
         grads, ours = jax.grad(loss, (0, 1), has_aux=True)(jnp.asarray(x), jnp.asarray(words))
-    assert distance(ours, out.detach().permute(0, 2, 3, 1).numpy()) < 1e-5
-    assert distance(grads[0], x_t.grad.permute(0, 2, 3, 1).numpy()) < 1e-4
+    assert distance(ours, out.detach().permute(first).numpy()) < 1e-5
+    assert distance(grads[0], x_t.grad.permute(first).numpy()) < 1e-4
     assert distance(grads[1], words_t.grad.numpy()) < 1e-4
 
 
@@ -98,6 +109,23 @@ def test_pixart_is_diffusers_both_ways(tmp_path, changes, side):
     interop.save_pixart(tmp_path / "b", module, params)
     again = PixArtTransformer2DModel.from_pretrained(tmp_path / "b").eval()
     compare(module, params, theirs(again), x, words, told)
+
+
+def test_latte_is_diffusers_both_ways(tmp_path):
+    model = reference(LatteTransformer3DModel, LATTE, tmp_path / "a")
+    module, params = interop.load_latte(tmp_path / "a")
+    _, words, _ = draws(8)
+    x = np.random.default_rng(3).normal(size=(2, 3, 8, 8, 4)).astype(np.float32)
+
+    def theirs(model):
+        return lambda x, words: model(x, torch.tensor([3, 977]), words).sample
+
+    compare(module, params, theirs(model), x, words, {})
+    interop.save_latte(tmp_path / "b", module, params)
+    again = LatteTransformer3DModel.from_pretrained(tmp_path / "b").eval()
+    compare(module, params, theirs(again), x, words, {})
+    with pytest.raises(ValueError, match="factorised=False cannot be written"):
+        interop.save_latte(tmp_path / "c", module.clone(factorised=False), params)
 
 
 @pytest.mark.parametrize("config", [SD3, SD35], ids=["3", "3.5"])

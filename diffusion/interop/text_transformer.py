@@ -124,16 +124,13 @@ PIXART_NUMBERS = {
 PIXART_IS = {
     "modulation": "single",
     "cross": True,
-    "pool_context": False,
     "positions": "sincos",
     "norm": "layer",
-    "qk_norm": False,
-    "registers": 0,
     "mult": 4,
-    "freq_shift": 0,
-    "num_classes": None,
     "activation": "gelu_tanh",
-    **{"mlp_epsilon": None, "bottleneck": None, "label_tokens": 0, "factorised": False},
+    **dict.fromkeys(("pool_context", "qk_norm", "factorised"), False),
+    **dict.fromkeys(("registers", "label_tokens", "freq_shift"), 0),
+    **dict.fromkeys(("num_classes", "mlp_epsilon", "bottleneck")),
 }
 
 

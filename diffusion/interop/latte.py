@@ -76,8 +76,10 @@ def save_latte(
 ) -> None:
     """Writes a directory that Diffusers loads. ValueError where it has no such network."""
     shared.same(module, {**shared.PIXART_IS, "factorised": True}, LATTE)
-    size, patch = module.size, module.patch
-    if not isinstance(size, tuple) or size[1] != size[-1] or patch != (1, patch[-1], patch[-1]):
+    size: Any = module.size
+    patch: Any = module.patch
+    square = isinstance(size, tuple) and isinstance(patch, tuple) and size[1] == size[-1]
+    if not square or patch != (1, patch[-1], patch[-1]):
         raise ValueError(
             f"patch={patch} and size={size} cannot be written for Diffusers: its {LATTE} has "
             "patches of one frame, and squares"

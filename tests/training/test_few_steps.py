@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion.models import convolution, target
+from diffusion.models.song import SongUNet
 from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
 from diffusion.process import few_steps, schedules
@@ -27,6 +28,9 @@ NETWORKS = {
 }
 
 
+SONG = SongUNet(4, 8, (1, 2), 1, (False, True), groups=4, num_classes=3)
+
+
 def drawn(network, seed=0, **given):
     """Every parameter random, the zero-initialised ones too."""
     shapes = jax.eval_shape(
@@ -42,10 +46,12 @@ def inputs():
     return x, v, jnp.asarray([800.0, 300.0]), jnp.asarray([100.0, 300.0])
 
 
-@pytest.mark.parametrize(("kind", "remat"), [("unet", None), ("transformer", "full")])
+@pytest.mark.parametrize(
+    ("kind", "remat"), [("unet", None), ("transformer", "full"), ("song", None)]
+)
 def test_the_jvp_is_a_finite_difference(kind, remat, x64, monkeypatch):
     """With dropout keyed alike on both sides; as for one CPU device, every convolution large."""
-    network = NETWORKS[kind].clone(second_time=True, remat=remat)
+    network = {**NETWORKS, "song": SONG}[kind].clone(second_time=True, remat=remat)
     labels = jnp.asarray([0, 2])
     params, (x, v, t, s) = drawn(network, labels=labels), inputs()
     keys = jax.random.split(jax.random.key(0), 2)
@@ -55,7 +61,7 @@ def test_the_jvp_is_a_finite_difference(kind, remat, x64, monkeypatch):
 
     monkeypatch.setattr(convolution, "LARGE", 1)
     with target.handed(target.Target("cpu")):
-        if kind == "unet":
+        if kind != "transformer":
             with pytest.raises(TypeError, match="forward-mode"):
                 jax.jvp(output, (x, t), (v, jnp.ones(2)))
         with target.forward_mode():

@@ -30,7 +30,6 @@ def get_config(arg=None):
     config.init_from = "runs/fashion_ldm"
     config.process.method = "consistency"
     config.process.objective = {"q": 2.0, "double_steps": config.train.steps // 8}
-    config.process.schedule.sigma_data = 1.0
     config.conditioning.drop = 0.0
     config.optim.learning_rate = 5e-4
     config.sample.sampler = "consistency"

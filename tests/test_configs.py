@@ -93,7 +93,7 @@ PARAMETERS = {
     "distil_digits:jumps": {**DIGITS, "denoiser": DIGITS_TOLD, "teacher": DIGITS["denoiser"]},
     "distil_digits:progressive": {**DIGITS, "teacher": DIGITS["denoiser"]},
     "distil_digits:consistency": {**DIGITS, "teacher": DIGITS["denoiser"]},
-    "ect_cifar10": {"denoiser": DDPMPP},
+    **{f"ect_cifar10:{method}": {"denoiser": DDPMPP} for method in ("ect", "ict", "scm")},
     "edm_cifar10:uncond": {"denoiser": DDPMPP},
     "edm_cifar10:cond": {"denoiser": DDPMPP + 11 * 128},
     # 128 frequencies that are not trained, which PyTorch does not count
@@ -140,8 +140,13 @@ PARAMETERS = {
     "meanflow_fashion:scratch": {"denoiser": 1_344_644, "autoencoder": 396_404},
     "meanflow_fashion:tuned": {"denoiser": 1_323_908, "autoencoder": 396_404},
     # SiT's (`sit_imagenet256`, above) and a second time
-    "meanflow_imagenet256:xl2": {"denoiser": 674_816_272 + (256 + 1152 + 2) * 1152},
-    "meanflow_imagenet256:b4": {"denoiser": 130_377_280 + (256 + 768 + 2) * 768},
+    **{
+        f"meanflow_imagenet256:{size}": {"denoiser": count, "autoencoder": KL_F8}
+        for size, count in {
+            "xl2": 674_816_272 + (256 + 1152 + 2) * 1152,
+            "b4": 130_377_280 + (256 + 768 + 2) * 768,
+        }.items()
+    },
     "meanflow_digits:tuned": {**DIGITS, "denoiser": DIGITS_TOLD, "teacher": DIGITS["denoiser"]},
     "meanflow_digits:scratch": {**DIGITS, "denoiser": DIGITS_TOLD},
     "ldm_layout:openimages": {

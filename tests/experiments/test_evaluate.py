@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from diffusion import pictures
 from diffusion.interop import inception as inception_files
 from diffusion.interop.files import to_tensors
 from diffusion.metrics import frechet
 from diffusion.sampling.pipeline import Pipeline
 from diffusion.training import codec
 from experiments.evaluate import __main__ as evaluate
-from experiments.evaluate import presets, references, sample_sets
+from experiments.evaluate import curves, presets, references, sample_sets
 from experiments.evaluate.features import Judge
 from experiments.evaluate.metrics import METRICS, described
 from experiments.evaluate.samples import Run, Samples, Subject

@@ -8,9 +8,9 @@ run_ecm.sh: 200,000 steps of 128 by RAdam at 1e-4, dropout 0.2, not mirrored, ln
 2^2), q = 2 with steps halved every 250 ticks of 12,800 images. Its README has FID 3.86 of one
 evaluation and 2.15 of two. `ict` (Song and Dhariwal 2023, arXiv:2310.14189) starts from nothing:
 400,000 steps of 1024, dropout 0.3, 10 levels doubled to 1280, c = 0.03; the paper's best, of a
-deeper network, are 2.51 and 2.24. `scm` (Lu and Song 2024, arXiv:2410.11081): TrigFlow in continuous time,
-400,000 steps of 512, ln sigma ~ N(-1, 1.4^2); the paper has 2.06 of two evaluations, of a trained
-start and a learned weight, which are not here. None was trained here: time not measured.
+deeper network, are 2.51 and 2.24. `scm` (Lu and Song 2024, arXiv:2410.11081): TrigFlow in
+continuous time, 400,000 steps of 512, ln sigma ~ N(-1, 1.4^2); the paper has 2.06 of two, of a
+trained start and a learned weight, which are not here. None was trained here: time not measured.
 """
 
 import math

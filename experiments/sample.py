@@ -9,9 +9,8 @@ A video's frames stand side by side, a series is plotted.
     ... --image=PNG --mask=PNG                make anew what is white in the mask
     ... --segments=PNG                        of a map of labels
     ... --box=3,0.1,0.1,0.4,0.4 --box=...     of boxes: label, left, top, width, height
-    ... --autoguidance=DIR                    guided away from a worse run (or DIR/checkpoints/STEP)
+    ... --autoguidance=DIR (or DIR/checkpoints/STEP), --guidance_classifier=DIR   guided by others
     ... --controlnet=DIR --control=PNG        steered by a picture; both may be given several times
-    ... --guidance_classifier=DIR --classifier_scale=1 --label=3   by a classifier's gradient
     ... --lora=FILE                           with low-rank updates in Diffusers' format
     ... --embedding=FILE[,FILE]               with learned words (textual inversion)
 

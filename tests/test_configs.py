@@ -138,7 +138,10 @@ PARAMETERS = {
     # without the augmentation's label, with a second time
     "meanflow_cifar10": {"denoiser": DDPMPP - 9 * 128 + 128 * 512 + 512 + 512 * 512 + 512},
     "meanflow_fashion:scratch": {"denoiser": 1_344_644, "autoencoder": 396_404},
-    "meanflow_fashion:tuned": {"denoiser": 1_323_908, "autoencoder": 396_404},
+    "meanflow_fashion:tuned": {
+        **dict.fromkeys(("denoiser", "teacher"), 1_323_908),
+        "autoencoder": 396_404,
+    },
     # SiT's (`sit_imagenet256`, above) and a second time
     **{
         f"meanflow_imagenet256:{size}": {"denoiser": count, "autoencoder": KL_F8}

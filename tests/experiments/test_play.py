@@ -112,9 +112,9 @@ def test_a_browser_draws_as_one_types(watched, address, browser):
     dumped = browser("--window-size=900,1200", "--dump-dom", f"{host}/look")
     seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dumped, re.S)[1]))
     assert "error" not in seen, seen
-    first, one_step, typed, slid, seeded, raw, refused, broken, lost, again = seen["pictures"]
+    first, one_step, typed, same, slid, seeded, raw, refused, broken, lost, again = seen["pictures"]
     assert seen["words"] == "a red seven" and seen["scale"] == "7.5"
-    assert 0 not in seen["pictures"]
+    assert 0 not in seen["pictures"] and typed == same
     assert len({first, one_step, typed, slid, seeded, raw}) == 6  # each wish is another picture
     assert refused == broken == lost == again == raw  # what is no answer leaves the last one
     for key in ("first", "typed", "slid", "seeded", "raw", "again"):

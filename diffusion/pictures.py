@@ -3,7 +3,7 @@
 import itertools
 import pathlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,6 +150,11 @@ def captioned(
         axis.set_title("\n".join(textwrap.wrap(caption, 22)), fontsize=6.5, y=-0.07, va="top")
     frame.subplots_adjust(0.01, 0.06, 0.99, 0.99, wspace=0.08, hspace=0.42)
     _save(frame, path, {"generated": "true", **(made or {})})
+
+
+def sheet(*arguments: Any) -> Callable[[pathlib.Path], None]:
+    """`captioned` of these, once it is told where."""
+    return lambda path: captioned(path, *arguments)
 
 
 def _save(frame: Any, path: pathlib.Path, metadata: dict[str, str]) -> None:

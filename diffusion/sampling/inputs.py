@@ -5,6 +5,8 @@ picture is to be made anew:
 
     (1)  image to image, strength s (SDEdit, https://arxiv.org/abs/2108.01073, section 3):
          start at step k = n - floor(s n) from alpha(t_k) z + sigma(t_k) eps
+         two images, at a place m between (DDPM, https://arxiv.org/abs/2006.11239, section 4.4):
+         from (1 - m) x + m x', each of them (1) with noise of its own
     (2)  inpainting: the estimate of x_0 is m x_0 + (1 - m) z at every step (`process/guidance.py`),
          and the image's own pixels are put back at the end
 
@@ -157,20 +159,29 @@ class Slots:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a batch's images become. latent: z, where there is one to start from; hole: m of eq. 2,
-    as large as z; image and mask: the pixels to put back."""
+    """What a batch's images become. latent: z, where there is one to start from; other and mix: z'
+    and m of eq. 1; hole: m of eq. 2, as large as z; image and mask: the pixels to put back."""
 
     latent: jax.Array | None = None
+    other: jax.Array | None = None
+    mix: Any = None
     hole: jax.Array | None = None
     image: Any = None
     mask: Any = None
 
-    def start(self, schedule: Schedule, method: Sampler, noise: jax.Array) -> jax.Array:
-        """The first x: noise, or eq. 1."""
+    def start(
+        self, schedule: Schedule, method: Sampler, noise: jax.Array, more: jax.Array
+    ) -> jax.Array:
+        """The first x: noise, or eq. 1; `more` is the other image's noise."""
         if self.latent is None:
             return method.prior_std * noise
         t = method.rows["t"][0]
-        return float(schedule.alpha(t)) * self.latent + float(schedule.sigma(t)) * noise
+        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+        x = alpha * self.latent + sigma * noise
+        if self.other is None:
+            return x
+        mix = self.mix.reshape(-1, *[1] * (x.ndim - 1))
+        return (1 - mix) * x + mix * (alpha * self.other + sigma * more)
 
     def kept(self, denoise: Denoise) -> Denoise:
         """Eq. 2 for a model that was not trained for it."""
@@ -199,7 +210,8 @@ def prepare(
         return Inputs(image=image, mask=mask)
     hole: Any = None if mask is None else _shrunk(mask.astype(jnp.float32), downsampling)
     latent = None if image is None else encode(codec.signed(image))
-    return Inputs(latent, hole, image, mask)
+    other: Any = encode(codec.signed(batch["other"])) if "other" in batch else None
+    return Inputs(latent, other, batch.get("mix"), hole, image, mask)
 
 
 def _shrunk(mask: jax.Array, factor: int) -> jax.Array:

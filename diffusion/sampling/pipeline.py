@@ -199,7 +199,7 @@ class Pipeline:
 
     def compiled(
         self,
-        trajectory: bool = False,
+        trajectory: bool | str = False,
         strength: float | int = 1.0,
         tile: int = 0,
         rounded: bool = True,
@@ -207,25 +207,31 @@ class Pipeline:
         """A compiled function (params, seeds, indices, columns) -> images [, images of each step].
 
         It holds no parameters. seeds, indices and columns have one row a picture; a column
-        "guidance_scale" has each picture's own.
+        "guidance_scale" has each picture's own, "other" and "mix" make a picture between "image"
+        and it (`inputs.py`, eq. 1), whose noise is the same at every place between. `trajectory`:
+        x_t of each step as well, or the "estimates" of x_0 from it.
         """
         bare = dataclasses.replace(self, params={})
         task, how, method = bare.task, bare.how, bare.how.method(strength)
 
         def run(params: Any, seeds: Any, indices: Any, batch: dict[str, Any]) -> Any:
-            keys = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(
-                seeds, indices
-            )
-            first, noise = (ks.stream(keys, i) for i in (0, 1))
+            key = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))
+            keys = key(seeds, jnp.zeros_like(indices) if "mix" in batch else indices)
+            first, noise, second = (ks.stream(keys, i) for i in range(3))
             params = task.merged(params)
             encode = functools.partial(codec.encode, bare.first_stage, params, bare.extra)
             given = inputs.prepare(bare.concat, batch, encode, bare.downsampling)
             denoise = given.kept(bare._denoise(params, batch, encode))
-            x = ks.normal(first, (len(indices), *task.sample_shape), jnp.float32)  # of (seed, i)
-            x, wide = given.start(how.schedule, method, x), how.state == "float64"
+            shape = (len(indices), *task.sample_shape)
+            x, more = (
+                ks.normal(key, shape, jnp.float32) for key in (first, second)
+            )  # of (seed, i)
+            x, wide = given.start(how.schedule, method, x, more), how.state == "float64"
             if wide:
                 x, denoise = x.astype(jnp.float64), in_float32(denoise)
-            found = samplers.sample(method, denoise, x, noise, trajectory)
+            found = samplers.sample(method, denoise, x, noise, bool(trajectory))
+            if trajectory == "estimates":
+                found = found[0], samplers.estimates(method, denoise, found[1])
             found = jax.tree.map(lambda x: x.astype(jnp.float32), found) if wide else found
             if not trajectory:
                 return given.pasted(bare.decode(params, found, tile, rounded))

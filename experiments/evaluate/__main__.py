@@ -47,7 +47,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from diffusion import files, pictures
+from diffusion import files
 from diffusion.metrics.frechet import sample_count_warning
 from diffusion.models.inception import PREPROCESSINGS
 from experiments.evaluate import curves, every_checkpoint, presets, sample_sets
@@ -270,7 +270,7 @@ def main(values: flags.FlagValues) -> None:
         return
     files.write_json(out, results)
     for name, sheet in sheets.items():
-        pictures.captioned(out.with_name(f"{out.stem}_{name}.png"), *sheet)
+        sheet(out.with_name(f"{out.stem}_{name}.png"))
     for name, curve in points.items():
         curves.plot(out.with_name(f"{out.stem}_{name}.png"), curve)
     if others:

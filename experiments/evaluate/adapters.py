@@ -9,7 +9,7 @@ outline    of a run of a ControlNet (configs/digits_controlnet.py): how well the
            agree with the outlines that they were given, digits of the test set, "before", without
            it, and "after", with it; "originals": the very digits
 
-Both of captioned digits. Each gives a sheet of pictures as well: (pixels, captions, columns).
+Both of captioned digits. Each gives a sheet of pictures as well.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion import pictures
 from diffusion.data import loader, transforms
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.metrics import adherence as adherence_metric
@@ -79,7 +80,7 @@ def colour(subject: Subject) -> dict[str, Any]:
             if (when, name) != ("before", "palette"):
                 shown.append(pixels[:SHOWN])
                 captions += [f"{when}: {text}" for text in texts[:SHOWN]]
-    return {**results, "sheet": (np.concatenate(shown), captions, SHOWN)}
+    return {**results, "sheet": pictures.sheet(np.concatenate(shown), captions, SHOWN)}
 
 
 def outline(subject: Subject) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def outline(subject: Subject) -> dict[str, Any]:
         }
         shown.append(pixels[:SHOWN])
         captions += [f"{when}: {text}" for text in texts[:SHOWN]]
-    return {**results, "sheet": (np.concatenate(shown), captions, SHOWN)}
+    return {**results, "sheet": pictures.sheet(np.concatenate(shown), captions, SHOWN)}
 
 
 def _agreement(pixels: np.ndarray, wanted: np.ndarray) -> dict[str, float]:

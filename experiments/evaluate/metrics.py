@@ -19,7 +19,8 @@ from experiments.run import build, data, given
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One name of --metrics: from a subject to numbers by name, "intervals" and a "sheet" beside.
+    """One name of --metrics: from a subject to numbers by name, "intervals" and a "sheet" beside,
+    which draws a picture into a file.
 
     says: what it is. of: "images" of a run or a set; "samples" that a run makes; its "data"; its
     "first stage", which has its own weights. needs: what `Subject.rows` must hold, or

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion import pictures
 from diffusion.data import layouts
 from diffusion.data.builders.captioned_digits import compose
 from diffusion.metrics.intervals import beside, mean_interval, wilson
@@ -18,6 +19,7 @@ from experiments.evaluate.features import Judge
 from experiments.evaluate.samples import Subject
 from experiments.run import data
 
+SHOWN = 10
 OUTSIDE = 0.1  # of a picture's light
 
 
@@ -39,7 +41,24 @@ def placement(subject: Subject) -> dict[str, Any]:
     measure = of_boxes if "layout" in given else of_maps
     sets = {"samples": samples.images(samples.num)[0], "data": given["image"]}
     found = {name: measure(images, given, judge) for name, images in sets.items()}
-    return {"placement": {**found, "count": len(given["image"])}}
+    told = {name: given[name][:SHOWN] for name in ("layout", "segments") if name in given}
+    rows = np.concatenate([_asked(**told), *(sets[name][:SHOWN] for name in sets)])
+    said = [name for name in ("asked", "sample", "of the data") for _ in given["image"][:SHOWN]]
+    if "layout" in told:
+        said[:SHOWN] = [" and ".join(f"{box[0]:.0f}" for box in boxes) for boxes in told["layout"]]
+    sheet = pictures.sheet(rows, said, min(SHOWN, len(given["image"])))
+    return {"placement": {**found, "count": len(given["image"])}, "sheet": sheet}
+
+
+def _asked(layout: Any = None, segments: Any = None) -> np.ndarray:
+    """uint8 (pictures, side, side, 3): grey boxes, the first the lighter, or white digits."""
+    if layout is None:
+        return np.repeat(np.where(segments > 0, 255, 0).astype(np.uint8)[..., None], 3, axis=-1)
+    made = np.zeros((len(layout), compose.CANVAS, compose.CANVAS, 3), np.uint8)
+    for picture, boxes in zip(made, np.rint(layout[..., 1:] * compose.CANVAS).astype(int)):
+        for light, (left, top, width, height) in zip((200, 110), boxes):
+            picture[top : top + height, left : left + width] = light
+    return made
 
 
 def of_boxes(images: np.ndarray, given: dict[str, Any], judge: Judge) -> dict[str, Any]:

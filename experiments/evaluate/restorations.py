@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from diffusion import pictures
 from diffusion.data import degrade
 from diffusion.metrics import frechet
 from diffusion.metrics import reconstruction as of_pixels
 from diffusion.metrics.intervals import beside, mean_interval, wilson
 from experiments.evaluate.samples import Subject
 
+SHOWN = 10
 NAMES = {"low_resolution": "bicubic", "inpaint": "hidden", "inpaint_ldm": "hidden"}
 
 
@@ -63,7 +65,11 @@ def restoration(subject: Subject) -> dict[str, Any]:
         if name in known and name != "originals":
             made, real = (frechet.feature_statistics(known[n][1]) for n in (name, "originals"))
             found[name]["frechet_distance"] = frechet.frechet_distance(made, real)
-    return {"restoration": {**found, "count": len(images)}}
+    shown = {name: pixels[:SHOWN] for name, pixels in sets.items()}
+    rows = np.concatenate([shown[NAMES[kind]], shown["samples"], shown["originals"]])
+    said = [name for name in (NAMES[kind], "sample", "original") for _ in images[:SHOWN]]
+    sheet = pictures.sheet(rows, said, min(SHOWN, len(images)))
+    return {"restoration": {**found, "count": len(images)}, "sheet": sheet}
 
 
 def without(kind: str, given: dict[str, Any]) -> np.ndarray:

@@ -1,17 +1,20 @@
 """Metrics that are no distances between sets of images, each from a `Subject` to numbers."""
 
 import functools
-from collections.abc import Iterable
+import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from diffusion import pictures
 from diffusion.data import loader
 from diffusion.metrics import adherence as adherence_metric
 from diffusion.metrics import motion as motion_metric
 from diffusion.metrics import reconstruction as of_pixels
 from diffusion.metrics.intervals import beside, mean_interval
+from diffusion.pictures import Line, Panel
 from diffusion.process import likelihood
 from diffusion.process.keys import numbered
 from diffusion.training import codec
@@ -55,7 +58,9 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
         parts.append({k: np.asarray(v)[batch["valid"]] for k, v in found.items()})
     every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     terms, prior = every["terms"].mean(0), float(every["prior"].mean())
+    curve = rate_distortion(prior, terms, every["x0_mse"].mean(0))
     return {
+        "sheet": functools.partial(plot_rate_distortion, curve=curve),
         "bits_per_dim": {
             **beside({"mean": mean_interval(every["bits_per_dim"])}),
             "standard_error": float(every["bits_per_dim"].std() / np.sqrt(count)),
@@ -63,8 +68,8 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
             "split": model.config.data.eval_split,
             "prior": prior,
             "terms": _short(terms),
-            "rate_distortion": rate_distortion(prior, terms, every["x0_mse"].mean(0)),
-        }
+            "rate_distortion": curve,
+        },
     }
 
 
@@ -76,6 +81,20 @@ def rate_distortion(prior: float, terms: np.ndarray, mse: np.ndarray) -> dict[st
     """
     after = np.append(np.cumsum(terms[::-1])[::-1][1:], 0.0)
     return {"rate": _short(prior + after), "distortion": _short(127.5 * np.sqrt(mse))}
+
+
+def plot_rate_distortion(path: pathlib.Path, curve: Mapping[str, list[float]]) -> None:
+    """DDPM's figure 5: distortion and rate against the reverse steps taken, and each other."""
+    rate, distortion = curve["rate"], curve["distortion"]
+    done = len(rate) - 1 - np.arange(len(rate))
+    across = {"xlabel": "reverse steps"}, {"xlabel": "rate, bits/dim"}
+    error = {"ylabel": "distortion, root mean square of 0 to 255"}
+    panels = [
+        Panel([Line(done, distortion)], across[0] | error),
+        Panel([Line(done, rate)], across[0] | {"ylabel": "rate, bits/dim"}),
+        Panel([Line(rate, distortion)], across[1] | error),
+    ]
+    pictures.figure(path, panels, 3)
 
 
 def _short(values: np.ndarray) -> list[float]:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion.metrics import motion
-from experiments import sample, train
+from experiments import progressive, sample, train
 from experiments.evaluate import __main__ as evaluate
 from experiments.host import cli
 from experiments.run.data import open_images
@@ -59,6 +59,7 @@ def test_a_learned_variance_samples_and_has_a_bound(learned):
     found = measured(learned, "bits_per_dim", "--num=3")["bits_per_dim"]
     assert found["count"] == 3 and len(found["terms"]) == 100
     np.testing.assert_allclose(sum(found["terms"]) + found["prior"], found["mean"], rtol=1e-3)
+    assert (learned / "evaluation_bits_per_dim.png").is_file()
     curve = found["rate_distortion"]
     assert len(curve["rate"]) == len(curve["distortion"]) == 100
     np.testing.assert_allclose(curve["rate"][-1], found["prior"], rtol=1e-3)
@@ -66,6 +67,30 @@ def test_a_learned_variance_samples_and_has_a_bound(learned):
     assert np.all(np.diff(curve["rate"]) <= 0) and curve["distortion"][-1] > 20
     # An untrained network codes no better than the prior's noise.
     assert found["mean"] > 1
+
+
+def test_figures_of_the_way_and_what_lies_between_two_pictures(learned, capsys):
+    out, image = learned / "way.png", learned / "made" / "00000.png"
+    sampled(learned)
+
+    def drawn(*flags):
+        argv = [f"--workdir={learned}", f"--out={out}", "--columns=3", "--steps=4", *flags]
+        return cli.run(progressive.define, progressive.main, argv)
+
+    assert drawn("--num=2") == 0
+    with Image.open(out) as picture:
+        assert picture.size == (2 * (3 * 34 + 2), 2 * (2 * 34 + 2))
+    two = [f"--image={image}"] * 2
+    assert drawn(*two, "--strengths=0.5") == 0
+    with Image.open(out) as picture:
+        assert picture.size == (2 * (3 * 34 + 2), 2 * 36)
+    for flags, words in (
+        (two[:1], "give --image twice"),
+        ((*two, "--strengths=2"), "strength=2.0 must lie in (0, 1]"),
+        (("--columns=1",), "--columns=1 must be at least 2"),
+    ):
+        assert drawn(*flags) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_learned_variance_serves_samplers_that_need_none(learned):

@@ -38,6 +38,7 @@ def refused(capsys, *argv):
 def measured(job, run):
     argv = (f"--workdir={run}", "--metrics=placement", "--num=6", "--weights=ema")
     assert command(evaluate, *argv, f"--classifier={job}/classifier") == 0
+    assert (run / "evaluation_placement.png").is_file()
     return json.loads((run / "evaluation.json").read_text())["placement"]
 
 

@@ -7,6 +7,7 @@ import pytest
 from scipy.special import ndtr
 
 from diffusion.process import gaussian, likelihood, schedules
+from experiments.evaluate import scores
 
 
 def test_normal_kl_is_the_integral(x64):
@@ -70,6 +71,13 @@ def test_gaussian_model_reaches_the_entropy(variance, name, within, exact):
     if name == "linear":  # finer steps than a level (cosine) leave x0 discrete: no closed form
         gap = _gap(schedule, variance, std)
         np.testing.assert_allclose(total, entropy + gap, rtol=5e-3)
+        if variance == "learned":  # bits that x_t has of x0, and what is left of its spread
+            curve = scores.rate_distortion(*(out[k].mean(0) for k in ("prior", "terms", "x0_mse")))
+            snr = (schedule.alpha_bar / (1 - schedule.alpha_bar))[[100, 300, 500, 700]]
+            rate, left = (np.array(curve[k])[[100, 300, 500, 700]] for k in ("rate", "distortion"))
+            np.testing.assert_allclose(rate, 0.5 * np.log2(1 + snr * std**2), rtol=0.02)
+            spread = 127.5 * std / np.sqrt(1 + snr * std**2)
+            np.testing.assert_allclose(left, spread, rtol=0.05)
     assert out["terms"].shape == out["x0_mse"].shape == (8, schedule.num_steps)
     np.testing.assert_allclose(out["prior"] + out["terms"].sum(1), out["bits_per_dim"], rtol=1e-5)
     # the error of the exact denoiser is the posterior variance of x0

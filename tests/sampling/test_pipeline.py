@@ -103,6 +103,37 @@ def test_autoguidance_goes_away_from_a_worse_model():
             guided(good, wrong)
 
 
+class Gaussian(Known):
+    """Of data N(0, 1/4): DDIM's way from x_t to x_0 is linear."""
+
+    def apply(self, variables, x, t, labels, residuals=None, keys=None):
+        alpha, sigma = (f(t).reshape(-1, 1, 1, 1) for f in (SCHEDULE.alpha, SCHEDULE.sigma))
+        return sigma * x / (alpha**2 / 4 + sigma**2)
+
+
+def test_pictures_between_two_are_denoised_lines_and_share_their_noise():
+    pipe = pipeline(Gaussian(), steps=10)
+    images = np.random.default_rng(0).integers(96, 160, (2, *SHAPE), np.uint8)
+    run = pipe.compiled(strength=0.5, rounded=False)
+
+    def between(mix, other):
+        columns = {**pipe.columns(), "mix": np.array(mix, np.float32), "image": images[:1]}
+        rows = pipe.images({**columns, "other": other}, len(mix), run=run)
+        return np.concatenate(list(rows))
+
+    start, quarter, end = between([0, 0.25, 1], images[1:])
+    np.testing.assert_allclose(quarter, 0.75 * start + 0.25 * end, atol=1e-5)
+    alone = next(pipe.images({**pipe.columns(), "image": images[:1]}, 1, run=run))
+    np.testing.assert_allclose(start, alone[0], atol=1e-6)
+    assert np.abs(np.subtract(*between([0, 1], images[:1]))).max() > 0.05  # noise of their own
+    seen = pipe.compiled("estimates")(
+        pipe.params, *np.zeros((2, 1), np.int32), {"label": np.zeros(1, np.int32)}
+    )
+    assert seen[1].shape == (10, 1, *SHAPE)  # the last estimate is what is made
+    np.testing.assert_array_equal(seen[1][-1], seen[0])
+    assert np.abs(seen[1][0] - seen[0].astype(int)).max() > 5
+
+
 def test_pictures_go_on_where_they_are_told_and_seeds_follow_each_other():
     pipe = pipeline(sampler="ddpm", steps=2)
     pipe = dataclasses.replace(pipe, params={"denoiser": {"colour": jnp.zeros(4)}})

@@ -7,7 +7,7 @@ x0 = sample(s, denoise, s.prior_std * noise, keys)
 from collections.abc import Callable
 
 from diffusion.process.samplers.ancestral import ddpm
-from diffusion.process.samplers.base import Sampler, sample, step_noise
+from diffusion.process.samplers.base import Sampler, estimates, sample, step_noise
 from diffusion.process.samplers.ddim import ddim
 from diffusion.process.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from diffusion.process.samplers.few_steps import consistency, meanflow
@@ -42,4 +42,13 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "tcd": tcd,
 }
 
-__all__ = ["SAMPLERS", "SPACINGS", "Grid", "Sampler", "make_grid", "sample", "step_noise"]
+__all__ = [
+    "SAMPLERS",
+    "SPACINGS",
+    "Grid",
+    "Sampler",
+    "estimates",
+    "make_grid",
+    "sample",
+    "step_noise",
+]

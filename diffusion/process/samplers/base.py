@@ -105,6 +105,19 @@ def sample(
     return x0, jnp.concatenate([x[None], xs[sampler.ends]])
 
 
+def estimates(sampler: Sampler, denoise: gaussian.Denoise, xs: Array) -> Array:
+    """x_0 as estimated from each x_t of a trajectory but its last: (steps, batch, ...)."""
+    begins = np.append(0, sampler.ends[:-1] + 1)
+    times = [_cast(sampler.rows[n][begins], xs.dtype) for n in ("t", "s") if n in sampler.rows]
+
+    def one(row: Any) -> Array:
+        x_t, *at = row
+        out = denoise(x_t, *[jnp.broadcast_to(t, x_t.shape[:1]) for t in at])
+        return (out[0] if isinstance(out, tuple) else out).astype(x_t.dtype)
+
+    return jax.lax.map(one, (xs[:-1], *times))
+
+
 def _cast(table: np.ndarray, dtype: Any) -> Array:
     """Floats to the samples' dtype, integers to int32, flags as they are."""
     if np.issubdtype(table.dtype, np.floating):

@@ -14,8 +14,10 @@ trained on OpenImages:
     f8   rFID 0.90, PSNR 24.19 dB, 246,803 steps     f32  rFID 2.04, PSNR 22.27 dB, 406,763 steps
 
 Layers start as PyTorch's do, and LPIPS's heads have dropout in training, as there (Lightning calls
-train() on the loss too). Not trained here: time not measured. Here images are centre crops; there,
-random ones. Losses and their healthy ranges: diffusion/training/{autoencoder,adversarial}.py.
+train() on the loss too). Not trained here: time not measured. Of a shorter side of 384, 256 pixels
+are cropped at random, as those files have it; by OpenCV's bilinear, their loader of OpenImages not
+being published. Losses and their healthy ranges:
+diffusion/training/{autoencoder,adversarial}.py.
 """
 
 from configs import common, common_ldm

@@ -16,7 +16,9 @@ which were trained on OpenImages (n: codes):
 
 Batches are those files' own, of 8, 8, 10, 10 and 14 images; layers start as PyTorch's do, and
 LPIPS's heads have dropout in training, as there (Lightning calls train() on the loss too). Not
-trained here: time not measured. Here images are centre crops; there, random ones. `codebook_usage`
+trained here: time not measured. Of a shorter side of 384, 256 pixels
+are cropped at random, as those files have it; by OpenCV's bilinear, their loader of OpenImages not
+being published. `codebook_usage`
 and `codebook_perplexity` are logged; `--config.loss.reseed_every_steps=1000` moves codes that
 nothing used for so long (LDM has no such thing).
 """

@@ -35,7 +35,11 @@ def base(task: str) -> ConfigDict:
     config.data.eval_split = "test"
     config.data.image_size = 32  # pixels a side; a tuple has one size a spatial axis
     config.data.channels = 3
-    config.data.fit = "crop"  # to image_size: "crop" (centre square, bicubic) or "pad" (with black)
+    config.data.fit = "crop"  # to image_size: "crop" (a square) or "pad" (with black)
+    # Of "crop", as the papers' own code: "bicubic", "lanczos", "opencv" (bilinear, not smoothed) or
+    # "box" (diffusion/data/fitting.py); a square at the "centre", or drawn at "random" each time a
+    # picture is trained on or stored; pixels that the shorter side has before it, 0: image_size
+    config.data.resize, config.data.crop, config.data.shorter_side = "bicubic", "centre", 0
     config.data.flip = False  # mirror half of the training images
     config.data.augment = 0.0  # EDM's pipeline at this probability, told to the network; 0: none
     config.data.max_bad_images = 0  # files of "folder" to skip that are no image, before an error

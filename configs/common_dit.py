@@ -20,7 +20,7 @@ def transformer_on_imagenet(which: str) -> ConfigDict:
     """
     config = common_ldm.latent_diffusion("kl_f8", "imagenet2012")
     config.latents.update({"scale": 0.18215, "epochs": 2})  # as it is, and mirrored
-    config.data.flip = True
+    config.data.update(flip=True, resize="box")
     config.model.denoiser = {
         "kind": "transformer",
         "out_channels": 4,

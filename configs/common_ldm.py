@@ -195,6 +195,7 @@ def ldm_first_stage(stage: str) -> ConfigDict:
     """One of `FIRST_STAGES` as LDM trains it, at 256 pixels, on any folder of images."""
     config = first_stage(FIRST_STAGES[stage]["name"])
     config.data.update(name="images", dir="runs/data", eval_split="validation", image_size=256)
+    config.data.update(resize="opencv", crop="random", shorter_side=384)
     config.model.dtype = "float32"
     config.model.autoencoder = {"channels": 128, "blocks": 2, **FIRST_STAGES[stage]}
     config.model.discriminator.norm = "batch"

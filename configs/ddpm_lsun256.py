@@ -9,8 +9,8 @@ batches of 64. The paper's FID: church 7.89, bedroom 6.36, cat 19.75 (the last t
 here). Its large bedroom model has FID 4.90 after 1.15 million steps (appendix B): "approximately
 256 million parameters by increasing filter count", which 192 filters give, 255,677,955. Cats are
 not mirrored in training. The released church weights are of step 4,432,000, the paper says 1.2
-million (pesser/pytorch_diffusion#2). Deviations: the authors resize by StyleGAN2's tool (Lanczos),
-here it is bicubic; they clip the gradient before the mean over devices, here after.
+million (pesser/pytorch_diffusion#2). Pictures are resized as by StyleGAN2's tool (Lanczos).
+Deviation: the authors clip the gradient before the mean over devices, here after.
 """
 
 from configs import common, common_ddpm
@@ -28,6 +28,7 @@ def get_config(arg=None):
     name, steps, channels = SCENES[scene]
     config = common_ddpm.ddpm(f"lsun/{name}", flip=scene != "cat")
     config.data.update(image_size=256, eval_split="train[:1%]" if scene == "cat" else "validation")
+    config.data.resize = "lanczos"
     config.model.denoiser = common_ddpm.ddpm_unet_256() | {"channels": channels}
     config.train.update(steps=steps, batch_size=64)
     config.optim.learning_rate = 2e-5

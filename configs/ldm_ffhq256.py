@@ -6,7 +6,7 @@
 
 Needs a first stage VQ-f4 at `latents.first_stage`, and FFHQ's images in a folder, of which the
 authors train on 60,000 of 70,000: `--names=ffhqtrain.txt` of CompVis/taming-transformers; they
-resize from 1024 pixels by OpenCV's bilinear, Pillow's bicubic does here. Settings:
+resize from 1024 pixels by OpenCV's bilinear, as here. Settings:
 CompVis/latent-diffusion, configs/latent-diffusion/ffhq-ldm-vq-4.yaml; its base_lr 2e-6 times the
 batch on one GPU is the rate here. Expected: FID 4.98, IS 4.50, precision 0.73, recall 0.50 from
 50,000 samples, 200 steps, eta 1 (that repository's README); 635k steps as the paper has it. Not
@@ -19,6 +19,7 @@ from configs import common, common_ldm
 def get_config(arg=None):
     _, smoke = common.parse(arg)
     config = common_ldm.latent_diffusion("vq_f4", "ffhq")
+    config.data.resize = "opencv"
     config.model.denoiser.update(
         {
             "channels": 224,

@@ -12,9 +12,9 @@ rate is the usual one); f8 has 1000, drops none, and is sampled with eta 1, as p
 (models/ldm/cin256/config.yaml; that repository's README). Rates: 1e-4 as cin256-v2 states it;
 base_lr 1e-6 times a batch of 64. Expected, from 50,000 samples, in that README: f4 with guidance
 1.5 and 250 steps FID 3.60, IS 247.67, precision 0.87, recall 0.48; f8 unguided FID 15.82, IS 78.8.
-178k steps of batch 1200 and 4.8M of 64 as the paper has it. Deviation: centre crops, stored once,
-where the authors crop 256 pixels at random (ldm/data/imagenet.py). Not trained here: time not
-measured.
+178k steps of batch 1200 and 4.8M of 64 as the paper has it. The shorter side is made 256 by
+OpenCV's bilinear and 256 pixels are cropped at random (ldm/data/imagenet.py). Deviation: four crops
+of each picture are stored, where theirs are drawn each time. Not trained here: time not measured.
 """
 
 from configs import common, common_ldm
@@ -24,6 +24,8 @@ def get_config(arg=None):
     which, smoke = common.parse(arg, ("f4", "f8"))
     config = common_ldm.latent_diffusion(f"vq_{which}", "imagenet2012")
     config.model.denoiser.transformer_depth = 1
+    config.data.update(resize="opencv", crop="random")
+    config.latents.epochs = 4
     if which == "f4":
         config.model.denoiser.update(
             {

@@ -10,8 +10,10 @@ the batch on one GPU) and lsun_churches-ldm-kl-8.yaml (5e-5 unscaled, 10,000 ste
 latents divided by the standard deviation of the first batch). Expected, from 50,000 samples, in
 that repository's README: beds FID 2.95, precision 0.66, recall 0.48 (200 steps, eta 1); churches
 FID 4.02, 0.64, 0.52 (400 steps, eta 0, which its grid makes 500 evaluations, there and here); 1.9M
-and 500k steps as the paper has it. The authors' split is their own (ommer-lab.com/files/lsun.zip),
-the publisher's here. Flips are stored: every image twice. Not trained here: time not
+and 500k steps as the paper has it. The authors' split is their own, lists of names in
+ommer-lab.com/files/lsun.zip: `prepare_data --source_dir=IMAGES --names=bedrooms_train.txt` of the
+lmdb's images as a folder (fyu/lsun: `data.py export --flat`); of --source_dir=LMDB it is the
+publisher's. Flips are stored: every image twice. Not trained here: time not
 measured.
 """
 

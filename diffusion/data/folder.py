@@ -14,6 +14,7 @@ import numpy as np
 
 from diffusion import files
 from diffusion.data.builders.local_files import folders
+from diffusion.data.fitting import CENTRE, How
 from diffusion.data.images import NO_IMAGE, decode_image, open_image
 from diffusion.data.sources import Batch
 
@@ -24,11 +25,12 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
-    """Images decoded as they are asked for, cropped to the centre square and resized.
+    """Images decoded as they are asked for, and fitted.
 
     Attributes:
       rows: "path" of each image, and "caption" or "label" (int).
       bad: files that are no image and were left out.
+      how: images are fitted; where that cuts nothing off, "image" is a list.
     """
 
     rows: list[dict[str, Any]]
@@ -36,6 +38,7 @@ class FolderSource:
     image_size: int
     provenance: dict[str, Any]
     bad: tuple[pathlib.Path, ...] = ()
+    how: How = CENTRE
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,10 +55,9 @@ class FolderSource:
 
     def batch(self, indices: np.ndarray) -> Batch:
         rows = [self.rows[i] for i in np.asarray(indices).tolist()]
-        images = [
-            decode_image(row["path"].read_bytes(), self.channels, self.image_size) for row in rows
-        ]
-        batch: Batch = {"image": np.stack(images)}
+        given = self.channels, self.image_size, self.how
+        images = [decode_image(row["path"].read_bytes(), *given) for row in rows]
+        batch: Batch = {"image": images if self.how.whole else np.stack(images)}
         if "caption" in rows[0]:
             batch["caption"] = [row["caption"] for row in rows]
         if "label" in rows[0]:
@@ -69,8 +71,9 @@ def open_folder(
     image_size: int,
     channels: int = 3,
     max_bad_images: int = 0,
+    how: How = CENTRE,
 ) -> FolderSource:
-    """The images of `split` under `directory`.
+    """The images of `split` under `directory`, fitted as `how` has it.
 
     Raises:
       ValueError: no such folder or split, a broken line of metadata, or more than `max_bad_images`
@@ -106,7 +109,7 @@ def open_folder(
     ]
     made_from = {"name": "folder", "directory": str(root), "split": split, "images": len(kept)}
     made_from["sha256"] = files.digest({"rows": [_identity(root, row) for row in kept]})
-    return FolderSource(kept, channels, image_size, made_from, tuple(bad))
+    return FolderSource(kept, channels, image_size, made_from, tuple(bad), how)
 
 
 def _identity(root: pathlib.Path, row: dict[str, Any]) -> list[Any]:

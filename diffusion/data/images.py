@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from diffusion.data import fitting
+
 # What Pillow raises for a file that is no image, or one that it takes for a decompression bomb.
 NO_IMAGE = (
     *(OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError, struct.error),
@@ -70,25 +72,15 @@ def shape(file: Any) -> tuple[int, int, int]:
     return size[1], size[0], channels
 
 
-def decode_image(data: bytes, channels: int, image_size: int | None) -> np.ndarray:
-    """An encoded image as uint8 (height, width, channels). One of `NO_IMAGE` where it is none."""
+def decode_image(
+    data: bytes, channels: int, image_size: int | None, how: fitting.How = fitting.CENTRE
+) -> np.ndarray:
+    """An encoded image as uint8 (height, width, channels), of `image_size` a side as `how` has it.
+
+    One of `NO_IMAGE` where it is none.
+    """
     image = open_image(io.BytesIO(data), channels)
     if image_size is not None:
-        image = crop_resize(image, image_size)
+        image = fitting.fit(image, image_size, how)
     pixels = np.asarray(image)
     return pixels[..., None] if channels == 1 else pixels
-
-
-def crop_resize(image: Image.Image, image_size: int) -> Image.Image:
-    """The centre square, resized bicubic: how LDM prepared LSUN (DDPM's is StyleGAN2's, Lanczos).
-
-    The authors' code crops to the shorter side, then resizes (CompVis latent-diffusion,
-    ldm/data/lsun.py).
-    """
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    if image.size != (side, side):
-        image = image.crop((left, top, left + side, top + side))
-    if side == image_size:
-        return image
-    return image.resize((image_size, image_size), Image.Resampling.BICUBIC)

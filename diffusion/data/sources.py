@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from diffusion.data import provenance
+from diffusion.data.fitting import CENTRE, How
 from diffusion.data.images import decode_image
 
 Batch = dict[str, Any]  # arrays with a leading batch axis, or lists as long; see `loader`
@@ -62,25 +63,28 @@ class RecordSource:
       records: a tensorflow-datasets data source with undecoded images.
       channels: 1 or 3, what images are converted to.
       image_size: pixels a side to crop and resize to; None leaves images as they are.
+      how: they are fitted; where that cuts nothing off, "image" is a list.
     """
 
     records: Any
     channels: int
     image_size: int | None
     provenance: dict[str, Any]
+    how: How = CENTRE
 
     def __len__(self) -> int:
         return len(self.records)
 
     def batch(self, indices: np.ndarray) -> Batch:
         rows = self.records.__getitems__(np.asarray(indices).tolist())
-        images = [decode_image(row["image"], self.channels, self.image_size) for row in rows]
-        if len({image.shape for image in images}) > 1:
+        given = self.channels, self.image_size, self.how
+        images = [decode_image(row["image"], *given) for row in rows]
+        if not self.how.whole and len({image.shape for image in images}) > 1:
             raise ValueError(
                 "data.image_size=None, but the images have several sizes "
                 f"({', '.join(map(str, sorted({i.shape[:2] for i in images})[:3]))}, ...): set it"
             )
-        batch: Batch = {"image": np.stack(images)}
+        batch: Batch = {"image": images if self.how.whole else np.stack(images)}
         if "label" in rows[0]:
             batch["label"] = np.array([row["label"] for row in rows], np.int32)
         if "caption" in rows[0]:
@@ -101,13 +105,15 @@ def open_source(
     split: str = "train",
     image_size: int | None = None,
     memory_limit_bytes: int = 2**30,
+    how: How = CENTRE,
 ) -> Source:
     """Opens a data set that `prepare` wrote to `data_dir/name/version`.
 
     Args:
       split: a split, or a slice of one as tensorflow-datasets spells it ("train[:5%]").
-      image_size: pixels a side, for a centre crop and a bicubic resize; None: as stored.
+      image_size: pixels a side; None: as stored.
       memory_limit_bytes: decode a set up to this size into memory once.
+      how: a picture is brought to that size.
 
     Raises:
       ValueError: the data is missing, half-written or of another size than was written; no such
@@ -130,7 +136,9 @@ def open_source(
     records = builder.as_data_source(split=split, decoders=skip)
     features: Any = builder.info.features
     channels = features["image"].shape[-1] or 3
-    source = RecordSource(records, channels, image_size, known | {"split": split})
+    source = RecordSource(records, channels, image_size, known | {"split": split}, how)
+    if how.whole:
+        return source
     height, width = (image_size,) * 2 if image_size else features["image"].shape[:2]
     if height and width and len(source) * height * width * channels <= memory_limit_bytes:
         return in_memory(source)

@@ -12,10 +12,12 @@ from collections.abc import Callable
 import numpy as np
 
 from diffusion.data.builders.captioned_digits import compose
+from diffusion.data.counter import Draws
 from diffusion.data.sources import Batch, Source
 from diffusion.data.tokenizers import Tokenizer
 
 Transform = Callable[[Batch], Batch]
+CROP_PURPOSE = 34  # of draws, folded into their keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,25 @@ class Keep:
     def __call__(self, batch: Batch) -> Batch:
         kept = (*self.names, "position", "index", "valid")
         return {name: value for name, value in batch.items() if name in kept}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop:
+    """Of images that nothing was cut off (a list), a square of `image_size` a side, drawn uniformly
+    for each example of each epoch by `seed`."""
+
+    image_size: int
+    seed: int
+
+    def __call__(self, batch: Batch) -> Batch:
+        keys = zip(batch["epoch"].tolist(), batch["index"].tolist())
+        drawn = [Draws((self.seed, CROP_PURPOSE, *key)) for key in keys]
+        images = [self._of(image, draws) for image, draws in zip(batch["image"], drawn)]
+        return {**batch, "image": np.stack(images)}
+
+    def _of(self, image: np.ndarray, draws: Draws) -> np.ndarray:
+        top, left = (draws.below(side - self.image_size + 1) for side in image.shape[:2])
+        return image[top : top + self.image_size, left : left + self.image_size]
 
 
 @dataclasses.dataclass(frozen=True)

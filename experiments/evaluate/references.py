@@ -35,7 +35,7 @@ from diffusion.wording import Progress
 from experiments.evaluate import sample_sets, stream
 from experiments.evaluate.features import FeatureNetwork
 from experiments.host import cluster
-from experiments.run import data
+from experiments.run import data, fits
 
 UNSEEN_EPOCH = 10**6
 VECTORS = 10_000  # kept for distances between single vectors: as many as guided-diffusion's
@@ -92,7 +92,8 @@ def preprocessing(config: ConfigDict) -> dict[str, Any]:
     section = config.data
     size = section.image_size
     size = size if isinstance(size, int) else list(size)
-    return {"image_size": size, "channels": section.channels, "fit": section.fit}
+    told = {"image_size": size, "channels": section.channels, "fit": section.fit}
+    return told | fits.changed(fits.centred(config))
 
 
 def data_identity(config: ConfigDict, split: str) -> dict[str, Any]:
@@ -107,13 +108,13 @@ def fetch(source: Any, steps: list, index: np.ndarray) -> np.ndarray:
 
 def unseen(config: ConfigDict, split: str, num: int = 0) -> np.ndarray:
     """The first `num` images of the data set, or all."""
-    source, steps = data.open_images(config, split)
+    source, steps = data.open_images(fits.centred(config), split)
     return fetch(source, steps, np.arange(min(num or len(source), len(source))))
 
 
 def images(config: ConfigDict, split: str, num: int = 0) -> tuple[int, str, stream.Stream]:
     """(count, hash of the data, this process's rows) of the first `num` images; 0: of all."""
-    source, steps = data.open_images(config, split)
+    source, steps = data.open_images(fits.centred(config), split)
     count = min(num or len(source), len(source))
 
     def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -24,7 +24,7 @@ from diffusion.interop.perceptual import SOURCES, load_lpips
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
 from diffusion.training.state import TrainState
 from experiments.host import cli
-from experiments.run import build, checks, data, given, networks, tasks
+from experiments.run import build, checks, data, fits, given, networks, tasks
 
 JOINED = ("small", "mask", "segments", "past")  # what joins x_t's channels
 
@@ -204,6 +204,7 @@ def latent_identity(config: ConfigDict, begun: networks.Beginning) -> dict[str, 
         "image_size": config.data.image_size,
         "autoencoder": config.model.autoencoder.to_dict(),
     }
+    made_from |= fits.changed(config)
     if given.reads(config):
         names = ("concat", "downscale", "degradation", "masks", "layout")
         made_from["conditioning"] = {name: config.conditioning[name] for name in names}

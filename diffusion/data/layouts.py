@@ -21,6 +21,7 @@ from diffusion.data.sources import Batch, Source
 
 PURPOSE = 33  # of draws, folded into their keys
 BOX = compose.SIZES["small"]  # pixels of a digit's longer side where there are two
+OFFSETS = range(1, compose.CANVAS - BOX, 4)  # of their boxes, as `compose` has them and between
 
 
 def objects(length: int) -> int:
@@ -103,7 +104,8 @@ class TwoDigits:
     """Digits to pictures of two, each small, on black and in a box of its own, and their "layout".
 
     "image" becomes uint8 (batch, 32, 32, 3) and "layout" float32 (batch, 2, 5); the second digit,
-    the places and the colours are drawn for each example of each epoch; the boxes do not overlap.
+    the places (5 x 5) and the colours are drawn for each example of each epoch; the boxes do not
+    overlap.
 
     Attributes:
       glyphs: every digit of the source, resized.
@@ -127,11 +129,11 @@ class TwoDigits:
         return {**batch, "image": images, "layout": layouts}
 
     def _one(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        draws, room = Draws((self.seed, PURPOSE, epoch, index)), compose.CANVAS - BOX
+        draws = Draws((self.seed, PURPOSE, epoch, index))
         digits = index, draws.below(len(self.labels))
         places = np.zeros((2, 2), int)
         while np.abs(places[0] - places[1]).max() < BOX:
-            places = np.array([[draws.below(room + 1) for _ in "yx"] for _ in "ab"])
+            places = np.array([[OFFSETS[draws.below(len(OFFSETS))] for _ in "yx"] for _ in "ab"])
         image, layout = np.zeros((*(compose.CANVAS,) * 2, 3)), np.zeros((2, 5), np.float32)
         for i, (digit, (top, left)) in enumerate(zip(digits, places)):
             colour = list(compose.COLOURS.values())[draws.below(len(compose.COLOURS))]

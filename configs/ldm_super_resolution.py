@@ -16,6 +16,9 @@ where the authors crop a random half to the whole. IMAGES: a folder. Not trained
 `digits`: captioned digits, 8 to 32 pixels, in the default job's 8x8x4 latents, for minutes of a
 CPU. Numbers: experiments/results/restoration.
 
+`fashion_latents`: Fashion-MNIST, 8 to 32 pixels, in configs/fashion_autoencoder.py's 8x8x4 latents,
+for minutes of a CPU.
+
 `fashion`: pixels, as SR3 (https://arxiv.org/abs/2104.07636) has it: Fashion-MNIST at 32 pixels, and
 beside x_t the picture of 8 pixels, enlarged by bicubic. Not trained here.
 """
@@ -24,15 +27,15 @@ from configs import common, common_ddpm, common_digits, common_ldm
 
 
 def get_config(arg=None):
-    which, smoke = common.parse(arg, ("openimages", "digits", "fashion"))
-    config = {"openimages": openimages, "digits": digits, "fashion": fashion}[which]()
+    which, smoke = common.parse(arg, tuple(WHICH))
+    config = WHICH[which]()
     config.conditioning.downscale = 4
-    small = {"openimages": common_ldm.latent_smoke, "digits": common_digits.smoke_stored}
-    return small.get(which, common_ddpm.smoke_ddpm)(config) if smoke else config
+    small = {"openimages": common_ldm.latent_smoke, "fashion": common_ddpm.smoke_ddpm}
+    return small.get(which, common_digits.smoke_stored)(config) if smoke else config
 
 
 def digits():
-    return common_digits.digits_restored("captioned_digits", 2000, concat="low_resolution")
+    return common_digits.digits_restored("captioned_digits", 10_000, concat="low_resolution")
 
 
 def openimages():
@@ -54,7 +57,23 @@ def openimages():
     return config
 
 
+def fashion_latents():
+    config = common_digits.digits_restored("fashion_mnist", 6000, concat="low_resolution")
+    config.data.update(channels=1, fit="pad")
+    config.latents.update({"first_stage": "runs/fashion_autoencoder", "epochs": 1})
+    config.model.autoencoder = common_digits.fashion_first_stage()
+    return config
+
+
 def fashion():
     config = common_ddpm.small("fashion_mnist", steps=2500)
     config.conditioning.concat = "low_resolution"
     return config
+
+
+WHICH = {
+    "openimages": openimages,
+    "digits": digits,
+    "fashion_latents": fashion_latents,
+    "fashion": fashion,
+}

@@ -132,6 +132,7 @@ PARAMETERS = {
     "ldm_inpainting:pixels": {"denoiser": 627_433 + 2 * 9 * 24},  # two channels beside x_t's
     "ldm_super_resolution:openimages": {"denoiser": 113_622_563, "autoencoder": VQ_F4},
     "ldm_super_resolution:digits": {"denoiser": 1_323_364, "autoencoder": DIGITS["autoencoder"]},
+    "ldm_super_resolution:fashion_latents": {"denoiser": 1_322_788, "autoencoder": 396_404},
     "ldm_super_resolution:fashion": {"denoiser": 627_433 + 9 * 24},
     "ldm_lsun256:beds": {"denoiser": LDM_256, "autoencoder": VQ_F4},
     "ldm_lsun256:churches": {"denoiser": 294_966_916, "autoencoder": KL_F8},

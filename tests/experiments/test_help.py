@@ -10,7 +10,7 @@ from experiments.host import cli
 COMMANDS = (
     *("benchmark.__main__", "convert.__main__", "encode_latents", "evaluate.__main__"),
     *("plan.__main__", "play.__main__", "prepare_data", "quickstart.__main__", "report.__main__"),
-    *("progressive", "sample", "train"),
+    *("sample", "train"),
 )
 
 

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from diffusion.metrics import motion
-from experiments import progressive, sample, train
+from experiments import sample, train
 from experiments.evaluate import __main__ as evaluate
+from experiments.evaluate import progressive
 from experiments.host import cli
 from experiments.run.data import open_images
 

@@ -1,7 +1,7 @@
 """What a denoiser makes on the way: progressive generation, and pictures between two.
 
-    python -m experiments.progressive --workdir=DIR --num=6 --columns=9 --out=PNG
-    python -m experiments.progressive --workdir=DIR --image=PNG --image=PNG --columns=9 --out=PNG
+    python -m experiments.evaluate.progressive --workdir=DIR --num=6 --columns=9 --out=PNG
+    python -m experiments.evaluate.progressive --workdir=DIR --image=A --image=B --out=PNG
 
 The first is DDPM's figure 6 (https://arxiv.org/abs/2006.11239): a row a picture, from left to right
 x_0 as it is estimated from x_t while the picture is sampled. The second is figures 8 and 9: both

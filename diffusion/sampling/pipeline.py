@@ -229,7 +229,7 @@ class Pipeline:
             x, wide = given.start(how.schedule, method, x, more), how.state == "float64"
             if wide:
                 x, denoise = x.astype(jnp.float64), in_float32(denoise)
-            found = samplers.sample(method, denoise, x, noise, bool(trajectory))
+            found: Any = samplers.sample(method, denoise, x, noise, bool(trajectory))
             if trajectory == "estimates":
                 found = found[0], samplers.estimates(method, denoise, found[1])
             found = jax.tree.map(lambda x: x.astype(jnp.float32), found) if wide else found

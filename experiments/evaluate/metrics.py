@@ -93,7 +93,8 @@ METRICS: dict[str, Metric] = {
         axes=2,
     ),
     "motion": Metric(
-        "straightness and speed of what moves in videos, beside those of the data",
+        "straightness and speed of what moves in videos, beside those of the data; with "
+        "--classifier the share of frames that it reads as the class asked for",
         scores.motion,
         "samples",
         axes=3,

@@ -123,7 +123,21 @@ def motion(subject: Subject) -> dict[str, Any]:
             "speed": float(np.nanmedian(motion_metric.speed(path))),
             "measured": int(np.isfinite(straight).sum()),
         }
+    if subject.tools.classifier is not None:
+        for name, asked in _classes(subject).items():
+            frames = videos[name].reshape(-1, *videos[name].shape[2:])
+            found, _ = subject.judge(np.repeat(frames, 3 // frames.shape[-1], axis=-1))
+            results[name]["legible"] = float((found.reshape(len(asked), -1).T == asked).mean())
     return {"motion": results}
+
+
+def _classes(subject: Subject) -> dict[str, np.ndarray]:
+    """Of the data's videos, and of the samples where they are of classes."""
+    number = np.arange(subject.samples.num)
+    source, _ = data.open_images(subject.run.image_config, "test")
+    of_data = {"data": source.batch(number[: len(source)])["label"]}
+    asked = subject.run.model.pipeline.columns().get("label")
+    return of_data if asked is None else {"samples": asked[number % len(asked)], **of_data}
 
 
 def spectrum(subject: Subject) -> dict[str, Any]:

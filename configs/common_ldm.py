@@ -139,6 +139,39 @@ def lora(config: ConfigDict, rank: int) -> ConfigDict:
     return config
 
 
+def textual_inversion(config: ConfigDict) -> ConfigDict:
+    """Learn a word for a folder of pictures (https://arxiv.org/abs/2208.01618); all else is frozen.
+
+    Its prompts are some of the paper's (CLIP's ImageNet templates); Diffusers' rate for a batch
+    of 4.
+    """
+    config.model.words = {
+        "word": "<new>",  # as prompts have it
+        "start": "object",  # a word of one token that it begins from: what it is a kind of
+        "vectors": 1,  # rows of the word
+    }
+    nouns = ("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}")
+    nouns += ("the photo of a {}", "a close-up photo of a {}", "a bright photo of the {}")
+    config.data.prompts = (*nouns, "a good photo of the {}", "a photo of one {}", "a nice {}")
+    config.conditioning.drop = 0.0
+    config.optim.update(learning_rate=2e-3, warmup_steps=0)
+    config.train.update(steps=3000, batch_size=4, save_every_steps=500)
+    config.ema.update({"decay": 0.0, "networks": ()})
+    return config
+
+
+def dreambooth(config: ConfigDict) -> ConfigDict:
+    """Teach a subject by a rare word (https://arxiv.org/abs/2208.12242), its class kept beside it;
+    rate and steps of Diffusers' example."""
+    config.data.prompts = ("a photo of sks dog",)
+    config.data.update(prior_dir="runs/class", prior_prompts=("a photo of dog",), prior_weight=1.0)
+    config.conditioning.drop = 0.0
+    config.optim.update(learning_rate=5e-6, warmup_steps=0)
+    config.train.update(steps=800, batch_size=2, save_every_steps=200)
+    config.ema.update({"decay": 0.0, "networks": ()})
+    return config
+
+
 def controlnet(config: ConfigDict, hint_widths: tuple[int, ...]) -> ConfigDict:
     """Train a ControlNet (https://arxiv.org/abs/2302.05543) beside the frozen U-Net."""
     config.model.controlnet = {

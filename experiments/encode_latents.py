@@ -58,7 +58,7 @@ def encode(config: ConfigDict) -> dict:
         pipeline.append(transforms.FlipOddEpochs())
     pipeline.extend(given.joined(config))
     if words is not None:
-        pipeline.append(transforms.Tokenize(words, config.model.text_encoder.max_length))
+        pipeline.append(transforms.Tokenize(words, build.caption_length(config)))
     # Each process encodes shards of its own, on its own devices.
     mesh = make_mesh(devices=[d for d in jax.devices() if d.process_index == jax.process_index()])
     size = math.ceil(section.batch_size / mesh.size) * mesh.size
@@ -85,7 +85,7 @@ def _words(config: ConfigDict, begun: networks.Beginning, source: Any, steps: li
         return None
     frozen = begun.tokenizer if "text_encoder" in begun.frozen else None
     words = frozen or data.make_tokenizer(config.latents.tokenizer, source, steps)
-    data.count_cut(source, steps, words, config.model.text_encoder.max_length)
+    data.count_cut(source, steps, words, build.caption_length(config))
     return words
 
 
@@ -96,7 +96,7 @@ def _fields(config: ConfigDict, words: Any) -> dict[str, tuple[str, tuple[int, .
     if config.model.autoencoder.name == "kl":
         fields["logvar"] = ("float16", shape)
     if words is not None:
-        length = config.model.text_encoder.max_length
+        length = build.caption_length(config)
         fields["tokens"] = ("int16" if words.vocabulary_size < 2**15 else "int32", (length,))
         if config.latents.contexts:
             fields["context"] = ("float16", (length, config.model.text_encoder.width))
@@ -128,7 +128,7 @@ def _encoder(
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """A batch to the columns that networks make of it."""
     network = build.autoencoder(config.model.autoencoder)
-    text = build.text(config, data.null_tokens(config, words)) if words is not None else None
+    text = given.text(config, data.null_tokens(config, words)) if words is not None else None
     frozen = {k: v for k, v in begun.frozen.items() if k == "text_encoder"}
     placed = jax.device_put((stage.params, frozen), NamedSharding(mesh, PartitionSpec()))
     contexts = text is not None and config.latents.contexts
@@ -139,7 +139,7 @@ def _encoder(
         columns = {"mean": found.mean, "logvar": found.logvar}
         if "mask" in batch:
             encode = lambda x: network.apply({"params": params}, x, method="encode").mean  # noqa: E731
-            columns["masked"] = given.concat(config).ready(batch, encode)["masked"]
+            columns["masked"] = given.concat(config).ready(batch, encode, {})["masked"]
             columns["mask"] = batch["mask"][:, :: network.downsampling, :: network.downsampling]
         if contexts:
             columns["context"] = text.encode(frozen, {"tokens": batch["tokens"]})["context"]

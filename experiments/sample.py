@@ -3,16 +3,14 @@
 A video's frames stand side by side, a series is plotted.
 
     python -m experiments.sample --workdir=DIR --num=64 --prompt="..." --seed=0 --out=DIR
-    ... --negative_prompt="..."  --label=207  --seeds=1,2,3  --size=512,768  --tile=512
+    ... --negative_prompt="..." --label=207 --seeds=1,2,3 --size=512,768 --tile=512
     ... --guidance_scale=5 --guidance_rescale=0.7 --guidance_interval=100,900
-    ... --image=PNG --strength=0.6            from an image (or, to a model trained for it, upscale)
+    ... --image=PNG --strength=0.6            from an image (or upscaled, or edited, by such models)
     ... --image=PNG --mask=PNG                make anew what is white in the mask
-    ... --segments=PNG                        of a map of labels
-    ... --box=3,0.1,0.1,0.4,0.4 --box=...     of boxes: label, left, top, width, height
+    ... --segments=PNG  --box=3,0.1,0.1,0.4,0.4   of a map of labels; of boxes, sides in [0, 1]
     ... --autoguidance=DIR (or DIR/checkpoints/STEP), --guidance_classifier=DIR   guided by others
     ... --controlnet=DIR --control=PNG        steered by a picture; both may be given several times
-    ... --lora=FILE                           with low-rank updates in Diffusers' format
-    ... --embedding=FILE[,FILE]               with learned words (textual inversion)
+    ... --lora=FILE --embedding=FILE          with low-rank updates; with learned words
 
 The same seed gives the same images for any batch size and device count; `--seed=random` draws one
 and says which. Run again after an interruption, it goes on with the images that are missing.
@@ -35,7 +33,7 @@ from absl import flags
 from PIL import Image
 
 from diffusion import files, interop, pictures
-from diffusion.sampling.words import with_embeddings
+from diffusion.sampling import added
 from diffusion.wording import Progress
 from experiments.host import cli, cluster
 from experiments.run import generate, kept
@@ -43,11 +41,11 @@ from experiments.run import generate, kept
 SETTINGS = ("sampler", "steps", "guidance_scale", "guidance_rescale", "guidance_interval")
 # What else the pictures depend on, flag by flag; files go in by what they hold.
 ASKED = ("negative_prompt", "label", "strength", "control_scale", "lora_scale", "size", "tile")
-ASKED += ("box",)
+SIZES = ("original_size", "crop", "target_size")  # what SDXL is told, down,across
+ASKED += ("box", *SIZES)
 FILES = ("image", "mask", "segments", "control", "controlnet", "lora", "embedding")
 SHOWN = 256  # pictures in grid.png
-# make(start=i) -> batches of pictures from number i on
-Make = Callable[..., Iterator[np.ndarray]]
+Make = Callable[..., Iterator[np.ndarray]]  # (start=i) -> batches of pictures from number i on
 
 
 def define(add: cli.Flags) -> None:
@@ -73,6 +71,8 @@ def define(add: cli.Flags) -> None:
     add.add("float", "lora_scale", 1.0, "Weight of the updates.")
     add.add("list", "embedding", None, "Learned words: Diffusers' or AUTOMATIC1111's files.")
     add.add("list", "size", None, "height,width in pixels; default: the config's.")
+    for name in SIZES:
+        add.add("list", name, None, "down,across, which SDXL is told (default: --size; 0,0).")
     add.add("integer", "tile", 0, "Decode in tiles of so many pixels; 0: whole.")
     add.add("string", "sampler", None, "Default: the config's sample.sampler.")
     add.add("integer", "steps", None, "Sampler steps; default: the config's sample.steps.")
@@ -80,6 +80,7 @@ def define(add: cli.Flags) -> None:
     add.add("float", "guidance_rescale", None, "Default: the config's sample.guidance_rescale.")
     add.add("list", "guidance_interval", None, "low,high of t, where guidance acts.")
     generate.define_guided(add)
+    add.add("float", "image_guidance_scale", None, "Of an editor; default: the config's.")
     add.add("integer", "batch_size", None, "Default: the config's sample.batch_size.")
     add.add("enum", "weights", "ema", "Averaged or raw parameters.", ["ema", "raw"])
     add.add("float", "ema_length", None, "Average of this length, of the run's ema.profiles.")
@@ -98,8 +99,7 @@ def prompts(values: flags.FlagValues) -> list[str] | None:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"--prompts_file={path} is not UTF-8 text: {error}") from error
-        found = [line.strip() for line in lines]
-        found = [line for line in found if line]
+        found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise ValueError(f"--prompts_file={path} holds no prompt: write one a line")
         return found
@@ -144,13 +144,13 @@ def open_model(values: flags.FlagValues) -> generate.Model:
     given: dict[str, Any] = {name: values[name].value for name in SETTINGS}
     if values.guidance_interval is not None:
         given["guidance_interval"] = tuple(cli.numbers(values, "guidance_interval", float))
-    pipeline = pipeline.changed(**given)
+    pipeline = pipeline.changed(**given, image_guidance_scale=values.image_guidance_scale)
     for path in values.lora or ():
-        pipeline = pipeline.with_lora(path, values.lora_scale)
+        pipeline = added.with_lora(pipeline, path, values.lora_scale)
     for path in values.embedding or ():
         words = interop.load_embeddings(path)
         try:
-            pipeline = with_embeddings(pipeline, words)
+            pipeline = added.with_embeddings(pipeline, words)
         except ValueError as error:
             raise ValueError(f"--embedding={path}: {error}") from error
         if cluster.is_first():
@@ -206,9 +206,10 @@ def main(values: flags.FlagValues) -> None:
         raise ValueError(f"--num={values.num} must be at least 1")
     wanted, drawn = prompts(values), seeds(values)
     with cli.flagged(values):
+        told = {name: cli.numbers(values, name, int) for name in SIZES}
         model = open_model(values)
         pipeline, scales = model.pipeline, cli.numbers(values, "control_scale", float)
-        columns = pipeline.columns(wanted, values.negative_prompt, values.label)
+        columns = pipeline.columns(wanted, values.negative_prompt, values.label, told)
         given = (values.image, values.mask, values.segments, values.box or (), values.control or ())
         columns |= pipeline.slots.read(*given, scales)
         strength = 1.0 if values.strength is None else values.strength
@@ -249,8 +250,8 @@ def write_pngs(
         start += len(batch)
     if not cluster.is_first():
         return
-    scale = max(1, 64 // min(shown[0].shape[:2]))
-    pictures.save_grid(out / "grid.png", np.stack(shown), scale=scale)
+    side = min(shown[0].shape[:2])
+    pictures.save_grid(out / "grid.png", np.stack(shown), scale=max(1, 64 // side))
     print(f"{total} images and grid.png in {out}")
     if earlier := [p for p in out.glob("*.png") if p.stem.isdigit() and int(p.stem) >= total]:
         print(f"note: {out} holds {len(earlier)} more images of an earlier call")

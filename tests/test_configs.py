@@ -25,6 +25,7 @@ KL_GAN = {"discriminator": 2_765_633}
 VQ_GAN = {"discriminator": 663_361}  # of two layers
 DIGITS = {"denoiser": 1_502_244, "text_encoder": 119_712, "autoencoder": 926_356}
 V1 = {"denoiser": SD_V1, "text_encoder": CLIP_L, "autoencoder": KL_F8}
+XL = {"denoiser": 2_567_463_684, "text_encoder": CLIP_L + 694_659_840, "autoencoder": KL_F8}
 V2 = {"denoiser": SD_V2, "text_encoder": CLIP_H, "autoencoder": KL_F8}
 DIT = {"xl2": 674_834_720, "s2": 32_865_056, "b2": 130_315_808, "l2": 457_840_672}  # published
 DIT["b4"] = 130_426_496
@@ -182,7 +183,10 @@ PARAMETERS = {
     "signal_ddpm": {"denoiser": 726_305},
     "stable_diffusion:v1": V1,
     "stable_diffusion:v2": V2,
+    "stable_diffusion:xl": XL,  # both text encoders; published: diffusers' and transformers'
     "stable_diffusion:online": V1,
+    "stable_diffusion:textual_inversion": {**V1, "words": 768},
+    "stable_diffusion:dreambooth": V1,
     "stable_diffusion:lora": {**V1, "lora": 797_184},
     "stable_diffusion:v2,lora": {**V2, "lora": 829_952},
     "stable_diffusion:v1,lcm": {**V1, "denoiser": SD_V1 + 256 * 320, "teacher": SD_V1},
@@ -229,7 +233,12 @@ def test_every_argument_stands_in_the_table(name):
 
 
 # The same networks as another's, in another combination; ten seconds of tracing each.
-COMBINED = ("stable_diffusion:online", "stable_diffusion:v2,lora", "stable_diffusion:v2,controlnet")
+COMBINED = (
+    "stable_diffusion:online",
+    "stable_diffusion:dreambooth",
+    "stable_diffusion:v2,lora",
+    "stable_diffusion:v2,controlnet",
+)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +313,10 @@ def test_words_of_an_argument_combine_and_contradictions_are_refused():
     assert load("stable_diffusion", "v1,lora").latents.contexts
     assert load("stable_diffusion", "v2,lcm,lora").process.objective.teacher == "v"
     assert "latents" not in load("stable_diffusion", "online,controlnet")
-    for wrong in ("lora,controlnet", "lcm,controlnet", "v1,v2", "lora,v3"):
+    assert "lora" in load("stable_diffusion", "dreambooth,lora").model
+    assert load("stable_diffusion", "xl,online,smoke").conditioning.zero_null
+    more = ("xl,textual_inversion", "dreambooth,controlnet")
+    for wrong in ("lora,controlnet", "lcm,controlnet", "v1,v2", "lora,v3", *more):
         with pytest.raises(ValueError, match=wrong.split(",")[1]):
             load("stable_diffusion", wrong)
 

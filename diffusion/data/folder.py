@@ -28,7 +28,7 @@ class FolderSource:
     """Images decoded as they are asked for, and fitted.
 
     Attributes:
-      rows: "path" of each image, and "caption" or "label" (int).
+      rows: "path" of each image (or `tars.Member`), and "caption" or "label" (int).
       bad: files that are no image and were left out.
       how: images are fitted; where that cuts nothing off, "image" is a list.
     """
@@ -37,7 +37,7 @@ class FolderSource:
     channels: int
     image_size: int
     provenance: dict[str, Any]
-    bad: tuple[pathlib.Path, ...] = ()
+    bad: tuple[Any, ...] = ()
     how: How = CENTRE
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class FolderSource:
     @property
     def classes(self) -> int:
         """How many kinds of labels there are; 0: none."""
-        return len({row["label"] for row in self.rows if "label" in row})
+        return 1 + max((row["label"] for row in self.rows if "label" in row), default=-1)
 
     def batch(self, indices: np.ndarray) -> Batch:
         rows = [self.rows[i] for i in np.asarray(indices).tolist()]
@@ -103,10 +103,8 @@ def open_folder(
         such = next(iter(bad))
         print(f"note: {len(bad)} of {len(rows)} files are no image, such as {such}", flush=True)
     kept = [row for row, why in zip(rows, reasons) if not why]
-    classes = sorted({row["label"] for row in kept if "label" in row})
-    kept = [
-        {**row, "label": classes.index(row["label"])} if "label" in row else row for row in kept
-    ]
+    classes = sorted({row["label"] for row in kept if isinstance(row.get("label"), str)})
+    kept = [{**row, "label": classes.index(row["label"])} if classes else row for row in kept]
     made_from = {"name": "folder", "directory": str(root), "split": split, "images": len(kept)}
     made_from["sha256"] = files.digest({"rows": [_identity(root, row) for row in kept]})
     return FolderSource(kept, channels, image_size, made_from, tuple(bad), how)
@@ -119,7 +117,7 @@ def _identity(root: pathlib.Path, row: dict[str, Any]) -> list[Any]:
     return [path.relative_to(root).as_posix(), path.stat().st_size, *said]
 
 
-def _why_not(path: pathlib.Path) -> str:
+def _why_not(path: Any) -> str:
     """Why the file is no image; "" where all of it decodes and its size is not absurd."""
     try:
         open_image(path)

@@ -8,6 +8,7 @@ profiles are not applied, as in the papers' own code.
 """
 
 import io
+import pathlib
 import struct
 import zlib
 from typing import Any
@@ -53,6 +54,8 @@ def open_image(file: Any, channels: int = 3) -> Image.Image:
 
 
 def _opened(file: Any) -> Image.Image:
+    if not isinstance(file, str | pathlib.Path) and hasattr(file, "read_bytes"):  # in a tar
+        file = io.BytesIO(file.read_bytes())
     try:
         image = Image.open(file)  # reads the header alone
     except UnidentifiedImageError as error:

@@ -43,13 +43,13 @@ CLIP_PIECES = (
 )
 
 
-def load(directory: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer of a model directory.
+def load(directory: str | pathlib.Path, **replaced: Any) -> Tokenizer:
+    """The tokenizer of a model directory; `replaced`: settings whatever its files say.
 
     ValueError naming the file that is missing, broken, or lacks a special token.
     """
     directory = pathlib.Path(directory)
-    settings, added = _settings(directory)
+    settings, added = _settings(directory, replaced)
     for name, build in (("vocab.json", _clip), ("vocab.txt", _bert)):
         if (directory / name).is_file():
             backend = build(directory, settings, added)
@@ -111,8 +111,8 @@ def _pair(pair: str | list[str]) -> list[str]:
 Added = list[tuple[AddedToken, int | None]]
 
 
-def _settings(directory: pathlib.Path) -> tuple[dict[str, Any], Added]:
-    """Special tokens and switches that the directory states, defaults elsewhere; added words."""
+def _settings(directory: pathlib.Path, replaced: Mapping) -> tuple[dict[str, Any], Added]:
+    """Special tokens and switches that the directory states, or defaults; added words."""
     own: dict[str, Any] = {}
     if (directory / "vocab.json").is_file():
         own = dict(CLIP_SPECIAL)
@@ -126,8 +126,8 @@ def _settings(directory: pathlib.Path) -> tuple[dict[str, Any], Added]:
                 f"{path}: {key}={stated[key]!r} is not supported: only {value!r} is; change it"
             )
     decoder = stated.get("added_tokens_decoder")
-    if decoder is None:
-        stated |= _json(directory / "special_tokens_map.json")
+    more = {} if decoder is not None else _json(directory / "special_tokens_map.json")
+    stated |= more | replaced
     own |= {key: value for key, value in stated.items() if key in own or key == "pad_token"}
     named = [own[key] for key in own if key.endswith("_token") and own[key] is not None]
     more = stated.get("extra_special_tokens") or stated.get("additional_special_tokens") or []

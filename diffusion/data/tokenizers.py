@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -25,6 +26,7 @@ from diffusion import files
 # that compute, and it makes every later fork of the process print a warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+PAIR = '{"first": '  # how a pair begins, serialised
 PAD, UNKNOWN, START, END = SPECIAL = ("[PAD]", "[UNK]", "[START]", "[END]")
 
 
@@ -55,6 +57,8 @@ class Tokenizer:
 
     @classmethod
     def of(cls, serialised: str, name: str = "tokenizer") -> "Tokenizer":
+        if serialised.startswith(PAIR):
+            return TokenizerPair(serialised)
         try:
             backend = tokenizers.Tokenizer.from_str(serialised)
         except Exception as error:  # the package raises plain Exception
@@ -158,6 +162,42 @@ class Tokenizer:
             spans = (span for i, span in zip(one.ids, one.offsets) if i == unknown_id)
             words.update(text[start:stop] for start, stop in spans)
         return sorted(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerPair(Tokenizer):
+    """Two tokenizers of one caption: `length` tokens are half the first's, then the second's."""
+
+    @classmethod
+    def join(cls, first: Tokenizer, second: Tokenizer) -> "TokenizerPair":
+        return cls(f'{PAIR}{first.serialised}, "second": {second.serialised}}}')
+
+    @functools.cached_property
+    def parts(self) -> tuple[Tokenizer, Tokenizer]:
+        both = json.loads(self.serialised)
+        first, second = (Tokenizer.of(json.dumps(both[name])) for name in ("first", "second"))
+        return first, second
+
+    @functools.cached_property
+    def backend(self) -> tokenizers.Tokenizer:
+        return self.parts[0].backend
+
+    @property
+    def vocabulary_size(self) -> int:
+        return max(part.vocabulary_size for part in self.parts)
+
+    def encode_and_mark(
+        self, captions: Sequence[str], length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        both = [part.encode_and_mark(captions, length // 2) for part in self.parts]
+        tokens, cut = zip(*both)
+        return np.concatenate(tokens, axis=1), cut[0] | cut[1]
+
+    def with_words(self, words: Mapping[str, int]) -> "TokenizerPair":
+        return self.join(*(part.with_words(words) for part in self.parts))
+
+    def decode(self, tokens: np.ndarray) -> list[str]:
+        return self.parts[0].decode(np.asarray(tokens)[:, : np.shape(tokens)[1] // 2])
 
 
 def train(captions: Iterable[str], kind: str = "word", vocabulary_size: int = 8192) -> Tokenizer:

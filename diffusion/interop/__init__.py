@@ -6,7 +6,12 @@ from diffusion.interop.embeddings import load_embeddings, save_embeddings
 from diffusion.interop.latte import load_latte, save_latte
 from diffusion.interop.lora import load_lora, save_lora
 from diffusion.interop.t5 import load_t5
-from diffusion.interop.text_encoder import load_text_encoder, save_text_encoder
+from diffusion.interop.text_encoder import (
+    load_text_encoder,
+    load_text_pair,
+    save_text_encoder,
+    save_text_pair,
+)
 from diffusion.interop.text_transformer import load_pixart, load_sd3, save_pixart, save_sd3
 from diffusion.interop.transformer import load_dit, load_transformer, save_transformer
 from diffusion.interop.unet import load_unet, save_unet
@@ -22,6 +27,7 @@ __all__ = [
     "load_sd3",
     "load_t5",
     "load_text_encoder",
+    "load_text_pair",
     "load_transformer",
     "load_unet",
     "save_autoencoder",
@@ -32,6 +38,7 @@ __all__ = [
     "save_pixart",
     "save_sd3",
     "save_text_encoder",
+    "save_text_pair",
     "save_transformer",
     "save_unet",
 ]

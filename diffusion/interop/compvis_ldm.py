@@ -12,8 +12,9 @@ through (CompVis/latent-diffusion:ldm/modules/diffusionmodules/openaimodel.py):
     qkv (a head's q, k and v after each other)            to_q, to_k, to_v
 
 Averages are under model_ema., their names without dots, and are taken where there are any. Text
-encoders are under cond_stage_model.: CLIP as Transformers names it, OpenCLIP (SD 2.x, the layers
-that run), LDM's BERT (ldm/modules/x_transformer.py), or an embedding of classes.
+encoders are under cond_stage_model., SDXL's two under conditioner.embedders.: CLIP as Transformers
+names it, OpenCLIP (SD 2.x, the layers that run; SDXL), LDM's BERT (ldm/modules/x_transformer.py),
+or an embedding of classes.
 """
 
 import re
@@ -28,10 +29,11 @@ from diffusion.interop import text_encoder
 from diffusion.interop.files import Rules, Weights, to_params, to_tensors
 from diffusion.interop.unet import unet_shapes
 from diffusion.models.embedders import ClassEmbedder, SpatialRescaler
-from diffusion.models.text_encoder import TextTransformer
+from diffusion.models.text_encoder import TextPair, TextTransformer
 from diffusion.models.unet import UNet
 
 UNET, EMA, CONDITION = "model.diffusion_model.", "model_ema.", "cond_stage_model."
+PAIR = "conditioner.embedders."  # of Stable Diffusion XL
 BLOCK = r"^(/(?:input|output)_blocks/\d+/\d+|/middle_block/\d+)"
 
 
@@ -39,6 +41,7 @@ def unet_rules(module: UNet) -> Rules:
     """`files.torch_name`'s rules of this U-Net."""
     places = {"conv_in": "input_blocks/0/0", "class_embedding": "label_emb"}
     places |= {"time_1": "time_embed/0", "time_2": "time_embed/2"}
+    places |= {"vector_1": "label_emb/0/0", "vector_2": "label_emb/0/2"}
     places |= {"norm_out": "out/0", "conv_out": "out/2", "mid_res_0": "middle_block/0"}
     places |= {"mid_attn": "middle_block/1"}
     places["mid_res_1"] = f"middle_block/{1 + module.mid_attention}"
@@ -90,7 +93,9 @@ def read_unet(weights: Weights, module: UNet) -> dict[str, Any]:
         )
     in_channels = ours.tensors["input_blocks.0.0.weight"].shape[1]
     keys = [t for name, t in ours.tensors.items() if name.endswith("attn2.to_k.weight")]
-    shapes = unet_shapes(module, in_channels, keys[0].shape[1] if keys else None)
+    told = ours.tensors.get("label_emb.0.0.weight") if module.vector else None
+    width = None if told is None else told.shape[1]
+    shapes = unet_shapes(module, in_channels, keys[0].shape[1] if keys else None, width)
     return to_params(split_qkv(ours, module), shapes, unet_rules(module))
 
 
@@ -184,12 +189,31 @@ def scale_factor(weights: Weights) -> float | None:
     return None if found is None else float(np.asarray(found).reshape(()))
 
 
-def read_text_encoder(weights: Weights, module: TextTransformer) -> dict[str, Any]:
+def read_text_pair(weights: Weights, module: TextPair) -> dict[str, Any]:
+    """Both encoders' parameters of a Stable Diffusion XL."""
+    first, second = (f"{PAIR}{i}." for i in (0, 1))
+    projection = weights.tensors.get(f"{second}model.text_projection")
+    wanted = (module.second.width, module.projection)
+    if projection is None or projection.shape != wanted:
+        raise ValueError(
+            f"{_file(weights)} has no {second}model.text_projection of {wanted}: give a checkpoint "
+            "of Stable Diffusion XL's base"
+        )
+    return {
+        "first": read_text_encoder(weights, module.first, first),
+        "second": read_text_encoder(weights, module.second, second),
+        "project": {"kernel": np.ascontiguousarray(projection, np.float32)},
+    }
+
+
+def read_text_encoder(
+    weights: Weights, module: TextTransformer, prefix: str = CONDITION
+) -> dict[str, Any]:
     """The parameters of CLIP, OpenCLIP or LDM's BERT, whichever the file has.
 
     ValueError naming the file where it has none, or one that does not fit the module.
     """
-    held = under(weights, CONDITION)
+    held = under(weights, prefix)
     if "model.ln_final.weight" in held.tensors:
         found, rules = _open_clip(under(held, "model."), module), text_encoder.RULES
     elif "transformer.token_emb.weight" in held.tensors:
@@ -199,7 +223,7 @@ def read_text_encoder(weights: Weights, module: TextTransformer) -> dict[str, An
         found, rules = found.renamed([(r"^text_model\.", "")]), text_encoder.RULES
     else:
         raise ValueError(
-            f"{_file(weights)} holds no text encoder under {CONDITION}, which the config has: give "
+            f"{_file(weights)} holds no text encoder under {prefix}, which the config has: give "
             "another file or config"
         )
     tokens = jnp.zeros((1, module.max_length), jnp.int32)

@@ -4,7 +4,8 @@ A word stands for one or more vectors in the place of a row of the text encoder'
 
     Diffusers              {word: (width,) or (vectors, width)}: learned_embeds.bin or .safetensors
     AUTOMATIC1111, .pt     "name", and string_to_param: {"*": (vectors, width)}
-    .safetensors           emb_params: (vectors, width), the word being the file's name
+    .safetensors           emb_params: (vectors, width), the word being the file's name; of Stable
+                           Diffusion XL clip_l and clip_g, here beside each other
 
 In a tokenizer the further vectors of a word are word_1, word_2, ..., as Diffusers has them.
 """
@@ -19,7 +20,7 @@ from diffusion.files import write_tensors
 from diffusion.interop import pickled
 from diffusion.interop.weight_files import read_tensors
 
-SHARED = "emb_params"
+SHARED, PAIR = "emb_params", ("clip_l", "clip_g")
 FILE = "learned_embeds.safetensors"
 
 
@@ -30,11 +31,13 @@ def load_embeddings(path: str | os.PathLike) -> dict[str, np.ndarray]:
         tensors = read_tensors(path)
     else:
         tensors = pickled.read(path, ("string_to_param",), texts)
-    if set(tensors) and set(tensors) <= {"clip_l", "clip_g"}:
-        raise ValueError(
-            f"{path} holds a word of Stable Diffusion XL's two text encoders, which is not read "
-            "here: give one of Stable Diffusion 1.x or 2.x"
-        )
+    if set(tensors) == set(PAIR):  # of Stable Diffusion XL, whose word is the file's name
+        parts = [np.atleast_2d(tensors[name]) for name in PAIR]
+        if len({len(part) for part in parts}) > 1:
+            raise ValueError(
+                f"{path}: {' and '.join(PAIR)} have not as many vectors: fetch it again"
+            )
+        tensors = {path.stem: np.concatenate(parts, axis=1)}
     if set(tensors) in ({SHARED}, {"*"}):
         (vectors,) = tensors.values()
         tensors = {texts.get("name") or path.stem: vectors}

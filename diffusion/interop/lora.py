@@ -7,7 +7,8 @@ A layer NAME of network NET has two tensors, A^T (rank, in) and B^T (out, rank) 
     NET.NAME.lora_A.weight, NET.NAME.lora_B.weight           Diffusers from 0.22 on; written
     NET.NAME.lora.down.weight, NET.NAME.lora.up.weight       before
     NET....processor.to_q_lora.down.weight, ...              the first ones
-    lora_unet_NA_ME.lora_down.weight, ...lora_up.weight      kohya-ss/sd-scripts, with alpha
+    lora_unet_NA_ME.lora_down.weight, ...lora_up.weight      kohya-ss/sd-scripts, with alpha; of
+                                                             SDXL, NA_ME is CompVis's
 
 DoRA adds a magnitude, lora_magnitude_vector or, in kohya's and LyCORIS' files, dora_scale.
 
@@ -29,8 +30,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diffusion.files import write_tensors
-from diffusion.interop import files, text_encoder, unet
+from diffusion.interop import compvis_ldm, files, text_encoder, unet
 from diffusion.interop.weight_files import read_safetensors
+from diffusion.models.unet import UNet
 
 FILE = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
@@ -63,6 +65,7 @@ OLD_NAMES: files.Rules = (
     (r"\.to_out\.(lora_|magnitude)", r".to_out.0.\1"),
 )
 
+SECOND = r"^(lora_te2_|text_encoder_2\.)"
 # What is left over where a file holds more than B A, or is for more networks than there are.
 REFUSED = {
     r"\.hada_": "an update of the kind LoHa, which is not read: give one of the kind LoRA",
@@ -70,16 +73,20 @@ REFUSED = {
     r"\.(oft_|boft_)": "an update of the kind OFT, which is not read: give one of the kind LoRA",
     r"\.(diff|diff_b|w_norm|b_norm|bias)$": "an update of whole weights or biases, "
     "which is not read: give a file of low-rank updates alone",
-    r"^(lora_te2_|text_encoder_2\.)": "for a second text encoder (Stable Diffusion XL's), which "
+    SECOND: "for a second text encoder (Stable Diffusion XL's), which "
     "these networks have not: give a file made for them",
     "": "for which the networks have no place: it was made for others",
 }
 
 
-def load_lora(path: str | os.PathLike, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Trees of updates by network, for the networks of `params` ("unet", "text_encoder").
+def load_lora(
+    path: str | os.PathLike, params: Mapping[str, Any], module: Any = None
+) -> dict[str, Any]:
+    """Trees of updates by network, for the networks of `params` ("unet", "text_encoder",
+    "text_encoder_2").
 
-    `path`: the file, or a directory that holds FILE. ValueError naming the file for one that is
+    `path`: the file, or a directory that holds FILE. `module`: the U-Net, by whose blocks CompVis's
+    names count; without it they are not known. ValueError naming the file for one that is
     broken, that updates layers the networks lack, or with other shapes.
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
@@ -87,7 +94,8 @@ def load_lora(path: str | os.PathLike, params: Mapping[str, Any]) -> dict[str, A
     header = _header(path)
     found: dict[str, Any] = {}
     for network in RULES:
-        layers = _layers(network, params[network]) if network in params else {}
+        own = module if network == "unet" and isinstance(module, UNet) else None
+        layers = _layers(network, params[network], own) if network in params else []
         flat: dict[tuple[str, ...], Any] = {}
         for module_path, shape, names in layers:
             name = next((n for n in names if f"{n}.lora_A.weight" in tensors), None)
@@ -99,7 +107,8 @@ def load_lora(path: str | os.PathLike, params: Mapping[str, Any]) -> dict[str, A
             found[network] = unflatten_dict(flat)
     if tensors:
         odd = min(tensors)
-        why = next(text for pattern, text in REFUSED.items() if re.search(pattern, odd))
+        known = {k: v for k, v in REFUSED.items() if k != SECOND or "text_encoder_2" not in params}
+        why = next(text for pattern, text in known.items() if re.search(pattern, odd))
         raise ValueError(f"{path} updates {odd}, {why}")
     if not found:
         raise ValueError(f"{path} holds no update of a layer: it was made for others")
@@ -138,15 +147,20 @@ def _module_name(path: tuple[str, ...], rules: files.Rules) -> str:
     return files.torch_name(path, rules).removesuffix(".weight")
 
 
-def _layers(network: str, params: Any) -> list[tuple[tuple[str, ...], tuple[int, ...], list[str]]]:
+def _layers(
+    network: str, params: Any, module: UNet | None
+) -> list[tuple[tuple[str, ...], tuple[int, ...], list[str]]]:
     """(path, kernel's shape, names it may have) of every dense layer and convolution."""
+    compvis = () if module is None else compvis_ldm.unet_rules(module)
     flat: dict[Any, Any] = flatten_dict(params)  # pyright: ignore[reportAssignmentType]
     found = []
     for path, leaf in flat.items():
         if path[-1] == "kernel":
             name = _module_name(path, RULES[network])
             names = [prefix + name for prefix in DOTTED[network]]
-            names += [prefix + name.replace(".", "_") for prefix in JOINED[network]]
+            joined = [name, _module_name(path, compvis)] if module else [name]
+            joined = [one.replace(".", "_") for one in joined]
+            names += [prefix + one for prefix in JOINED[network] for one in joined]
             found.append((path[:-1], tuple(leaf.shape), names))
     return found
 

@@ -1,9 +1,9 @@
 """Text encoders in Transformers' format: directories of `CLIPTextModel`, quick GELU or GELU.
 
 Read are also a `CLIPTextModelWithProjection` and the text half of a `CLIPModel`; their projections
-have no place here. Names come with the prefix `text_model.` (published files, Transformers 4) or
-without
-(Transformers 5), and with the buffer `position_ids` in files from before Transformers 4.31.
+have a place in Stable Diffusion XL's pair alone. Names come with the prefix `text_model.`
+(published files, Transformers 4) or without (Transformers 5), and with the buffer `position_ids` in
+files from before Transformers 4.31.
 
 Stable Diffusion 2.x stores OpenCLIP's first 23 of 24 layers; what is written of an encoder with
 `skip_layers` is likewise the layers that run.
@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from diffusion.interop.files import (
@@ -29,11 +30,12 @@ from diffusion.interop.files import (
     write_directory,
 )
 from diffusion.interop.weight_files import read_weights
-from diffusion.models.text_encoder import TextTransformer
+from diffusion.models.text_encoder import TextPair, TextTransformer
 
 STEM = "model"
 CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 PREFIX = "text_model."
+PROJECTION = "text_projection.weight"
 
 RULES: Rules = (
     (r"^/(token|position)_embedding/", r"/embeddings/\1_embedding/"),
@@ -110,6 +112,42 @@ def save_text_encoder(
     kept = {name: value for name, value in params.items() if name not in skipped}
     tensors = {prefix + name: value for name, value in to_tensors(kept, RULES).items()}
     write_directory(directory, _config(module), tensors, STEM)
+
+
+def load_text_pair(
+    first: str | os.PathLike, second: str | os.PathLike, end: int
+) -> tuple[TextPair, dict[str, Any]]:
+    """(module, float32 parameters) of Stable Diffusion XL's two directories, a `CLIPTextModel` and
+    a `CLIPTextModelWithProjection`; `end`: the end token's id. ValueError as `load_text_encoder`.
+    """
+    ours, own = load_text_encoder(first)
+    theirs, other = load_text_encoder(second)
+    projection = read_weights(second, STEM).tensors.get(PROJECTION)
+    if projection is None or projection.ndim != 2 or projection.shape[1] != theirs.width:
+        found = None if projection is None else projection.shape
+        raise ValueError(
+            f"{second} has a {PROJECTION} of {found}, where Stable Diffusion XL's second text "
+            f"encoder has one of (its dim, {theirs.width}): fetch it again"
+        )
+    kernel = jnp.asarray(projection.T, jnp.float32)
+    params = {"first": own, "second": other, "project": {"kernel": kernel}}
+    return TextPair(ours, theirs, projection=len(projection), end=end), params
+
+
+def save_text_pair(
+    first: str | os.PathLike, second: str | os.PathLike, module: TextPair, params: PyTree
+) -> None:
+    """Writes the two directories that a `StableDiffusionXLPipeline` loads."""
+    save_text_encoder(first, module.first, params["first"])
+    _check(module.second)
+    tensors = {PREFIX + n: value for n, value in to_tensors(params["second"], RULES).items()}
+    tensors[PROJECTION] = np.ascontiguousarray(np.asarray(params["project"]["kernel"]).T)
+    config = _config(module.second) | {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "projection_dim": module.projection,
+        "eos_token_id": module.end,
+    }
+    write_directory(second, config, tensors, STEM)
 
 
 def _layers(module: TextTransformer) -> int:

@@ -21,6 +21,7 @@ STEM = "diffusion_pytorch_model"
 RULES: files.Rules = (
     (r"^/time_(\d)/", r"/time_embedding/linear_\1/"),
     (r"^/guidance_proj/", "/time_embedding/cond_proj/"),
+    (r"^/vector_(\d)/", r"/add_embedding/linear_\1/"),
     (r"^/norm_out/", "/conv_norm_out/"),
     (r"^/(down|up)_(\d+)_res_(\d+)/", r"/\1_blocks/\2/resnets/\3/"),
     (r"^/(down|up)_(\d+)_attn_(\d+)/", r"/\1_blocks/\2/attentions/\3/"),
@@ -51,8 +52,30 @@ def described(directory: str | os.PathLike) -> tuple[UNet, Any]:
     source = Path(directory) / "config.json"
     config = files.read_config(directory, {PLAIN, CONDITIONAL})
     with files.naming(source):
-        module, in_channels, context_width = read_unet_config(config, source)
-        return module, unet_shapes(module, in_channels, context_width)
+        width = _vector_width(config, source)
+        plain = {**config, "addition_embed_type": None} if width else config
+        module, in_channels, context_width = read_unet_config(plain, source)
+        module = module.clone(vector=width is not None)
+        return module, unet_shapes(module, in_channels, context_width, width)
+
+
+def _vector_width(config: Mapping[str, Any], source: Path) -> int | None:
+    """Of Stable Diffusion XL's pooled caption and sinusoids of six sizes; None: it has no such."""
+    if config.get("addition_embed_type") != "text_time":
+        return None
+    # Sinusoids are made beside the network (`training/conditions.py`), these ones.
+    sinusoids = {"flip_sin_to_cos": (True,), "freq_shift": (0,)}
+    files.require(config, sinusoids, source)
+    width, each = (
+        config.get(key)
+        for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+    )
+    if not isinstance(width, int) or not isinstance(each, int) or not 0 < 6 * each < width:
+        raise ValueError(
+            f"{source}: projection_class_embeddings_input_dim={width} must be addition_time_embed_"
+            f"dim={each} six times and the width of a pooled caption: mend it"
+        )
+    return width
 
 
 def save_unet(
@@ -60,22 +83,29 @@ def save_unet(
     module: UNet,
     params: Mapping[str, Any],
     sample_size: int | None = None,
+    size_dim: int = 256,
 ) -> None:
     """Writes a directory that Diffusers loads, as UNet2DConditionModel where there is a context.
 
     `sample_size`: the side of the square the network was trained on, which Diffusers' pipelines
-    take as their default. ValueError where it has no such network; then nothing is written.
+    take as their default. `size_dim`: sinusoids of a size, where there is a vector. ValueError
+    where it has no such network; then nothing is written.
     """
     if type(module) is not UNet:
         raise ValueError(
             f"a {type(module).__name__} has no class in Diffusers: of U-Nets only those of kind "
             "'unet' are written"
         )
-    config = {**unet_config(module, params), "sample_size": sample_size}
+    config = {**unet_config(module.clone(vector=False), params), "sample_size": sample_size}
+    if module.vector:
+        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": size_dim}
+        config["projection_class_embeddings_input_dim"] = params["vector_1"]["kernel"].shape[0]
     files.write_directory(directory, config, files.to_tensors(params, RULES), STEM)
 
 
-def unet_shapes(module: UNet, in_channels: int, context_width: int | None) -> Any:
+def unet_shapes(
+    module: UNet, in_channels: int, context_width: int | None, vector_width: int | None = None
+) -> Any:
     """The tree of parameter shapes for two spatial axes, without computing anything."""
     size = 2 ** (module.levels - 1)
     inputs: dict[str, Any] = {
@@ -83,5 +113,6 @@ def unet_shapes(module: UNet, in_channels: int, context_width: int | None) -> An
         "t": jnp.zeros(1),
         "context": None if context_width is None else jnp.zeros((1, 1, context_width)),
         "labels": None if module.num_classes is None else jnp.zeros(1, int),
+        "vector": None if vector_width is None else jnp.zeros((1, vector_width)),
     }
     return jax.eval_shape(lambda: module.init(jax.random.key(0), **inputs))["params"]

@@ -284,7 +284,7 @@ def _check_expressible(module: UNet, params: Mapping[str, Any], depths: list[int
         _refuse("spatial axes", rank, "its U-Nets have two")
     if module.multipliers[0] != 1:
         _refuse("multipliers", module.multipliers, "the first level has the width of conv_in, so 1")
-    for key in ("pool_context", "second_time"):
+    for key in ("pool_context", "second_time", "vector"):
         if getattr(module, key):
             _refuse(key, True, "it has no such projection")
     if module.guidance_width and not cross:

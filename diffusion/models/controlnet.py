@@ -43,14 +43,15 @@ class ControlNet(UNet):
         context_mask: Bool[Array, "batch tokens"] | None = None,
         labels: Int[Array, "batch"] | None = None,
         keys: Key[Array, "batch"] | None = None,
+        vector: Float[Array, "batch numbers"] | None = None,
     ) -> list[Float[Array, "batch ..."]]:
         """Z of eq. 2, one a skip and one for the middle. `hint` in [0, 1], as Diffusers has it.
 
         ValueError where the hint's size does not belong to that of x.
         """
-        self._check(x, context, labels)
+        self._check(x, context, labels, vector)
         self._check_hint(x, hint)
-        temb = self._embed(x, t, context, context_mask, labels)
+        temb = self._embed(x, t, context, context_mask, labels, vector=vector)
         h, skips = self._down(x, temb, context, context_mask, keys, added=self._embed_hint(hint))
         h = self._middle(h, temb, context, context_mask, keys)
         wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -66,13 +66,8 @@ class SongUNet(UNet):
 
     def _check_kind(self, **given) -> None:
         unread = [name for name, value in given.items() if value is not None]
-        names = (
-            "transformer_depth",
-            "pool_context",
-            "scale_shift",
-            "resblock_updown",
-            "guidance_width",
-        )
+        names = ("transformer_depth", "pool_context", "scale_shift", "resblock_updown")
+        names += ("guidance_width", "vector")
         unread += [name for name in names if getattr(self, name)]
         unread += ["second_time"] * (self.ncsnpp and self.second_time)
         if unread:

@@ -14,6 +14,8 @@ What differs between the published encoders is in the fields:
         the layer before the last, still normed: skip_layers=1, or 23 layers (Diffusers).
     LDM's BERTEmbedder (https://arxiv.org/abs/2112.10752, appendix E.2.1; CompVis,
         `ldm/modules/x_transformer.py`): `ldm_bert()`.
+    Stable Diffusion XL: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 (width 1280, 32 layers, 20 heads,
+        GELU) beside each other: `TextPair`.
 """
 
 import functools
@@ -96,8 +98,9 @@ class TextTransformer(nn.Module):
         tokens: Int[Array, "batch length"],
         mask: Bool[Array, "batch length"] | None = None,
         keys: Key[Array, "batch"] | None = None,
-    ) -> Float[Array, "batch length width"]:
-        """Eq. 3, in float32 or wider.
+        penultimate: bool = False,
+    ) -> Float[Array, "batch length width"] | tuple[Float[Array, "batch length width"], Array]:
+        """Eq. 3, in float32 or wider; `penultimate`: and h as it enters the last layer that runs.
 
         `mask` True: a token, False: padding, which nothing looks at; each row has at least one True
         (what comes out at padding itself has no meaning). `keys` None: no dropout. A token outside
@@ -110,13 +113,14 @@ class TextTransformer(nn.Module):
         position = self._embed(self.max_length, "position_embedding").embedding[:length]
         h = h + position[None].astype(h.dtype)
         h = Dropout(self.embedding_dropout, name="embedding_dropout")(h, keys)
-        look = self._look(length, mask)
+        look, before = self._look(length, mask), h
         for i in range(self.layers - self.skip_layers):
-            h = self._layer(f"layers_{i}")(h, look, keys)
+            before, h = h, self._layer(f"layers_{i}")(h, look, keys)
         h = LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="final_norm")(h)
         if self.logits_head and self.is_initializing():
             nn.Dense(self.vocab_size, name="to_logits")(h)
-        return h.astype(jnp.promote_types(h.dtype, jnp.float32))
+        h, before = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (h, before))
+        return (h, before) if penultimate else h
 
     def _embed(self, entries: int, name: str) -> nn.Embed:
         init = nn.initializers.normal(0.02)
@@ -158,6 +162,42 @@ class TextTransformer(nn.Module):
             raise ValueError(
                 f"skip_layers={self.skip_layers} must be at least 0 and below layers={self.layers}"
             )
+
+
+class TextPair(nn.Module):
+    """Stable Diffusion XL's two encoders (https://arxiv.org/abs/2307.01952, section 2.1).
+
+    `pair.apply({"params": p}, tokens)`: "context" (batch, length, both widths), of both what enters
+    the last layer; "pooled" (batch, projection), the second's end token, projected (CLIP, eq. 4 of
+    `clip.py`). Tokens (batch, 2 length) are the first's and then the second's, whose paddings
+    differ. end: the end token.
+    """
+
+    first: TextTransformer
+    second: TextTransformer
+    projection: int = 1280
+    end: int = 49407
+
+    @property
+    def vocab_size(self) -> int:
+        return min(self.first.vocab_size, self.second.vocab_size)
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "batch both"],
+        mask: None = None,
+        keys: Key[Array, "batch"] | None = None,
+    ) -> dict[str, Array]:
+        ours, theirs = jnp.split(tokens, 2, axis=1)
+        _, first = self.first(ours, keys=keys, penultimate=True)
+        last, second = self.second(theirs, keys=keys, penultimate=True)
+        place = (theirs == self.end).argmax(-1)
+        pooled = jnp.take_along_axis(last, place[:, None, None], axis=1)[:, 0]
+        dtype = self.second.dtype
+        pooled = nn.Dense(self.projection, use_bias=False, dtype=dtype, name="project")(pooled)
+        pooled = pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32))
+        return {"context": jnp.concatenate([first, second], axis=-1), "pooled": pooled}
 
 
 def ldm_bert(width: int = 1280, layers: int = 32, **fields: Any) -> TextTransformer:

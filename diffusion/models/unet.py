@@ -8,7 +8,7 @@ https://arxiv.org/abs/1505.04597):
     (3)  middle:             h = R A R(h)
     (4)  up, each level:     h = A R([h, pop s]),  `blocks` + 1 times;         h = up(h)
     (5)  out = conv_out(silu(norm_out(h)))
-    (6)  temb = W2 silu(W1 emb(t))  [+ class embedding]  [+ pooled context]
+    (6)  temb = W2 silu(W1 emb(t))  [+ class embedding]  [+ pooled context]  [+ W4 silu(W3 vector)]
 
 No resampling on the last level. What differs between the published networks is in the fields:
 
@@ -18,6 +18,7 @@ No resampling on the last level. What differs between the published networks is 
         head_dim 64, scale_shift, resblock_updown; conv_in no wider than a narrow first level (512).
     LDM (https://arxiv.org/abs/2112.10752), Stable Diffusion: as ADM without the last two (churches
         has them); transformer_depth 1, context; SD 2.x has linear_projection and head_dim 64.
+    SDXL (https://arxiv.org/abs/2307.01952): as SD 2.x; transformer_depth (0, 2, 10), vector.
 
 Initialisation is DDPM's throughout; CompVis has PyTorch's defaults, and the same layers at zero.
 """
@@ -44,6 +45,7 @@ from diffusion.models.layers import (
     zero_init,
 )
 from diffusion.models.second_time import with_guidance, with_second_time
+from diffusion.models.unet_checks import check, check_residuals
 
 # What the backward pass finds saved inside each block: nothing; the outputs of convolutions and of
 # attention (norms and activations, cheap to compute, are recomputed); or those of dense layers.
@@ -61,12 +63,13 @@ class UNet(nn.Module):
     blocks: residual blocks per level, one number or one a level.
     attention: per level, whether attention follows each block; `mid_attention` for the middle.
     heads or head_dim: number or width of the heads, one for all or one a level (the other is None).
-    transformer_depth: 0 is plain self-attention (DDPM, ADM); n is a spatial transformer of n blocks
+    transformer_depth: 0 is plain self-attention (DDPM, ADM); n, a spatial transformer of n blocks
         with cross-attention to `context`; one for all or one a level. The middle has the last's.
     num_classes: labels 0 .. num_classes - 1 (a null class counts) are embedded and added to temb;
         for labels as context (LDM on ImageNet) put `embedders.ClassEmbedder` before the U-Net.
     pool_context: add a projection of the mean context token to temb. second_time: takes `s`.
     guidance_width: of the sinusoids of a guidance weight, which it then takes; 0: it does not.
+    vector: takes one, what else is known of an example (SDXL's pooled caption and sizes).
     dtype: what to compute in; parameters stay float32. remat: None or a key of REMAT_POLICIES.
     """
 
@@ -92,6 +95,7 @@ class UNet(nn.Module):
     freq_shift: int | float = 1
     second_time: bool = False
     guidance_width: int = 0
+    vector: bool = False
     dtype: Any = None
     remat: str | None = None
 
@@ -107,14 +111,15 @@ class UNet(nn.Module):
         keys: Key[Array, "batch"] | None = None,
         s: Num[Array, ""] | Num[Array, "batch"] | None = None,
         guidance: Float[Array, "batch"] | None = None,
+        vector: Float[Array, "batch numbers"] | None = None,
     ) -> Float[Array, "batch *space out_channels"]:
         """Float32 or wider. `context_mask` True: may be looked at. `keys` None: no dropout.
 
         `residuals` (of a ControlNet) are added: one to each skip of eq. 2, the last to the middle.
         ValueError where the size cannot be halved between all levels, or fields contradict.
         """
-        self._check(x, context, labels)
-        temb = self._embed(x, t, context, context_mask, labels, s, guidance)
+        self._check(x, context, labels, vector)
+        temb = self._embed(x, t, context, context_mask, labels, s, guidance, vector)
         return self._run(x, temb, context, context_mask, residuals, keys)
 
     def _run(self, x: Array, temb: Array, context, context_mask, residuals, keys) -> Array:
@@ -122,7 +127,7 @@ class UNet(nn.Module):
         h, skips = self._down(x, temb, context, context_mask, keys)
         h = self._middle(h, temb, context, context_mask, keys)
         if residuals is not None:
-            self._check_residuals(residuals, skips)
+            check_residuals(residuals, skips)
             skips = [skip + r for skip, r in zip(skips, residuals[:-1])]
             h = h + residuals[-1]
         h = self._up(h, skips, temb, context, context_mask, keys)
@@ -209,7 +214,9 @@ class UNet(nn.Module):
             return Upsample(width, dtype=self.dtype, name=name)(h)
         return Downsample(width, self.downsample_padding, dtype=self.dtype, name=name)(h)
 
-    def _embed(self, x: Array, t: Array, context, mask, labels, s=None, guidance=None) -> Array:
+    def _embed(
+        self, x: Array, t: Array, context, mask, labels, s=None, guidance=None, vector=None
+    ) -> Array:
         """Eq. 6."""
         t = jnp.broadcast_to(t, x.shape[:1]).astype(jnp.promote_types(x.dtype, jnp.float32))
         sinusoids = self.channels, self.flip_sin_to_cos, self.freq_shift
@@ -225,11 +232,15 @@ class UNet(nn.Module):
             temb = temb + embed(labels)
         if self.pool_context:
             temb = temb + dense(name="pool_proj")(mean_token(context, mask))
+        if vector is not None:
+            temb = temb + dense(name="vector_2")(nn.silu(dense(name="vector_1")(vector)))
         return temb
 
     def _rematerialised(self, block: Any) -> Any:
         if self.remat is None:
             return block
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat={self.remat!r} must be one of {[None, *REMAT_POLICIES]}")
         return nn.remat(block, policy=REMAT_POLICIES[self.remat])
 
     @property
@@ -265,36 +276,4 @@ class UNet(nn.Module):
             )
         return (heads, width // heads) if heads else (width // head_dim, head_dim)
 
-    def _check(self, x: Array, context: Array | None, labels: Array | None) -> None:
-        for key in ("attention", "blocks", "heads", "head_dim", "transformer_depth"):
-            value = getattr(self, key)
-            if isinstance(value, tuple | list) and len(value) != self.levels:
-                raise ValueError(
-                    f"{key}={value} has {len(value)} entries but multipliers={self.multipliers} "
-                    f"has {self.levels}: give one entry a level"
-                )
-        if self.remat is not None and self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat={self.remat!r} must be one of {[None, *REMAT_POLICIES]}")
-        factor, space = 2 ** (self.levels - 1), x.shape[1:-1]
-        if any(size % factor for size in space):
-            raise ValueError(
-                f"input size {tuple(space)} cannot be halved {self.levels - 1} times, as the "
-                f"U-Net's {self.levels} levels need: pad or crop every axis to a multiple of "
-                f"{factor}, or use fewer levels"
-            )
-        self._check_conditions(context, labels)
-
-    def _check_residuals(self, residuals: Sequence[Array], skips: Sequence[Array]) -> None:
-        if len(residuals) != len(skips) + 1:
-            raise ValueError(
-                f"{len(residuals)} residuals for {len(skips)} skips and the middle: give one each"
-            )
-
-    def _check_conditions(self, context: Array | None, labels: Array | None) -> None:
-        if (self.num_classes is None) != (labels is None):
-            raise ValueError(
-                f"num_classes={self.num_classes} but labels are {'not ' * (labels is None)}given: "
-                "pass labels exactly where num_classes is set"
-            )
-        if self.pool_context and context is None:
-            raise ValueError("pool_context=True needs a context: pass one, or set it to False")
+    _check = check

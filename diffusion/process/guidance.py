@@ -120,6 +120,27 @@ def by_classifier(
     return wrapped
 
 
+def two_guidances(
+    denoise_full: Denoise,
+    denoise_image: Denoise,
+    denoise_none: Denoise,
+    scale: float | int | Array,
+    image_scale: float | int,
+) -> Denoise:
+    """InstructPix2Pix's (arXiv:2211.09800, eq. 3): told of image and text, the image, neither,
+
+    x_0 = x_0^none + s_I (x_0^image - x_0^none) + s_T (x_0^full - x_0^image).
+    """
+    of_text = classifier_free(denoise_full, denoise_image, scale)
+
+    def denoise(x_t: Array, t: Array, *s: Array) -> Any:
+        x0, rest = _split(of_text(x_t, t, *s))
+        image, none = (_split(d(x_t, t, *s))[0] for d in (denoise_image, denoise_none))
+        return _join(x0 + (image_scale - 1) * (image - none), rest)
+
+    return denoise
+
+
 def clip_x0(denoise: Denoise, low: float | int = -1.0, high: float | int = 1.0) -> Denoise:
     """x_0 clipped to [low, high], as DDPM samples (diffusion_utils_2.py, clip_denoised)."""
     return _map_x0(denoise, lambda x0: jnp.clip(x0, low, high))

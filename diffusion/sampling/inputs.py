@@ -30,6 +30,7 @@ from diffusion.process.samplers import Sampler
 from diffusion.process.schedules import Schedule
 from diffusion.training import codec
 from diffusion.training.conditions import Concat
+from diffusion.training.sized_text import SizedText
 
 Columns = dict[str, np.ndarray]
 
@@ -116,7 +117,7 @@ class Slots:
 
     def _check(self, kind: str, image: str | None, mask: str | None, segments: str | None) -> None:
         """That what the model was trained with is given, and nothing that it does not read."""
-        needs = {"low_resolution": ("image",), "semantic": ("segments",)}
+        needs = {"low_resolution": ("image",), "semantic": ("segments",), "edit": ("image",)}
         needed = needs.get(kind, ("image", "mask") if kind else ())
         given = {"image": image, "mask": mask, "segments": segments}
         if missing := [name for name in needed if not given[name]]:
@@ -155,6 +156,21 @@ class Slots:
                 ": map the others to one of these"
             )
         return found
+
+
+def sizes(text: Any, given: Mapping[str, Sequence[int]]) -> Columns:
+    """What Stable Diffusion XL is told: "original_size", "crop" and "target_size", two numbers each
+    or none, down and across. ValueError for another model."""
+    given = {name: pair for name, pair in given.items() if pair}
+    for name, pair in given.items():
+        if not isinstance(text, SizedText):
+            raise ValueError(f"{name}={list(pair)}, but the model is told of no size: leave it out")
+        if len(pair) != 2 or min(pair) < 0:
+            raise ValueError(f"{name}={list(pair)} must be two numbers of pixels: down, across")
+    if not given:
+        return {}
+    own = {"original_size": text.size, "crop": (0, 0), "target_size": text.size, **given}
+    return {"sizes": np.array([[side for pair in own.values() for side in pair]], np.float32)}
 
 
 @dataclasses.dataclass(frozen=True)

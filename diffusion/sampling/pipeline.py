@@ -6,7 +6,7 @@ keyed by fold_in(key(seed), i), so neither batch size nor device count changes i
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffusion import interop
 from diffusion.data.tokenizers import Tokenizer
-from diffusion.models import lora, target
+from diffusion.models import target
 from diffusion.models.second_time import told_guidance
-from diffusion.models.unet import UNet
 from diffusion.process import keys as ks
 from diffusion.process import samplers
 from diffusion.process.gaussian import Denoise
@@ -27,8 +25,9 @@ from diffusion.sampling.inputs import Columns
 from diffusion.sampling.precision import in_float32, with_float64
 from diffusion.sampling.settings import Settings
 from diffusion.training import codec, conditions
-from diffusion.training.denoiser import Denoiser, control_name
+from diffusion.training.denoiser import Denoiser
 from diffusion.training.parallel import BATCH, make_mesh, to_host
+from diffusion.training.sized_text import SizedText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +77,11 @@ class Pipeline:
         return self.task.conditions.get("concat")
 
     @property
+    def edits(self) -> bool:
+        """Whether it is InstructPix2Pix's kind, guided by image and text apart."""
+        return self.concat is not None and self.concat.kind == "edit"
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Columns of a data set's batch that it is given, beside prompts and labels."""
         boxes = ("tokens",) if self.layout else ()
@@ -85,6 +89,11 @@ class Pipeline:
 
     def changed(self, **given: Any) -> "Pipeline":
         """With other settings; those that are None stay."""
+        own = given.get("image_guidance_scale")
+        if own is not None and not self.edits:
+            raise ValueError(
+                f"image_guidance_scale={own}, but the model edits no images: leave it out"
+            )
         return dataclasses.replace(self, how=self.how.changed(**given))
 
     def resized(self, size: Sequence[int]) -> "Pipeline":
@@ -98,35 +107,12 @@ class Pipeline:
                 "since the networks halve them so often"
             )
         space = [side // self.downsampling for side in size]
+        told, text = dict(self.task.conditions), self.task.conditions.get("text")
+        if isinstance(text, SizedText):
+            told["text"] = dataclasses.replace(text, size=tuple(size))
         shape = (*space, self.task.sample_shape[-1])
-        return dataclasses.replace(self, task=dataclasses.replace(self.task, sample_shape=shape))
-
-    def with_lora(self, path: str, scale: float = 1.0) -> "Pipeline":
-        """With `scale` times the updates of a file in Diffusers' format."""
-        params = dict(self.params)
-        theirs = {"unet" if k == "denoiser" else k: v for k, v in params.items()}
-        for name, tree in interop.load_lora(path, theirs).items():
-            name = "denoiser" if name == "unet" else name
-            params[name] = lora.merge(params[name], tree, scale)
-        return dataclasses.replace(self, params=params)
-
-    def with_controlnet(self, network: Any, params: Any) -> "Pipeline":
-        """Steered by one ControlNet more. ValueError for one of another U-Net."""
-        if type(self.task.network) is not UNet:
-            kind = type(self.task.network).__name__
-            raise ValueError(f"the ControlNet steers a U-Net, but the denoiser is a {kind}")
-        for key in ("channels", "multipliers", "blocks"):
-            ours, theirs = (n.per_level(getattr(n, key)) for n in (self.task.network, network))
-            if ours != theirs:
-                raise ValueError(
-                    f"the ControlNet has {key}={theirs}, but the U-Net has {ours}: it steers "
-                    "another U-Net"
-                )
-        nets = self.task.controlnets
-        task = dataclasses.replace(self.task, controlnets=(*nets, network))
-        return dataclasses.replace(
-            self, task=task, params={**self.params, control_name(len(nets)): params}
-        )
+        task = dataclasses.replace(self.task, sample_shape=shape, conditions=told)
+        return dataclasses.replace(self, task=task)
 
     # -- what is asked for -----------------------------------------------------------------------
 
@@ -159,10 +145,12 @@ class Pipeline:
         prompts: Sequence[str] | None = None,
         negative: Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
+        sizes: Mapping[str, Sequence[int]] | None = None,
     ) -> Columns:
         """Columns of any length, in turn: row i % n for picture i. Each class in turn where none is
-        named. ValueError for what the model does not know."""
-        found: Columns = {}
+        named. sizes: of what Stable Diffusion XL is told. ValueError for what the model does not
+        know."""
+        found: Columns = inputs.sizes(self.task.conditions.get("text"), sizes or {})
         for name, words in (("tokens", prompts), ("negative", negative)):
             tokens = self.tokens(words, "prompt" if name == "tokens" else "negative_prompt")
             if tokens is not None and (words or name == "tokens"):
@@ -212,6 +200,7 @@ class Pipeline:
         x_t of each step as well, or the "estimates" of x_0 from it.
         """
         bare = dataclasses.replace(self, params={})
+        self._check_told(strength)
         task, how, method = bare.task, bare.how, bare.how.method(strength)
 
         def run(params: Any, seeds: Any, indices: Any, batch: dict[str, Any]) -> Any:
@@ -249,20 +238,33 @@ class Pipeline:
             theirs = self.guide.task.merged(params["guide"])
             alone = {k: v for k, v in batch.items() if k != "guidance_scale"}
             worse = self.guide._denoise(theirs, alone, encode)
-        batch = task.ready(batch, encode, functools.partial(codec.scaled, extra=self.extra))
-        told, nothing = task.condition(params, batch), None
+        batch = conditions.ready(task.conditions, batch, encode, self.extra)
+        told, nothing, image = task.condition(params, batch), None, None
         if empty := conditions.null(task.conditions, params, batch):
             nothing = task.condition(params, {**batch, **empty})
+        if self.edits:
+            words = {k: v for k, v in empty.items() if k != "masked"}
+            image = task.condition(params, {**batch, **words})
         predict, scale = functools.partial(task.predict, params), batch.get("guidance_scale")
         if told_guidance(task.network):  # as a weight beside 1, in place of a second evaluation
             w = jnp.float32(self.how.guidance_scale if scale is None else scale) - 1
             size = len(jax.tree.leaves(told)[0])
             told, nothing, scale = {**told, "guidance": jnp.broadcast_to(w, size)}, None, None
-        denoise = self.how.denoise(predict, told, nothing, scale, worse)
+        denoise = self.how.denoise(predict, told, nothing, scale, worse, image)
         if self.classifier is None:
             return denoise
         judge = functools.partial(self.classifier.apply, {"params": params["classifier"]})
         return self.how.classified(denoise, judge, batch["label"])
+
+    def _check_told(self, strength: float | int) -> None:
+        """What is not of a model that is told of the image, beside x_t."""
+        wrong = f"strength={strength}" if self.concat is not None and strength != 1 else ""
+        for key in ("guidance_interval", "guidance_rescale"):
+            value = getattr(self.how, key)
+            wrong = f"{key}={value}" if self.edits and value else wrong
+        wrong = "autoguidance" if self.edits and self.guide is not None else wrong
+        if wrong:
+            raise ValueError(f"{wrong}, but the model is told of the image itself: leave it out")
 
     def at_a_time(self, count: int) -> int:
         """How many of `count` pictures are made at a time: what all devices divide."""

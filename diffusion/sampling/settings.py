@@ -1,7 +1,7 @@
 """How x_0 is found: the noise schedule, a sampler and its steps, guidance, and what bounds x_0."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ class Settings:
     guidance_interval: tuple[float | int, ...] = ()
     guidance_rescale: float | int = 0.0
     guidance_channels: int = 0
+    image_guidance_scale: float | int = 1.5
     clip: bool = False
     dynamic_threshold: float | int = 0.0
     classifier_scale: float | int = 1.0  # of a pipeline that has a classifier
@@ -90,11 +91,13 @@ class Settings:
         nothing: Any = None,
         scale: jax.Array | None = None,
         worse: Denoise | None = None,
+        image: Any = None,
     ) -> Denoise:
         """denoise(x_t, t) -> x_0, or (x_0, variance output) of a learned variance.
 
-        With classifier-free guidance away from `nothing`, what says nothing, both halves in one
-        call of the network; None, or a scale of 1: without. scale: each picture's own (batch,).
+        With classifier-free guidance away from `nothing`, what says nothing, all in one call of the
+        network; None, or a scale of 1: without. scale: each picture's own (batch,). image: what
+        says of the image alone, for InstructPix2Pix's second guidance.
         worse: what is guided away from in its place, a worse model told the same (autoguidance,
         https://arxiv.org/abs/2406.02507, eq. 3; LDM's scale is their w).
         """
@@ -107,27 +110,32 @@ class Settings:
                 learned_variance=self.variance == "learned",
             )
 
-        if scale is None and self.guidance_scale == 1:
+        one = scale is None and self.guidance_scale == 1
+        if one and (image is None or self.image_guidance_scale == 1):
             return self._bounded(estimate(told))
         if worse is not None:
-            return self._bounded(self._guided(estimate(told), worse, scale))
+            return self._bounded(self._guided(estimate(told), worse, scale=scale))
         if nothing is None:
             return self._bounded(estimate(told))
-        both = estimate(jax.tree.map(_paired, told, nothing))
+        ways = [told, nothing] if image is None else [told, image, nothing]
+        together = estimate(jax.tree.map(lambda *a: _beside(a), *ways))
 
         def guided(x_t: jax.Array, *times: jax.Array) -> Any:
-            pairs = both(*[_paired(a, a) for a in (x_t, *times)])
-            cond, uncond = (jax.tree.map(lambda x, i=i: x[i::2], pairs) for i in (0, 1))
-            return self._guided(lambda *_: cond, lambda *_: uncond, scale)(x_t, *times)
+            found = together(*[_beside([a] * len(ways)) for a in (x_t, *times)])
+            each = [jax.tree.map(lambda x, i=i: x[i :: len(ways)], found) for i in range(len(ways))]
+            return self._guided(*[lambda *_, e=e: e for e in each], scale=scale)(x_t, *times)
 
         return self._bounded(guided)
 
-    def _guided(self, conditional: Denoise, unconditional: Denoise, scale: Any = None) -> Denoise:
+    def _guided(self, conditional: Denoise, *others: Denoise, scale: Any = None) -> Denoise:
+        scale = self.guidance_scale if scale is None else scale
+        if len(others) == 2:
+            return guidance.two_guidances(conditional, *others, scale, self.image_guidance_scale)
         try:
             return guidance.classifier_free(
                 conditional,
-                unconditional,
-                self.guidance_scale if scale is None else scale,
+                others[0],
+                scale,
                 self.guidance_interval or None,
                 self.guidance_rescale,
                 self.guidance_channels,
@@ -151,6 +159,6 @@ class Settings:
             raise ValueError(f"dynamic_threshold={self.dynamic_threshold}: {error}") from error
 
 
-def _paired(a: jax.Array, b: jax.Array) -> jax.Array:
-    """(n, ...) twice to (2 n, ...), a0 b0 a1 b1 ...: pairs stay on the device that holds them."""
-    return jnp.stack([a, b], axis=1).reshape(2 * len(a), *a.shape[1:])
+def _beside(arrays: Sequence[jax.Array]) -> jax.Array:
+    """k times (n, ...) to (k n, ...), a0 b0 a1 b1 ...: those of one picture stay on its device."""
+    return jnp.stack(arrays, axis=1).reshape(len(arrays) * len(arrays[0]), *arrays[0].shape[1:])

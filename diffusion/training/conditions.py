@@ -167,6 +167,7 @@ class Concat:
         "inpaint"         [mask in {0, 1}, latents of the image with a grey hole]: Stable Diffusion
         "inpaint_ldm"     [latents of the image with a black hole, mask in {-1, 1}]: CompVis's
                           inpainting_big (CompVis/latent-diffusion: scripts/inpaint.py)
+        "edit"            latents of the image, unscaled: InstructPix2Pix (arXiv:2211.09800)
         "semantic"        what `rescaler`, trained with the denoiser, makes of labels "segments"
 
     "mask" is 1 where the image is to be made. shape: (*space, channels) of what joins, as trained.
@@ -181,7 +182,7 @@ class Concat:
     @property
     def reads(self) -> tuple[str, ...]:
         """Columns of a batch."""
-        kinds = {"low_resolution": ("small",), "semantic": ("segments",)}
+        kinds = {"low_resolution": ("small",), "semantic": ("segments",), "edit": ("image",)}
         return kinds.get(self.kind, ("image", "mask", "masked"))
 
     def init(self, key):
@@ -191,13 +192,16 @@ class Concat:
         sides = (side * 2**self.rescaler.halvings for side in self.shape[:-1])
         return given, {"rescaler": self.rescaler.init(key, jnp.zeros((1, *sides), int))["params"]}
 
-    def ready(self, batch: Batch, encode: Callable, scaled: Callable = lambda z: z) -> Batch:
+    def ready(self, batch: Batch, encode: Callable, extra: Mapping[str, Any]) -> Batch:
         """The batch with "masked", latents of what is left of "image": `encode` of [-1, 1], or
-        those that are stored, `scaled`."""
+        those that are stored, scaled as `extra` says."""
+        if self.kind == "edit":
+            z = encode(codec.signed(batch["image"]))
+            return {**batch, "masked": codec.unscaled(z, extra)}
         if self.kind not in ("inpaint", "inpaint_ldm"):
             return batch
         if "masked" in batch:
-            return {**batch, "masked": scaled(batch["masked"])}
+            return {**batch, "masked": codec.scaled(batch["masked"], extra)}
         hole = 0.0 if self.kind == "inpaint" else -1.0
         left = jnp.where(batch["mask"] > 0, hole, codec.signed(batch["image"]))
         return {**batch, "masked": encode(left)}
@@ -213,18 +217,29 @@ class Concat:
             large = jax.image.resize(small, shape, self.enlarge) if self.factor > 1 else small
             return {"concat": large}
         masked = batch["masked"]
+        if self.kind == "edit":
+            return {"concat": masked}
         step = batch["mask"].shape[1] // masked.shape[1]
         mask = batch["mask"][:, ::step, ::step].astype(masked.dtype)  # the nearest, as the authors'
         parts = [mask, masked] if self.kind == "inpaint" else [masked, 2 * mask - 1]
         return {"concat": jnp.concatenate(parts, axis=-1)}
 
     def null(self, params, batch):
-        return {}
+        """Always told, but by "edit"."""
+        return {"masked": jnp.zeros_like(batch["masked"])} if self.kind == "edit" else {}
 
 
 def null(conditions: Mapping[str, Condition], params: Params, batch: Batch) -> dict[str, Array]:
     """The columns of every condition that say nothing."""
     return {k: v for c in conditions.values() for k, v in c.null(params, batch).items()}
+
+
+def ready(
+    conditions: Mapping[str, Condition], batch: Batch, encode: Callable, extra: Mapping[str, Any]
+) -> Batch:
+    """The batch with what the other channels are made of (`Concat.ready`)."""
+    concat: Any = conditions.get("concat")
+    return batch if concat is None else concat.ready(batch, encode, extra)
 
 
 def drop(

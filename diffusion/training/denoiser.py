@@ -7,10 +7,10 @@ arXiv:2112.10752; E is the identity for DDPM, arXiv:2006.11239 eq. 14):
     (2) z_t = alpha(t) z0 + sigma(t) eps
     (3) L   = mean || eps - eps_theta(z_t, t, tau_theta(caption)) ||^2
 
-tau_theta is the text encoder: trained jointly when it is among the state's parameters, frozen when
-it is among the frozen ones; so is the U-Net, under low-rank updates (`models/lora.py`) or beside a
-ControlNet (`models/controlnet.py`). A fraction `drop_condition` of the captions is replaced by the
-empty one (classes by the null class), for classifier-free guidance (arXiv:2207.12598, algorithm 1).
+tau_theta is the text encoder: trained jointly when it is among the state's parameters, else frozen;
+so is the U-Net, under low-rank updates, beside a ControlNet, or where a word is learned. A fraction
+`drop_condition` of the captions is replaced by the empty one (classes by the null class), for
+classifier-free guidance (arXiv:2207.12598, algorithm 1).
 
 Objectives of few steps (`process/few_steps.py`) ask the network for jumps to a second time, without
 its condition, and a frozen "teacher" for the velocity.
@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Key
 
 from diffusion.models.lora import Lora
 from diffusion.models.second_time import told_guidance
+from diffusion.models.words import Words
 from diffusion.process import keys as ks
 from diffusion.process import losses
 from diffusion.training import codec, conditions, coupling
@@ -45,16 +46,15 @@ Batch = dict[str, Array]
 class Denoiser:
     """Flax modules and functions of the task; holds no arrays. See `experiments/run/tasks.py`.
 
-    sample_shape: (*space, channels) of what is diffused. objective and draw come from
-    `process/losses.py` or `few_steps.py`. `network`, "denoiser" among the parameters, is any that
-    is called as `models/unet.py` is. Networks with a transform in `optimizer` are trained, the
-    others frozen. conditions: by name, what the network is told (`conditions.py`), a fraction
-    `drop_condition` of them dropped in training. loss_history is the empty history of second-moment
-    resampling, None: t as `draw` has it. lora: low-rank updates of the U-Net. controlnets: each
-    reads one of the condition's hints; the first is "controlnet" among the parameters, the next
-    "controlnet_1". teacher: a network, frozen, as "teacher" among the parameters; None with `lora`:
-    the network without it. augment: of the pictures in training (`augment.py`). coupled: noise and
-    examples of a training batch are paired by optimal transport (`coupling.py`).
+    sample_shape: (*space, channels) of what is diffused. objective and draw: of `process/losses.py`
+    or `few_steps.py`. `network`, "denoiser" among the parameters, is called as `models/unet.py` is.
+    Networks with a transform in `optimizer` are trained, the others frozen. conditions: by name,
+    what the network is told, a fraction `drop_condition` dropped in training. loss_history: the
+    empty one of second-moment resampling, None: t as `draw` has it. lora: low-rank updates of the
+    U-Net. words: new rows of the text encoder's table. controlnets: each reads one of the hints,
+    "controlnet", "controlnet_1", ... among the parameters. teacher: a frozen network, "teacher"
+    among them; None with `lora`: the network without it. augment: of the pictures in training.
+    coupled: noise and examples of a training batch are paired by optimal transport.
     """
 
     network: Any
@@ -65,6 +65,7 @@ class Denoiser:
     ema: Ema
     conditions: Mapping[str, Condition] = dataclasses.field(default_factory=dict)
     lora: Lora | None = None
+    words: Words | None = None
     controlnets: tuple[Any, ...] = ()
     drop_condition: float = 0.0
     autoencoder: Any = None
@@ -113,6 +114,8 @@ class Denoiser:
             params |= own
         if "concat" in given:
             x = jnp.concatenate([x, given.pop("concat")], axis=-1)
+        if self.words is not None:
+            params |= self.words.split(params["text_encoder"])
         params["denoiser"] = self.network.init(network_key, x, t, **given)["params"]
         if self.teacher is not None:
             params["teacher"] = self.teacher.init(network_key, x, t, **given)["params"]
@@ -137,6 +140,7 @@ class Denoiser:
             keys = ks.example_keys(state.rng, state.step, batch["position"])
             every = {**frozen, **params}
             loss, aux = self.loss(every, state.extra, batch, keys, train=True, step=state.step)
+            loss = loss * batch["weight"] if "weight" in batch else loss
             return loss.mean(), aux if self.loss_history is not None else {}
 
         grad_fn = ts.accumulate(jax.value_and_grad(loss_fn, has_aux=True), self.accumulate)
@@ -187,7 +191,7 @@ class Denoiser:
             batch = self.augment(batch, ks.stream(keys, ks.DATA))
         x0 = self.clean(params, extra, batch, keys, train)
         encode = functools.partial(codec.encode, self.autoencoder, params, extra)
-        batch = self.ready(batch, encode, functools.partial(codec.scaled, extra=extra))
+        batch = conditions.ready(self.conditions, batch, encode, extra)
         condition = self.condition(params, batch, keys, train)
         dropout_keys = ks.stream(keys, ks.DROPOUT) if train else None
 
@@ -212,7 +216,9 @@ class Denoiser:
         return loss * weight, {**aux, "t": t, "unweighted": jax.lax.stop_gradient(loss)}
 
     def merged(self, params: Params) -> Params:
-        """The parameters with the low-rank updates in the U-Net's."""
+        """The parameters with low-rank updates and learned words in those that they are of."""
+        if self.words is not None:
+            params = self.words.merged(params)
         if self.lora is None or "lora" not in params:
             return params
         return {**params, "denoiser": self.lora.merge(params["denoiser"], params["lora"])}
@@ -270,11 +276,6 @@ class Denoiser:
             x = ts.random_flip(x, ks.stream(keys, ks.DATA))
         return codec.encode(self.autoencoder, params, extra, x, drawn)
 
-    def ready(self, batch: Batch, encode: Callable, scaled: Callable = lambda z: z) -> Batch:
-        """The batch with what the other channels are made of (`conditions.Concat.ready`)."""
-        concat: Any = self.conditions.get("concat")
-        return batch if concat is None else concat.ready(batch, encode, scaled)
-
     def condition(
         self, params: Params, batch: Batch, keys: Array | None = None, train: bool = False
     ) -> dict[str, Any]:
@@ -282,8 +283,7 @@ class Denoiser:
         if not train or keys is None:
             return conditions.encode(self.conditions, params, batch)
         if self.drop_condition:
-            uniform = jax.vmap(jax.random.uniform)(ks.stream(keys, ks.CAPTION))
-            which = uniform < self.drop_condition
+            which = jax.vmap(jax.random.uniform)(ks.stream(keys, ks.CAPTION)) < self.drop_condition
             batch = conditions.drop(self.conditions, params, batch, which)
         dropout_keys = ks.stream(keys, ks.DROPOUT)
         return conditions.encode(self.conditions, params, batch, dropout_keys)

@@ -74,6 +74,7 @@ def define(add: cli.Flags) -> None:
     add.add("string", "out", None, "The directory to write.")
     add.add("string", "tokenizer", None, "A tokenizer's folder, where --source has none.")
     add.add("enum", "weights", "ema", "Averaged or raw parameters.", ["ema", "raw"])
+    add.add("bool", "null_label", None, "Whether a U-Net's last class is none of the data's.")
     add.add("enum", "attention_order", None, "Rows of OpenAI's qkv.", ["legacy", "new"])
     add.config("What a single file is, where its widths do not say.")
 
@@ -94,7 +95,8 @@ def main(values: flags.FlagValues) -> None:
     files.check_folder(target)
     tokenizer = pathlib.Path(values.tokenizer) if values.tokenizer else None
     if values["from"].value == "diffusers":
-        parts = from_diffusers(source, tokenizer)
+        with cli.flagged(values):
+            parts = from_diffusers(source, tokenizer, values.null_label)
     elif values["from"].value == "openai":
         parts = from_openai(source, values.config, values.attention_order)
     elif values["from"].value == "edm":

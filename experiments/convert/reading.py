@@ -13,12 +13,13 @@ from ml_collections import ConfigDict
 from configs import common, common_ldm
 from diffusion import interop
 from diffusion.data import tokenizer_files
-from diffusion.data.tokenizers import Tokenizer
+from diffusion.data.tokenizers import Tokenizer, TokenizerPair
 from diffusion.files import read_json
 from diffusion.interop import autoencoder, files, scheduler
 from diffusion.interop import text_encoder as text_encoders
 from diffusion.interop.autoencoder import load_scaling
 from diffusion.models.autoencoder import VQModel
+from diffusion.models.text_encoder import TextPair
 from experiments.run import build, given
 
 REMEDY = "fetch it, or name a pipeline's directory as --source"
@@ -27,6 +28,8 @@ PIPELINES = (
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
     "LDMPipeline",
     "LDMSuperResolutionPipeline",
     "DDPMPipeline",
@@ -53,11 +56,14 @@ class Parts:
     tokenizer: Tokenizer | None = None
 
 
-def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) -> Parts:
+def from_diffusers(
+    source: pathlib.Path, tokenizer: pathlib.Path | None = None, null_label: bool | None = None
+) -> Parts:
     """Reads a pipeline's directory, or a network's alone.
 
-    `tokenizer`: a folder with its files, where a text encoder's own has none. ValueError naming the
-    file for what is missing or unknown.
+    `tokenizer`: a folder with its files, where a text encoder's own has none. `null_label`: whether
+    the last class of a U-Net is none of the data's. ValueError naming the file for what is missing
+    or unknown.
     """
     if not (source / "model_index.json").exists() and (source / "config.json").exists():
         return _alone(source, tokenizer)
@@ -79,13 +85,63 @@ def from_diffusers(source: pathlib.Path, tokenizer: pathlib.Path | None = None) 
         config.online.scale = parts.scale
     f = module.downsampling if module else 1
     config.data.image_size = side * f if isinstance(side, int) else tuple(n * f for n in side)
-    if index.get("text_encoder"):
+    if kind == "StableDiffusionXLPipeline":
+        _two_encoders(source, index, parts, config)
+    elif index.get("text_encoder"):
         encoder, parts.params["text_encoder"] = interop.load_text_encoder(source / "text_encoder")
         config.model.text_encoder = fields(encoder)
         config.conditioning.train_text_encoder = False
         parts.tokenizer = tokenizer_files.load(source / "tokenizer")
+    _classes(config, name, null_label)
     parts.config = finish(config, params, source / name)
     return parts
+
+
+def _classes(config: ConfigDict, name: str, null_label: bool | None) -> None:
+    """Whether the last class says nothing: DiT's does; of a U-Net Diffusers' file does not tell,
+    and its training scripts drop no class, so that all are the data's unless the user says."""
+    classes = config.model.denoiser.num_classes if name == "unet" else None
+    if classes is None:
+        if null_label is not None:
+            raise ValueError(f"null_label={null_label} is of a U-Net of classes: leave it out")
+        return
+    config.conditioning.null_label = bool(null_label)
+    if null_label is None:
+        print(
+            f"note: all {classes} classes are taken for the data's, none for no class; give "
+            "--null_label where the last one is that",
+            flush=True,
+        )
+
+
+def _two_encoders(
+    source: pathlib.Path, index: dict[str, Any], parts: Parts, config: ConfigDict
+) -> None:
+    """Of Stable Diffusion XL, with their tokenizers, into `parts` and `config`."""
+    needed = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    if missing := [name for name in needed if not index.get(name)]:
+        raise ValueError(
+            f"{source} has no {missing[0]}, which Stable Diffusion XL's base has: the refiner, "
+            "of one text encoder and told of aesthetics, is not read here"
+        )
+    first, second = (tokenizer_files.load(source / name) for name in needed[2:])
+    end = second.encode([""], 3)[0, 1].item()
+    module, parts.params["text_encoder"] = interop.load_text_pair(
+        source / needed[0], source / needed[1], end
+    )
+    parts.tokenizer = TokenizerPair.join(first, second)
+    two_encoders(config, module)
+    described = files.read_config(source / "unet", ())
+    config.conditioning.size_dim = described["addition_time_embed_dim"]
+    said = read_json(source / "model_index.json", REMEDY)
+    config.conditioning.zero_null = bool(said.get("force_zeros_for_empty_prompt", True))
+
+
+def two_encoders(config: ConfigDict, module: TextPair) -> None:
+    """A `TextPair` in a config."""
+    second = {**fields(module.second), "projection": module.projection, "end": module.end}
+    config.model.update({"text_encoder": fields(module.first), "text_encoder_2": second})
+    config.conditioning.train_text_encoder = False
 
 
 def _side(size: Any, source: pathlib.Path) -> int | tuple[int, int]:
@@ -148,9 +204,18 @@ def _index(source: pathlib.Path) -> tuple[dict[str, Any], str]:
     index = read_json(path, REMEDY)
     named = str(index.get("_class_name")).removeprefix("Flax")
     if named not in PIPELINES:
-        raise ValueError(f"{path}: _class_name={named!r} is not one of {', '.join(PIPELINES)}")
+        why = (
+            "; it is Stable Diffusion XL's refiner"
+            if index.get("requires_aesthetics_score")
+            else ""
+        )
+        known = ", ".join(PIPELINES)
+        raise ValueError(f"{path}: _class_name={named!r} is not one of {known}{why}")
     held = {k: v for k, v in index.items() if isinstance(v, list) and v and v[0] is not None}
-    read = (*DENOISERS, "scheduler", "vae", "vqvae", "text_encoder", "tokenizer")
+    words = ("text_encoder", "tokenizer")
+    if named == "StableDiffusionXLPipeline":
+        words = (*words, "text_encoder_2", "tokenizer_2")
+    read = (*DENOISERS, "scheduler", "vae", "vqvae", *words)
     for name in read:
         if name in held and not (source / name).is_dir():
             raise ValueError(f"{source / name} is missing, which {path.name} promises: fetch it")
@@ -191,6 +256,7 @@ def finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
         found = params["patches"]["kernel"].shape[0] // config.model.denoiser.patch**2
     channels = build.sample_shape(config)[-1]
     kinds = {channels: "", 2 * channels + 1: "inpaint"}
+    kinds |= {2 * channels: "edit"} if "text_encoder" in config.model else {}
     kinds[channels + config.data.channels] = "low_resolution"
     if config.conditioning.concat:  # a config of CompVis's says it
         kinds[channels + given.concat(config).shape[-1]] = config.conditioning.concat
@@ -207,7 +273,9 @@ def finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
             f"{source} has {out} output channels, but variance_type='learned_range' of its "
             f"scheduler takes {2 * channels}"
         )
-    if "text_encoder" in config.model:
+    if "text_encoder_2" in config.model:
+        config.sample.guidance_scale = 5.0  # of Diffusers' pipeline, as the others are
+    elif "text_encoder" in config.model:
         config.sample.guidance_scale = 7.5
     elif config.conditioning.null_label and build.null_label(config) is not None:
         config.sample.guidance_scale = 4.0  # of Diffusers' DiT, and of its authors' sample.py

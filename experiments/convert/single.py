@@ -8,7 +8,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion.data import tokenizer_files
+from diffusion.data.tokenizers import TokenizerPair
 from diffusion.interop import compvis, compvis_ldm, single_file
+from diffusion.models.text_encoder import TextPair
 from experiments.convert.reading import Parts, fields, finish, first_stage_parts, stage_kind
 from experiments.run import build, given
 
@@ -17,6 +19,7 @@ KNOWN = {
     (320, 768): "stable_diffusion:v1",
     (320, 1024): "stable_diffusion:v2",
     (320, 1280): "ldm_text:laion",
+    (320, 2048): "stable_diffusion:xl",
     (192, 512): "ldm_imagenet256:f4",
     (256, 512): "ldm_imagenet256:f8",
     (224, None): "ldm_celebahq256",
@@ -52,8 +55,10 @@ def from_compvis(
         params["rescaler"] = compvis_ldm.read_rescaler(held, module)
     parts = Parts(config, params, compvis_ldm.scale_factor(held) or _scale(config))
     if "text_encoder" in config.model:
-        encoder = build.text_encoder(config)
-        params["text_encoder"] = compvis_ldm.read_text_encoder(held, encoder)
+        encoder: Any = build.text_encoder(config)
+        two = isinstance(encoder, TextPair)
+        read: Any = compvis_ldm.read_text_pair if two else compvis_ldm.read_text_encoder
+        params["text_encoder"] = read(held, encoder)
         if tokenizer is None and build.reads_captions(config):
             raise ValueError(
                 f"{source} holds no tokenizer, which its text encoder needs: give --tokenizer=DIR "
@@ -61,6 +66,9 @@ def from_compvis(
             )
         if build.reads_captions(config):
             parts.tokenizer = tokenizer_files.load(tokenizer)
+            if two:  # the second one's differs in its padding alone
+                other = tokenizer_files.load(tokenizer, pad_token="!")
+                parts.tokenizer = TokenizerPair.join(parts.tokenizer, other)
     config.init_from = ""
     parts.config = finish(config, params["denoiser"], source)
     return parts
@@ -75,6 +83,10 @@ def _compvis_first_stage(source: pathlib.Path, config: ConfigDict | None) -> tup
 def _guess(tensors: dict[str, Any], source: pathlib.Path) -> ConfigDict:
     first = tensors.get(f"{compvis_ldm.UNET}input_blocks.0.0.weight")
     widths = (None if first is None else first.shape[0], compvis_ldm.context_width(tensors))
+    if widths == (384, 1280):
+        raise ValueError(
+            f"{source} is Stable Diffusion XL's refiner, which is not read: give its base"
+        )
     if widths not in KNOWN:
         raise ValueError(
             f"{source} has a U-Net of width {widths[0]} with a context of {widths[1]}, which no "

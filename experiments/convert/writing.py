@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from diffusion import files, interop
 from diffusion.data import tokenizer_files
+from diffusion.data.tokenizers import TokenizerPair
 from diffusion.interop import scheduler
 from diffusion.models.autoencoder import VQModel
 from experiments.run import build, networks, workdir
@@ -22,6 +23,9 @@ def to_diffusers(directory: pathlib.Path, scratch: pathlib.Path, which: str) -> 
     if "lora" in found.params:
         scale = build.lora(config).scale
         interop.save_lora(scratch / interop.lora.FILE, found.params["lora"], scale)
+    elif "words" in found.params:
+        word, rows = config.model.words.word, found.params["words"]["embedding"]
+        interop.save_embeddings(scratch / interop.embeddings.FILE, {word: rows})
     elif "controlnet" in found.params:
         interop.save_controlnet(scratch, build.controlnets(config)[0], found.params["controlnet"])
     elif config.task == "autoencoder":
@@ -40,14 +44,17 @@ def _write_pipeline(scratch: pathlib.Path, found: networks.Networks) -> None:
     if name == "transformer":
         interop.save_transformer(scratch / name, network, params["denoiser"])
     else:
-        interop.save_unet(scratch / name, network, params["denoiser"], latent[0])
+        sizes = config.conditioning.size_dim
+        interop.save_unet(scratch / name, network, params["denoiser"], latent[0], sizes)
     described = files.read_json(scratch / name / "config.json", AGAIN)
     index[name] = ["diffusers", described["_class_name"]]
     if found.first_stage is not None:
         name = "vqvae" if isinstance(found.first_stage, VQModel) else "vae"
         _write_first_stage(scratch / name, found)
         index[name] = ["diffusers", type(found.first_stage).__name__]
-    if found.tokenizer is not None:
+    if isinstance(found.tokenizer, TokenizerPair):
+        index |= _write_text_pair(scratch, found, found.tokenizer)
+    elif found.tokenizer is not None:
         _write_text_encoder(scratch / "text_encoder", scratch / "tokenizer", found)
         words = files.read_json(scratch / "tokenizer" / "tokenizer_config.json", AGAIN)
         index["text_encoder"] = ["transformers", "CLIPTextModel"]
@@ -82,12 +89,33 @@ def _write_text_encoder(
     tokenizer_files.save(found.tokenizer, words, encoder.max_length)
 
 
+def _write_text_pair(
+    scratch: pathlib.Path, found: networks.Networks, words: TokenizerPair
+) -> dict[str, Any]:
+    """Stable Diffusion XL's; returns their lines of model_index.json."""
+    pair: Any = build.text_encoder(found.config)
+    folders = scratch / "text_encoder", scratch / "text_encoder_2"
+    interop.save_text_pair(*folders, pair, found.params["text_encoder"])
+    for name, part in zip(("tokenizer", "tokenizer_2"), words.parts):
+        tokenizer_files.save(part, scratch / name, pair.first.max_length)
+    return {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        **{name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")},
+        **{name: [None, None] for name in ("feature_extractor", "image_encoder")},
+        "force_zeros_for_empty_prompt": found.config.conditioning.zero_null,
+    }
+
+
 def _pipeline(config: ConfigDict) -> str:
     if config.conditioning.concat:
         kinds = {"inpaint": "StableDiffusionInpaintPipeline"}
+        kinds["edit"] = "StableDiffusionInstructPix2PixPipeline"
         return kinds.get(config.conditioning.concat, "LDMSuperResolutionPipeline")
     if config.model.denoiser.kind == "transformer":
         return "DiTPipeline"
+    if "text_encoder_2" in config.model:
+        return "StableDiffusionXLPipeline"
     if "text_encoder" in config.model:
         return "StableDiffusionPipeline"
     return "LDMPipeline" if "autoencoder" in config.model else "DDPMPipeline"

@@ -139,7 +139,7 @@ def abstract_batch(config: ConfigDict, task: Any, size: int) -> dict[str, Any]:
         hint = (size, *build.image_shape(config)[:-1], 3)
         batch["hint"] = jax.ShapeDtypeStruct(hint, jnp.uint8)
     if "text_encoder" in config.model:
-        length = config.model.text_encoder.max_length
+        length = build.caption_length(config)
         batch["tokens"] = jax.ShapeDtypeStruct((size, length), jnp.int32)
         if "latents" in config and config.latents.contexts:
             shape = (size, length, config.model.text_encoder.width)

@@ -146,7 +146,7 @@ def _ends(config: ConfigDict, tokenizer: Tokenizer | None, length: int) -> list:
         ends.append(build.choose(kinds, config.conditioning.control, "conditioning.control"))
     if config.task == "denoiser":
         ends.extend(given.joined(config))
-    return [*ends, transforms.Keep(("image", "label", "tokens", "hint", *JOINED))]
+    return [*ends, transforms.Keep(("image", "label", "tokens", "hint", "weight", *JOINED))]
 
 
 def _check_hints(config: ConfigDict) -> None:
@@ -213,6 +213,12 @@ def latent_identity(config: ConfigDict, begun: networks.Beginning) -> dict[str, 
         made_from["tokenizer"] = begun.tokenizer.sha256 if begun.tokenizer else None
         if config.latents.contexts:
             made_from["text_encoder"] = weights.params_hash(text)
+        other = [name for name in ("text_encoder_2", "words") if name in config.model]
+        if config.latents.contexts and other:
+            raise ValueError(
+                "latents.contexts=True stores what one frozen text encoder puts out, but "
+                f"model.{other[0]} is there: set it to False"
+            )
     elif config.latents.contexts:
         raise ValueError(
             "latents.contexts=True is of a frozen text encoder, but the config has none: set it to "

@@ -10,23 +10,22 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from diffusion.data import layouts
 from diffusion.models.autoencoder import AutoencoderKL, VQModel
 from diffusion.models.controlnet import ControlNet
 from diffusion.models.embedders import ClassEmbedder
 from diffusion.models.lora import Lora
 from diffusion.models.mmdit import MMDiT
 from diffusion.models.song import SongUNet
-from diffusion.models.text_encoder import TextTransformer
+from diffusion.models.text_encoder import TextPair, TextTransformer
 from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
+from diffusion.models.words import Words
 from diffusion.process import schedules
 from diffusion.sampling.settings import Settings
-from diffusion.training import conditions, optim
+from diffusion.training import optim
 from diffusion.training.ema import Ema
 from diffusion.training.state import Optimizer
 
@@ -136,12 +135,28 @@ def autoencoder(section: ConfigDict, dtype: Any = None, remat: bool = False) -> 
     return construct(cls, section, "model.autoencoder", dtype=dtype, remat=remat)
 
 
-def text_encoder(config: ConfigDict) -> TextTransformer | None:
+def text_encoder(config: ConfigDict) -> TextTransformer | TextPair | None:
+    """One, or where `model.text_encoder_2` is there the pair, which is one network."""
     if "text_encoder" not in config.model:
         return None
-    return construct(
-        TextTransformer, config.model.text_encoder, "model.text_encoder", **_compute(config)
-    )
+    compute, first = _compute(config), config.model.text_encoder
+    made = construct(TextTransformer, first, "model.text_encoder", **compute)
+    if "text_encoder_2" not in config.model:
+        return made
+    key, section = "text_encoder_2", config.model.text_encoder_2.to_dict()
+    own = {name: section.pop(name) for name in ("projection", "end") if name in section}
+    second = construct(TextTransformer, section, f"model.{key}", **compute)
+    if made.max_length != second.max_length:
+        raise ValueError(
+            f"model.{key}.max_length={second.max_length} must be model.text_encoder's "
+            f"{made.max_length}: their outputs stand beside each other"
+        )
+    return TextPair(made, second, **own)
+
+
+def caption_length(config: ConfigDict) -> int:
+    """Tokens of a caption, of both text encoders where there are two."""
+    return config.model.text_encoder.max_length * (1 + ("text_encoder_2" in config.model))
 
 
 def class_embedder(config: ConfigDict) -> ClassEmbedder | None:
@@ -153,6 +168,10 @@ def class_embedder(config: ConfigDict) -> ClassEmbedder | None:
 
 def lora(config: ConfigDict) -> Lora | None:
     return construct(Lora, config.model.lora, "model.lora") if "lora" in config.model else None
+
+
+def words(config: ConfigDict) -> Words | None:
+    return construct(Words, config.model.words, "model.words") if "words" in config.model else None
 
 
 def controlnets(config: ConfigDict) -> tuple[ControlNet, ...]:
@@ -171,9 +190,10 @@ def online_autoencoder(config: ConfigDict) -> Any:
 
 def trained(config: ConfigDict) -> tuple[str, ...]:
     """Names of the networks that a denoiser's config trains; the others are frozen."""
-    adapters = tuple(name for name in ("lora", "controlnet") if name in config.model)
+    adapters = tuple(name for name in ("lora", "controlnet", "words") if name in config.model)
     if len(adapters) > 1:
-        raise ValueError("model.lora and model.controlnet are both there: train one at a time")
+        both = f"model.{adapters[0]} and model.{adapters[1]}"
+        raise ValueError(f"{both} are both there: train one at a time")
     if adapters:
         if not config.init_from:
             raise ValueError(f"init_from is empty, but model.{adapters[0]} adapts a trained run")
@@ -196,18 +216,6 @@ def null_label(config: ConfigDict) -> int | None:
 def reads_captions(config: ConfigDict) -> bool:
     """Whether it has a text encoder, and that reads captions and not boxes."""
     return "text_encoder" in config.model and not config.conditioning.layout
-
-
-def text(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> conditions.Text:
-    """What a text encoder reads; without the tokens of no caption for shapes alone."""
-    told, encoder = config.conditioning, config.model.text_encoder
-    if told.layout:
-        with naming("model.text_encoder"):
-            layouts.objects(encoder.max_length)
-        none = layouts.tokens(np.zeros((1, 0, 5)), encoder.max_length, encoder.vocab_size)
-        null_tokens = tuple(none[0].tolist())
-    null_tokens = null_tokens or (0,) * encoder.max_length
-    return conditions.Text(text_encoder(config), null_tokens, told.mask_padding, told.layout)
 
 
 def optimizer(config: ConfigDict, networks: tuple[str, ...], clip_apart: bool = False) -> Optimizer:

@@ -5,7 +5,6 @@ of somebody's own files under that name.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion.data import (
-    annotations,
     folder,
     layouts,
     loader,
@@ -24,8 +22,8 @@ from diffusion.data import (
     tokenizers,
 )
 from diffusion.data import transforms as ts
-from diffusion.data.tokenizers import Tokenizer
-from experiments.run import build, fits
+from diffusion.data.tokenizers import Tokenizer, TokenizerPair
+from experiments.run import build, fits, folders
 
 # -- one row a data set --------------------------------------------------------------------------
 
@@ -69,14 +67,6 @@ def _fitted(config: ConfigDict, source: Any) -> list:
     return [*fits.cropped(config, source), ts.Channels(config.data.channels)]
 
 
-def _folder(config: ConfigDict, split: str) -> sources.Source:
-    data = config.data
-    if not data.dir:
-        raise ValueError("data.dir is empty: name a folder of images, --config.data.dir=DIR")
-    given = fits.side(config), data.channels, data.max_bad_images, fits.how(config, split)
-    return folder.open_folder(data.dir, split, *given)
-
-
 def _series(config: ConfigDict, split: str) -> sources.Source:
     length, _ = build.image_shape(config)
     return synthetic.signals(config.data.examples, length, config.seed, split)
@@ -107,23 +97,6 @@ def _moving(config: ConfigDict, source: Any) -> list:
 
 def _nothing(config: ConfigDict, source: Any) -> list:
     return []
-
-
-def _annotated(config: ConfigDict, source: Any) -> list:
-    """What else is known of a folder's images."""
-    root, found = pathlib.Path(config.data.dir), fits.cropped(config, source)
-    if config.task != "denoiser":  # others are told nothing
-        return found
-    if config.data.segments:
-        maps = pathlib.Path(config.data.segments)
-        found.append(annotations.Segments(maps, root, source.rows, fits.side(config)))
-    if config.data.boxes:
-        most = layouts.objects(config.model.text_encoder.max_length)
-        file = pathlib.Path(config.data.boxes)
-        found.append(
-            annotations.Boxes.of(file, root, source.rows, most, config.conditioning.layout)
-        )
-    return found
 
 
 def _two(config: ConfigDict, source: Any) -> list:
@@ -173,7 +146,10 @@ DATA_SETS = {
         **_ONE_AXIS,
     ),
     "folder": DataSet(
-        "the user's own folder of images; its terms are the user's", _folder, _annotated, None
+        "the user's own folder of images; its terms are the user's",
+        folders.opened,
+        folders.told,
+        None,
     ),
     "fashion_mnist": DataSet("Fashion-MNIST, Zalando SE (MIT)", **_LABELLED),
     "cifar10": DataSet("CIFAR-10, A. Krizhevsky (no licence stated; research use)", **_LABELLED),
@@ -238,14 +214,18 @@ def make_tokenizer(kind: str, source: Any, steps: list) -> Tokenizer:
 
 
 def null_tokens(config: ConfigDict, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The encoded empty caption, once the tokenizer is known to fit the text encoder."""
-    text = config.model.text_encoder
-    if tokenizer.vocabulary_size > text.vocab_size:
-        raise ValueError(
-            f"model.text_encoder.vocab_size={text.vocab_size} is under the tokenizer's "
-            f"{tokenizer.vocabulary_size} words: raise it to that"
-        )
-    return tuple(int(token) for token in tokenizer.null(text.max_length))
+    """The encoded empty caption, once the tokenizer is known to fit the text encoders."""
+    new = config.model.words.vectors if "words" in config.model else 0
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in config.model and tokenizer.vocabulary_size > config.model[name].vocab_size + new:
+            raise ValueError(
+                f"model.{name}.vocab_size={config.model[name].vocab_size} is under the tokenizer's "
+                f"{tokenizer.vocabulary_size} words: raise it to that"
+            )
+    if isinstance(tokenizer, TokenizerPair) != ("text_encoder_2" in config.model):
+        rule = "model.text_encoder_2 and a pair of tokenizers belong together"
+        raise ValueError(f"{rule}: start from a converted Stable Diffusion XL, init_from=WORKDIR")
+    return tuple(int(token) for token in tokenizer.null(build.caption_length(config)))
 
 
 def count_cut(source: Any, steps: list, tokenizer: Tokenizer, length: int) -> int:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from diffusion import files, interop
 from diffusion.models.second_time import told_guidance
-from diffusion.sampling import guide
+from diffusion.sampling import added, guide
 from diffusion.sampling.pipeline import Pipeline
 from experiments.host import cli
 from experiments.run import build, data, networks, tasks, workdir
@@ -137,6 +137,6 @@ def with_controlnet(model: Pipeline, directory: str | pathlib.Path) -> Pipeline:
     else:
         net, params = interop.load_controlnet(directory)
     try:
-        return model.with_controlnet(net, params)
+        return added.with_controlnet(model, net, params)
     except ValueError as error:
         raise ValueError(f"--controlnet={directory}: {error}") from error

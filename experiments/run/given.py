@@ -7,7 +7,9 @@ from ml_collections import ConfigDict
 
 from diffusion.data import degrade, layouts, loader, masks
 from diffusion.models.embedders import SpatialRescaler
+from diffusion.models.text_encoder import TextPair
 from diffusion.training import conditions
+from diffusion.training.sized_text import SizedText
 from experiments.run import build, data
 
 
@@ -15,7 +17,7 @@ def told(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> dict[str, con
     """What a denoiser is told besides x_t and t, by name."""
     found: dict[str, conditions.Condition] = {"hint": conditions.Hints()}
     if "text_encoder" in config.model:
-        found["text"] = build.text(config, null_tokens)
+        found["text"] = text(config, null_tokens)
     if (null := build.null_label(config)) is not None:
         known = config.conditioning.null_label
         if not known and config.conditioning.drop:
@@ -32,6 +34,36 @@ def told(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> dict[str, con
     elif config.conditioning.concat:
         found["concat"] = concat(config)
     return found
+
+
+def text(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> conditions.Text:
+    """What a text encoder reads; without the tokens of no caption for shapes alone."""
+    told, encoder = config.conditioning, config.model.text_encoder
+    if told.layout:
+        with build.naming("model.text_encoder"):
+            layouts.objects(encoder.max_length)
+        none = layouts.tokens(np.zeros((1, 0, 5)), encoder.max_length, encoder.vocab_size)
+        null_tokens = tuple(none[0].tolist())
+    null_tokens = null_tokens or (0,) * build.caption_length(config)
+    made, new = build.text_encoder(config), build.words(config)
+    if not isinstance(made, TextPair):
+        if made is not None and new is not None:
+            made = made.clone(vocab_size=made.vocab_size + new.vectors)
+        if told.zero_null:
+            raise ValueError(
+                "conditioning.zero_null=True is of two text encoders, but there is no "
+                "model.text_encoder_2: set it to False"
+            )
+        return conditions.Text(made, null_tokens, told.mask_padding, told.layout)
+    if told.mask_padding or told.layout or new is not None:
+        raise ValueError(
+            "conditioning.mask_padding, conditioning.layout and model.words are of one text "
+            "encoder, but model.text_encoder_2 is there: set them to False and 0, and no words"
+        )
+    height, width, _ = build.image_shape(config)
+    null_tokens = (-1,) * len(null_tokens) if told.zero_null else null_tokens
+    sizes = {"size": (height, width), "size_dim": told.size_dim}
+    return SizedText(made, null_tokens, **sizes)
 
 
 def past_channels(config: ConfigDict, shape: tuple[int, ...]) -> int:
@@ -51,6 +83,7 @@ def concat(config: ConfigDict) -> conditions.Concat:
     channels = {
         "inpaint": 1 + shape[-1],
         "inpaint_ldm": 1 + shape[-1],
+        "edit": shape[-1],
         "low_resolution": config.data.channels,
         "semantic": config.model.rescaler.channels if "rescaler" in config.model else 0,
     }
@@ -108,6 +141,11 @@ def joined(config: ConfigDict) -> list:
         found = [layouts.Tokens(encoder.max_length, encoder.vocab_size, config.seed)]
     if told.concat == "semantic":
         _check_rescaler(config)
+    if told.concat == "edit":
+        raise ValueError(
+            "conditioning.concat='edit' (InstructPix2Pix's) is sampled from, not trained: no data "
+            "here has pictures before and after; leave it out"
+        )
     with build.naming("conditioning"):
         if told.concat == "semantic":
             found.append(layouts.CheckSegments(config.model.rescaler.classes))

@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -85,6 +86,9 @@ def load(
     if "lora" in params and merged:
         scale = build.lora(config).scale
         params["denoiser"] = lora.merge(params["denoiser"], params.pop("lora"), scale)
+    if "words" in params and merged:
+        new: Any = build.words(config)
+        params = new.merged(params)
     path = directory / "tokenizer.json"
     tokenizer = Tokenizer.load(path) if build.reads_captions(config) else None
     return Networks(
@@ -215,7 +219,26 @@ def begin(config: ConfigDict) -> Beginning:
         kept_frozen["teacher"] = found.params["denoiser"]
     kept = {k: v for k, v in found.extra.items() if k in ("latent_shift", "latent_scale")}
     tokenizer = found.tokenizer if "text_encoder" in params else None
+    if "words" in trained:
+        tokenizer, start["words"] = _new_word(config, tokenizer, params["text_encoder"])
     return Beginning(start, kept_frozen, kept, tokenizer)
+
+
+def _new_word(config: ConfigDict, tokenizer: Tokenizer | None, encoder: Any) -> tuple[Any, Any]:
+    """The tokenizer that knows the word to be learned, and the rows that it begins from."""
+    new: Any = build.words(config)
+    if tokenizer is None:
+        raise ValueError(f"init_from={config.init_from} reads no captions: name one that does")
+    tokens = tokenizer.backend.encode(new.start, add_special_tokens=False).ids
+    if len(tokens) != 1:
+        raise ValueError(
+            f"model.words.start={new.start!r} is {len(tokens)} tokens, but must be one, "
+            "whose row the new one begins from: give a common word, such as what it is a kind of"
+        )
+    row = np.asarray(encoder["token_embedding"]["embedding"])[tokens[0]]
+    with build.naming("model.words"):
+        grown = tokenizer.with_words({new.word: new.vectors})
+    return grown, {"embedding": np.repeat(row[None], new.vectors, axis=0)}
 
 
 def _encoder(network: dict[str, Any]) -> dict[str, Any]:
@@ -248,6 +271,10 @@ def difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:
         added = field.name in ("second_time", "guidance_width") and getattr(ours, field.name)
         if field.name not in FREE and not added:
             a, b = (getattr(module, field.name, None) for module in (ours, theirs))
+            if isinstance(a, nn.Module) and isinstance(b, nn.Module):  # of two text encoders
+                if found := difference(a, b):
+                    return f"{field.name}.{found[0]}", *found[1:]
+                continue
             if a != b and _said(ours, field.name) != _said(theirs, field.name):
                 return field.name, a, b
     return None if type(ours) is type(theirs) else ("name", type(ours), type(theirs))

@@ -60,6 +60,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
         ema=build.ema(config, networks),
         conditions=given.told(config, null_tokens),
         lora=build.lora(config),
+        words=build.words(config),
         controlnets=build.controlnets(config),
         autoencoder=build.online_autoencoder(config),
         teacher=build.teacher(config),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion.interop import load_embeddings, save_embeddings
-from diffusion.sampling.words import with_embeddings
+from diffusion.sampling import added
 from experiments import sample
 from experiments.run import generate
 
@@ -72,7 +72,7 @@ def theirs(reference, folder):
 def test_prompts_with_learned_words_are_as_diffusers_reads_them(folder, theirs, converted):
     pipe = generate.load(converted).pipeline
     for file in ("cat.safetensors", "dog.bin", "style.pt"):
-        pipe = with_embeddings(pipe, load_embeddings(folder / file))
+        pipe = added.with_embeddings(pipe, load_embeddings(folder / file))
     tokens = pipe.tokens(PROMPTS)
     spelled = [theirs.maybe_convert_prompt(prompt, theirs.tokenizer) for prompt in PROMPTS]
     options = {"padding": "max_length", "max_length": 16, "truncation": True}
@@ -100,7 +100,7 @@ def test_what_is_no_word_of_this_model_is_named(sd, folder, converted, tmp_path,
     save_file({"<w>": torch.full((24,), float("nan"))}, tmp_path / "nan.safetensors")
     save_file({"f</w>": torch.ones(24)}, tmp_path / "token.safetensors")
     for name, words in (
-        ("xl", "XL's two text encoders"),
+        ("xl", "vectors of 48"),
         ("wide", "vectors of 8, but the text encoder's are of 24"),
         ("cube", "which is no learned word's"),
         ("nan", "are not finite"),

@@ -6,7 +6,8 @@ the names and shapes that ours has; a scheduler file gives their final latents o
 network. What is refused is refused by a sentence that names the file. A refusal of an unchanged
 case is a fault, and so is anything but a ValueError.
 
-Fifty cases by seed here; the slow suite has 2,000, of which 280 run a network.
+Tokenizer files, low-rank updates and folders of images are `generated_kinds.py`'s. Fifty cases by
+seed here; the slow suite has 2,000, of which 280 run a network.
 """
 
 import contextlib
@@ -30,11 +31,17 @@ with warnings.catch_warnings():
     import transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-_SPEC = importlib.util.spec_from_file_location(
-    "parity", pathlib.Path(__file__).with_name("test_scheduler_parity.py")
-)
-parity = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(parity)
+
+
+def beside(name):
+    path = pathlib.Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+parity, more = beside("test_scheduler_parity"), beside("generated_kinds")
 
 
 # -- valid files -----------------------------------------------------------------------------------
@@ -177,6 +184,10 @@ def latents(config, folder, steps):
 def judge(kind, seed, folder):
     """'same' or 'refused'; AssertionError for a difference, a traceback, an untrue refusal."""
     draw = random.Random(seed)
+    if kind in more.KINDS:
+        folder = folder / str(seed)
+        folder.mkdir()
+        return more.KINDS[kind](draw, folder, draw.random() < 0.5)
     valid = VALID[kind](draw)
     config, key = changed(valid, draw) if draw.random() < 0.5 else (valid, None)
     said = f"{kind} {seed}: {config}, changed: {key}"
@@ -202,7 +213,7 @@ def judge(kind, seed, folder):
     return "same"
 
 
-COUNTS = {"unet": 20, "vae": 11, "text": 12, "sched": 7}
+COUNTS = {"unet": 12, "vae": 7, "text": 8, "sched": 7, "words": 6, "lora": 5, "folder": 5}
 
 
 @pytest.mark.parametrize("kind", COUNTS)

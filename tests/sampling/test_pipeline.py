@@ -16,6 +16,7 @@ from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
 from diffusion.process import gaussian, losses, samplers, schedules
 from diffusion.process import keys as ks
+from diffusion.sampling import added
 from diffusion.sampling.guide import guided
 from diffusion.sampling.inputs import Inputs
 from diffusion.sampling.pipeline import Pipeline
@@ -178,16 +179,15 @@ def test_a_controlnet_steers_the_unet_that_it_was_made_for():
     unet = UNet(channels=8, multipliers=(1, 2), blocks=1, attention=(False, False), groups=4)
     fields = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (False, False)}
     pipe = pipeline(unet.clone(num_classes=4))
-    steered = pipe.with_controlnet(ControlNet(**fields), {"a": 1}).with_controlnet(
-        ControlNet(**fields), {"b": 2}
-    )
+    steered = added.with_controlnet(pipe, ControlNet(**fields), {"a": 1})
+    steered = added.with_controlnet(steered, ControlNet(**fields), {"b": 2})
     assert len(steered.task.controlnets) == steered.slots.controls == 2
     assert steered.params["controlnet"] == {"a": 1} and steered.params["controlnet_1"] == {"b": 2}
     with pytest.raises(ValueError, match=r"channels=.16, 16., but the U-Net has .8, 8."):
-        pipe.with_controlnet(ControlNet(**{**fields, "channels": 16}), {})
+        added.with_controlnet(pipe, ControlNet(**{**fields, "channels": 16}), {})
     transformer = Transformer(out_channels=3, width=12, depth=1, heads=2, num_classes=4)
     with pytest.raises(ValueError, match="steers a U-Net, but the denoiser is a Transformer"):
-        pipeline(transformer).with_controlnet(ControlNet(**fields), {})
+        added.with_controlnet(pipeline(transformer), ControlNet(**fields), {})
     assert pipeline(transformer).resized((4, 6)).task.sample_shape == (4, 6, 3)
 
 

@@ -93,7 +93,7 @@ MASK = jnp.zeros((1, 4, 4, 1), jnp.uint8).at[:, :, 2:].set(1)
 def test_what_inpainting_joins_is_in_the_authors_order(kind, hole, order):
     """Stable Diffusion: [mask 0 or 1, latents, grey hole]; CompVis: [latents, black, mask -1, 1]"""
     concat = Concat(kind, (2, 2, 2))
-    ready = concat.ready({"image": IMAGE, "mask": MASK}, lambda x: x[:, ::2, ::2] * 3)
+    ready = concat.ready({"image": IMAGE, "mask": MASK}, lambda x: x[:, ::2, ::2] * 3, {})
     latents = np.broadcast_to(np.array([3.0, 3.0 * hole])[None, None, :, None], (1, 2, 2, 1))
     np.testing.assert_array_equal(ready["masked"], latents)
     mask = np.array([0.0, 1.0]) if kind == "inpaint" else np.array([-1.0, 1.0])
@@ -101,7 +101,9 @@ def test_what_inpainting_joins_is_in_the_authors_order(kind, hole, order):
     found = concat.encode({}, ready)["concat"]
     np.testing.assert_array_equal(found, np.concatenate([mask, latents][::order], -1))
     stored = {"masked": jnp.asarray(latents) / 3, "mask": MASK[:, ::2, ::2]}
-    again = concat.encode({}, concat.ready(stored, lambda x: x * 0, lambda z: 3 * z))
+    again = concat.encode(
+        {}, concat.ready(stored, lambda x: x * 0, {"latent_shift": 0.0, "latent_scale": 3.0})
+    )
     np.testing.assert_allclose(again["concat"], found, atol=1e-6)
     assert concat.init(jax.random.key(0))[0]["concat"].shape == (1, 2, 2, 2)
 

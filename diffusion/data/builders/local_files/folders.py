@@ -4,7 +4,8 @@ It is read as Hugging Face's ImageFolder reads it: images under the folder, or u
 `validation` and `test`; captions of metadata.jsonl, .csv or .parquet (`file_name`, below the folder
 of the metadata, and `text`), which may stand at the root or in a split; else of a .txt or .caption
 file of the same stem beside each image; else classes, where every image lies in a sub-folder of
-the first level; else images alone. Hidden files and folders are none of it.
+the first level; else images alone. Hidden files and folders are none of it. Where there are no
+images but tars, they are WebDataset's (`tars.py`), of the split whose folder or name they have.
 """
 
 import codecs
@@ -13,11 +14,13 @@ import csv
 import io
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from diffusion import files
 from diffusion.data import images
+from diffusion.data.builders.local_files import tars
 
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -41,8 +44,10 @@ def list_folder(root: pathlib.Path) -> dict[str, list[Row]]:
     metadata = [path for path in held if path.name in METADATA]
     captions = {row["path"]: row["caption"] for path in metadata for row in _metadata(path)}
     pictures = [path for path in held if path.suffix.lower() in images.SUFFIXES]
+    if not pictures and any(path.suffix == ".tar" for path in held):
+        return _shards(root, held)
     if not pictures:
-        raise ValueError(f"{root} holds no images ({', '.join(images.SUFFIXES)})")
+        raise ValueError(f"{root} holds no images ({', '.join(images.SUFFIXES)}), nor .tar")
     listed: dict[str, list[Row]] = {}
     beside = [p for p in pictures if folders and p.relative_to(root).parts[0] not in folders]
     for name, folder in folders.items() or {"train": root}.items():
@@ -51,15 +56,34 @@ def list_folder(root: pathlib.Path) -> dict[str, list[Row]]:
             listed.setdefault(SPLITS[name], []).extend(_rows(folder, own, captions, metadata))
     if not listed:
         raise ValueError(f"{root}: its folders {', '.join(folders)} hold no images")
+    _check_alike(root, listed)
+    used = {row["path"] for rows in listed.values() for row in rows} | {*beside, *metadata}
+    stems = {path.with_suffix("") for path in pictures}
+    used |= {p for p in held if p.suffix in CAPTIONS and p.with_suffix("") in stems}
+    print(_said(root, listed, beside, [path for path in held if path not in used]), flush=True)
+    return listed
+
+
+def _check_alike(root: pathlib.Path, listed: dict[str, list[Row]]) -> None:
     keys = {tuple(sorted(set(row) - {"path"})) for rows in listed.values() for row in rows}
     if len(keys) > 1:
         raise ValueError(
             f"{root}: some images have captions or labels and some have none: give all or none"
         )
-    used = {row["path"] for rows in listed.values() for row in rows} | {*beside, *metadata}
-    stems = {path.with_suffix("") for path in pictures}
-    used |= {p for p in held if p.suffix in CAPTIONS and p.with_suffix("") in stems}
-    print(_said(root, listed, beside, [path for path in held if path not in used]), flush=True)
+
+
+def _shards(root: pathlib.Path, held: list[pathlib.Path]) -> dict[str, list[Row]]:
+    """Of WebDataset's tars."""
+    listed: dict[str, list[Row]] = {}
+    rest: list[Any] = [path for path in held if path.suffix != ".tar"]
+    for path in (path for path in held if path.suffix == ".tar"):
+        first = path.relative_to(root).parts[0]
+        split = SPLITS.get(re.split(r"[-_.]", first)[0], "train")
+        rows, others = tars.read(path, _caption, COLUMNS)
+        listed.setdefault(split, []).extend(rows)
+        rest += others
+    _check_alike(root, listed)
+    print(_said(root, listed, [], rest), flush=True)
     return listed
 
 
@@ -97,7 +121,7 @@ def _said(
     root: pathlib.Path,
     listed: dict[str, list[Row]],
     beside: list[pathlib.Path],
-    rest: list[pathlib.Path],
+    rest: list[Any],
 ) -> str:
     """One line: how many of what, and what is left out."""
     rows = [row for rows in listed.values() for row in rows]
@@ -108,11 +132,12 @@ def _said(
     classes = sorted({row["label"] for row in rows if "label" in row})
     if classes:
         more = ", ..." if len(classes) > 10 else ""
-        parts.append(f"{len(classes)} classes: {', '.join(classes[:10])}{more}")
+        parts.append(f"{len(classes)} classes: {', '.join(map(str, classes[:10]))}{more}")
     out = []
     if beside:
         out.append(f"{len(beside)} images beside the splits, such as {beside[0].name}")
-    bare = [path for path in rest if path.suffix.lower() in images.SUFFIXES]
+    loose = [path for path in rest if isinstance(path, pathlib.Path)]  # and not in a tar
+    bare = [path for path in loose if path.suffix.lower() in images.SUFFIXES]
     if bare:
         out.append(f"{len(bare)} images that the metadata does not name, such as {bare[0].name}")
     kinds = collections.Counter(p.suffix.lower() or p.name for p in rest if p not in set(bare))

@@ -225,7 +225,9 @@ def read_folder(
     if names:
         listed = _named(listed, source_dir, pathlib.Path(names))
     classes = sorted({row["label"] for rows in listed.values() for row in rows if "label" in row})
-    bad: list[pathlib.Path] = []
+    if classes and isinstance(classes[0], int):  # WebDataset's are numbers already
+        classes = list(range(classes[-1] + 1))
+    bad: list[Any] = []
     splits = {
         split: lambda rows=rows: _folder_examples(rows, classes, bad, max_bad_images)
         for split, rows in listed.items()
@@ -256,7 +258,7 @@ def _named(listed: dict[str, list], root: pathlib.Path, file: pathlib.Path) -> d
 
 
 def _folder_examples(
-    rows: list[dict[str, Any]], classes: list[str], bad: list[pathlib.Path], max_bad_images: int
+    rows: list[dict[str, Any]], classes: list[Any], bad: list[Any], max_bad_images: int
 ) -> Iterator[Example]:
     for row in rows:
         try:

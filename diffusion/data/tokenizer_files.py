@@ -127,7 +127,7 @@ def _settings(directory: pathlib.Path, replaced: Mapping) -> tuple[dict[str, Any
             )
     decoder = stated.get("added_tokens_decoder")
     more = {} if decoder is not None else _json(directory / "special_tokens_map.json")
-    stated |= more | replaced
+    stated |= {**more, **replaced}
     own |= {key: value for key, value in stated.items() if key in own or key == "pad_token"}
     named = [own[key] for key in own if key.endswith("_token") and own[key] is not None]
     more = stated.get("extra_special_tokens") or stated.get("additional_special_tokens") or []

@@ -236,10 +236,10 @@ def null(conditions: Mapping[str, Condition], params: Params, batch: Batch) -> d
 
 def ready(
     conditions: Mapping[str, Condition], batch: Batch, encode: Callable, extra: Mapping[str, Any]
-) -> Batch:
+) -> dict[str, Any]:
     """The batch with what the other channels are made of (`Concat.ready`)."""
     concat: Any = conditions.get("concat")
-    return batch if concat is None else concat.ready(batch, encode, extra)
+    return dict(batch if concat is None else concat.ready(batch, encode, extra))
 
 
 def drop(

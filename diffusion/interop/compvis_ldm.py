@@ -192,11 +192,12 @@ def scale_factor(weights: Weights) -> float | None:
 def read_text_pair(weights: Weights, module: TextPair) -> dict[str, Any]:
     """Both encoders' parameters of a Stable Diffusion XL."""
     first, second = (f"{PAIR}{i}." for i in (0, 1))
-    projection = weights.tensors.get(f"{second}model.text_projection")
+    name = f"{second}model." + "text_projection"
+    projection = weights.tensors.get(name)
     wanted = (module.second.width, module.projection)
     if projection is None or projection.shape != wanted:
         raise ValueError(
-            f"{_file(weights)} has no {second}model.text_projection of {wanted}: give a checkpoint "
+            f"{_file(weights)} has no {name} of {wanted}: give a checkpoint "
             "of Stable Diffusion XL's base"
         )
     return {

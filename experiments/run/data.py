@@ -181,7 +181,7 @@ def open_images(config: ConfigDict, split: str) -> tuple[sources.Source, list]:
             f"data.image_size={data.image_size} has not the {row.axes} axes of data.name="
             f"{data.name!r}: give as many numbers"
         )
-    fits.check(config, row.open in (_records, _folder))
+    fits.check(config, row.open in (_records, folders.opened))
     source = row.open(config, split)
     return source, row.compose(config, source)
 

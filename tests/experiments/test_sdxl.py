@@ -237,7 +237,9 @@ def test_updates_by_compvis_names_are_diffusers(xl, tmp_path):
             network, name = re.sub(r"to_out$", "to_out.0", name).split(".", 1)
             alpha = alphas.get(f"{key}.alpha") or alphas[key.replace("lora.down.weight", "alpha")]
             up = theirs[key.replace("down.weight", "up.weight")]
-            changed[network].get_submodule(name).weight += alpha / 2 * up @ theirs[key]
+            model = changed[network]
+            model = getattr(model, "text_model", model)
+            model.get_submodule(name).weight += alpha / 2 * up @ theirs[key]
     pipe = generate.load(xl[2]).pipeline
     found = added.with_lora(pipe, str(tmp_path / "x.safetensors")).params
     for name, theirs_changed in changed.items():

@@ -1,13 +1,13 @@
 """A GAN beside a diffusion model: the same latents, the same minutes, several seeds.
 
     python -m experiments.gan --config=configs/digits_gan.py --out=experiments/results/gan \
-        --classifier=runs/quickstart/classifier [--minutes=2] [--seeds=5]
+        --classifier=runs/quickstart/classifier [--minutes=1] [--seeds=5]
 
 Both make the default job's 8x8x4 latents, without captions, and its first stage decodes both:
 
     diffusion   configs/digits_gan.py: the default job's U-Net, epsilon prediction, 25 steps of
                 DPM-Solver++; its learning rate falls to zero over the minutes
-    GAN         DCGAN's plan with R3GAN's loss (`model.py`), in batches four times as large
+    GAN         DCGAN's plan with R3GAN's loss (`model.py`), in batches twice as large
 
 Samples are those of averaged weights. Minutes are the processor's, of training alone. A run that is
 in results.json is not made again. Of each, `--num` samples: precision, recall, density, coverage
@@ -61,12 +61,12 @@ def table(results: dict[str, Any]) -> str:
 def define(add: cli.Flags) -> None:
     add.config()
     add.add("string", "classifier", None, "The run of configs/digits_classifier.py.")
-    add.add("float", "minutes", 2.0, "Processor time of each training.")
+    add.add("float", "minutes", 1.0, "Processor time of each training.")
     add.add("integer", "seeds", 5, "Runs of each.")
     add.add("integer", "num", 2000, "Samples of each run.")
-    add.add("integer", "width", 64, "Of the GAN's first layers.")
+    add.add("integer", "width", 48, "Of the GAN's first layers.")
     add.add("float", "gamma", 1.0, "Equation 1's.")
-    add.add("float", "learning_rate", 2e-4, "Of the GAN's Adam.")
+    add.add("float", "learning_rate", 5e-4, "Of the GAN's Adam.")
     add.add("string", "out", "runs/gan", "The folder of results.json and samples.")
 
 

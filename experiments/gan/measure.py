@@ -40,7 +40,7 @@ class Setting:
             pipeline = generate.pipeline(config, run.task, params, **made)
             pixels = np.concatenate(list(pipeline.images({}, self.num, [seed])))
         else:
-            config.train.batch_size = 4 * config.train.batch_size
+            config.train.batch_size = 2 * config.train.batch_size
             run = assemble.build_run(config.lock())
             state, steps, took = train_gan(run, gan, secs, seed)
             size = _size(state["params"])

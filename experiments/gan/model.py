@@ -25,11 +25,11 @@ class Generator(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "batch noise"]) -> Float[Array, "batch 8 8 4"]:
         h = nn.leaky_relu(nn.Dense(16 * 2 * self.width)(z), 0.2).reshape(-1, 4, 4, 2 * self.width)
-        h = nn.leaky_relu(_conv(2 * self.width)(h), 0.2)
+        h = nn.leaky_relu(Conv(2 * self.width)(h), 0.2)
         h = h.repeat(2, axis=1).repeat(2, axis=2)
         for _ in range(2):
-            h = nn.leaky_relu(_conv(self.width)(h), 0.2)
-        return _conv(4)(h)
+            h = nn.leaky_relu(Conv(self.width)(h), 0.2)
+        return Conv(4)(h)
 
 
 class Critic(nn.Module):
@@ -39,15 +39,31 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch 8 8 4"]) -> Float[Array, " batch"]:
-        h = nn.leaky_relu(_conv(self.width)(x), 0.2)
-        h = nn.leaky_relu(_conv(self.width)(h), 0.2)
-        h = nn.leaky_relu(_conv(2 * self.width, stride=2)(h), 0.2)
-        h = nn.leaky_relu(_conv(2 * self.width)(h), 0.2)
+        h = nn.leaky_relu(Conv(self.width)(x), 0.2)
+        h = nn.leaky_relu(Conv(self.width)(h), 0.2)
+        h = nn.leaky_relu(Conv(2 * self.width, stride=2)(h), 0.2)
+        h = nn.leaky_relu(Conv(2 * self.width)(h), 0.2)
         return nn.Dense(1)(h.reshape(len(h), -1))[:, 0]
 
 
-def _conv(width: int, stride: int = 1) -> nn.Conv:
-    return nn.Conv(width, (3, 3), strides=stride, kernel_init=nn.initializers.he_normal())
+class Conv(nn.Module):
+    """3x3 as one product: XLA's gradients of small convolutions are slow on CPUs, and equation 1
+    takes them twice."""
+
+    width: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
+        height, width = x.shape[1:3]
+        padded, every = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), self.stride
+        near = [
+            padded[:, i : i + height : every, j : j + width : every]
+            for i in range(3)
+            for j in range(3)
+        ]
+        dense = nn.Dense(self.width, kernel_init=nn.initializers.he_normal())
+        return dense(jnp.concatenate(near, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The floors of the house: an import only ever goes down."""
+"""The floors of the house: an import only ever goes down; what is read at once is short."""
 
 import ast
 import graphlib
@@ -200,3 +200,37 @@ for path in sorted(pathlib.Path("configs").glob("*.py")):
 assert "jax" not in sys.modules, "jax was imported"
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+HOUSE = [
+    path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("diffusion", "experiments")
+]
+
+
+def too_large(path: pathlib.Path) -> list[str]:
+    """Files over 300 lines, functions over 60, signatures over eight parameters."""
+    text = path.read_text()
+    found = [str(path.name)] if len(text.splitlines()) > 300 else []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        asked = [argument for argument in given if argument.arg not in ("self", "cls")]
+        long = node.end_lineno is not None and node.end_lineno - node.lineno >= 60
+        if (len(asked) > 8 and node.name != "__call__") or long:  # a network's call says its inputs
+            found.append(node.name)
+    return found
+
+
+@pytest.mark.parametrize("path", HOUSE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_is_read_at_once_is_short(path):
+    assert too_large(path) == []
+
+
+def test_the_rule_sees_what_is_too_large(tmp_path):
+    path = tmp_path / "long.py"
+    path.write_text("x = 1\n" * 301)
+    assert too_large(path) == ["long.py"]
+    body = "    x = 1\n" * 60
+    path.write_text(f"def f():\n{body}\ndef g(a, b, c, d, e, *, f, g, h, i):\n    pass\n")
+    assert too_large(path) == ["f", "g"]

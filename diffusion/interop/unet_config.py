@@ -35,23 +35,20 @@ NAMES = {
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
-    "downsample_type": ("conv", "resnet"),
-    "upsample_type": ("conv", "resnet"),
+    **dict.fromkeys(("downsample_type", "upsample_type"), ("conv", "resnet")),
     "downsample_padding": (1, 0),
-    "mid_block_scale_factor": (1,),
     "act_fn": ("silu", "swish"),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "mid_block_only_cross_attention": (None, False),
-    "resnet_out_scale_factor": (1,),
+    **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), (1,)),
     "attention_type": ("default",),
     **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
     **dict.fromkeys(("only_cross_attention", "dual_cross_attention"), (False,)),
     **dict.fromkeys(("resnet_skip_time_act", "class_embeddings_concat"), (False,)),
     **dict.fromkeys(("class_embed_type", "addition_embed_type", "encoder_hid_dim"), (None,)),
-    "encoder_hid_dim_type": (None,),
     **dict.fromkeys(("num_attention_heads", "cross_attention_norm"), (None,)),
     **dict.fromkeys(("time_embedding_act_fn", "timestep_post_act"), (None,)),
-    "reverse_transformer_layers_per_block": (None,),
+    **dict.fromkeys(("encoder_hid_dim_type", "reverse_transformer_layers_per_block"), (None,)),
 }
 
 # Read below, or of no effect: on other keys' options, on float32, or (Flax's two) on values.
@@ -59,13 +56,11 @@ OTHERS = {
     *("use_memory_efficient_attention", "split_head_dim"),
     *("cross_attention_dim", "use_linear_projection", "num_class_embeds", "time_embedding_dim"),
     *("attn_norm_num_groups", "sample_size", "upcast_attention", "num_train_timesteps"),
-    "time_cond_proj_dim",
-    *("addition_time_embed_dim", "addition_embed_type_num_heads"),
+    *("addition_time_embed_dim", "addition_embed_type_num_heads", "time_cond_proj_dim"),
     "projection_class_embeddings_input_dim",
 }
 PLAIN_DEFAULTS: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
+    **dict.fromkeys(("in_channels", "out_channels"), 3),
     "block_out_channels": (224, 448, 672, 896),
     "down_block_types": ("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
     "up_block_types": ("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
@@ -292,9 +287,9 @@ def _check_expressible(module: UNet, params: Mapping[str, Any], depths: list[int
     if module.downsample_padding not in (1, (1, 1), None, (0, 1)):
         _refuse("downsample_padding", module.downsample_padding, "only 1 and (0, 1) are")
     if cross and (module.resblock_updown or not module.mid_attention):
-        fields = {"resblock_updown": module.resblock_updown, "mid_attention": module.mid_attention}
+        both = module.resblock_updown, module.mid_attention
         rule = "cross-attention goes with convolutions between levels and a middle"
-        _refuse("fields", fields, rule)
+        _refuse("resblock_updown, mid_attention", both, rule)
     if not cross and any(d for d, a in zip(depths, module.attention) if a):
         _refuse("transformer_depth", depths, "the last level's is the middle's, so not 0")
     if cross and not all(d for d, a in zip(depths, module.attention) if a):

@@ -54,7 +54,8 @@ def train_diffusion(config: ConfigDict, secs: float) -> tuple[assemble.Run, Any,
     """As `experiments.train` does, with as many steps in its schedule as the seconds will hold."""
     _, _, steps, took = _trained(config, secs / 20)
     config = ConfigDict(config.to_dict())
-    config.train.steps = config.optim.decay_steps = max(1, round(steps / took * secs))
+    steps = max(config.optim.warmup_steps + 1, round(steps / took * secs))
+    config.train.steps = config.optim.decay_steps = steps
     return _trained(config.lock(), secs)
 
 

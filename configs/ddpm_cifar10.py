@@ -9,7 +9,7 @@ against the training images; official weights, measured by others: 3.21 averaged
 (pesser/pytorch_diffusion). Its 3.70 bits/dim belong to another model, trained on the bound itself.
 
 `:mu` is its baseline of table 2: the network predicts the posterior's mean and is trained on the
-bound with fixed variances, FID 13.22 and IS 8.06.
+bound with fixed variances, FID 13.22 and IS 8.06 (not re-checked).
 
 One deviation: the gradient is clipped after the mean over devices, not before.
 """

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import stable_diffusion
 from diffusion.interop import compvis, compvis_ldm, text_encoder
 from diffusion.interop.files import to_tensors
 from experiments import encode_latents, sample
 from experiments.convert import __main__ as convert
+from experiments.convert import reading
 from experiments.host import cli
 from experiments.run import build, generate, networks
 
@@ -276,3 +278,14 @@ def test_a_hostile_pickle_is_refused(tmp_path, capsys):
     assert command("--from=compvis", *argv) == 2
     refused(capsys, "model.ckpt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.ckpt"]
+
+
+@pytest.mark.parametrize(("given", "null"), [(None, False), (False, False), (True, True)])
+def test_classes_of_a_unet_are_the_datas_unless_said(capsys, given, null):
+    config = ConfigDict({"model": {"denoiser": {"num_classes": 7}}, "conditioning": {}})
+    reading._classes(config, "unet", given)
+    assert config.conditioning.null_label is null
+    assert ("all 7 classes are taken for the data's" in capsys.readouterr().out) == (given is None)
+    of_dit = ConfigDict({"model": {"denoiser": {"num_classes": 7}}, "conditioning": {}})
+    with pytest.raises(ValueError, match="null_label=True is of a U-Net of classes"):
+        reading._classes(of_dit, "transformer", True)

@@ -1,6 +1,7 @@
 """The default job's latents without captions: what `experiments.gan` trains beside a GAN.
 
-    python -m experiments.gan --classifier=runs/quickstart/classifier --out=DIR
+    python -m experiments.gan --config=configs/digits_gan.py --out=DIR \
+        --classifier=runs/quickstart/classifier
 
 Its own steps are used by `experiments.train` alone. Numbers: experiments/results/gan.
 """

@@ -89,6 +89,7 @@ PARAMETERS = {
         }
         for size, count in DIT.items()
     },
+    "digits_gan": {"denoiser": 1_322_500, "autoencoder": DIGITS["autoencoder"]},
     "digits_ldm:unet": DIGITS,
     "digits_ldm:transformer": {**DIGITS, "denoiser": DIGITS_TRANSFORMER},
     "distil_digits:jumps": {**DIGITS, "denoiser": DIGITS_TOLD, "teacher": DIGITS["denoiser"]},

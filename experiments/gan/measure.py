@@ -95,7 +95,8 @@ def _size(tree: Any) -> int:
 
 def setting(config: ConfigDict, classifier: str, num: int) -> tuple[Setting, np.ndarray]:
     """And the row "data": other training pictures, as the first stage returns them."""
-    stage = networks.load_stage(pathlib.Path(config.latents.first_stage))
+    first_stage = pathlib.Path(config.latents.first_stage)
+    stage = networks.load_stage(first_stage, flag="latents.first_stage")
     source, steps = data.open_images(data.images_config(config), "train")
     chosen = np.random.default_rng(0).permutation(len(source))[: 2 * num]
     if len(chosen) < 2 * num:

@@ -101,4 +101,10 @@ def test_both_are_trained_measured_and_kept(job, tmp_path, capsys):
     kept = (tmp_path / "gan_0.png").stat().st_mtime_ns
     assert cli.run(gan.define, gan.main, argv) == 0  # nothing is made again
     assert (tmp_path / "gan_0.png").stat().st_mtime_ns == kept
-    assert cli.run(gan.define, gan.main, [*argv, "--num=100000"]) == 2
+    for wrong, words in (
+        ("--num=100000", "--num=100000 takes 200000 pictures, but there are 4500"),
+        (f"--config.latents.first_stage={tmp_path}/no", f"latents.first_stage={tmp_path}/no holds"),
+        (f"--classifier={job}/ldm", f"--classifier={job}/ldm holds a run with task='denoiser'"),
+    ):
+        assert cli.run(gan.define, gan.main, [*argv, wrong]) == 2
+        assert words in capsys.readouterr().err

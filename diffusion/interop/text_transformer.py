@@ -173,6 +173,20 @@ def load_pixart(directory: str | os.PathLike) -> tuple[Transformer, dict[str, An
     return module, read(directory, module, given["in_channels"], PIXART_RULES, words)
 
 
+def sizes(module: Transformer, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What PixArt's and Latte's config files say alike."""
+    return {
+        "attention_head_dim": module.width // module.heads,
+        "caption_channels": params["context_1"]["kernel"].shape[0],
+        "cross_attention_dim": module.width,
+        "in_channels": channels(module, params),
+        "norm_eps": module.epsilon,
+        "num_attention_heads": module.heads,
+        "num_layers": module.depth,
+        "out_channels": module.out_channels,
+    }
+
+
 def save_pixart(
     directory: str | os.PathLike, module: Transformer, params: Mapping[str, Any]
 ) -> None:
@@ -185,15 +199,8 @@ def save_pixart(
         )
     config = {
         "_class_name": PIXART,
-        "attention_head_dim": module.width // module.heads,
-        "caption_channels": params["context_1"]["kernel"].shape[0],
-        "cross_attention_dim": module.width,
-        "in_channels": channels(module, params),
+        **sizes(module, params),
         "interpolation_scale": module.position_scale,
-        "norm_eps": module.epsilon,
-        "num_attention_heads": module.heads,
-        "num_layers": module.depth,
-        "out_channels": module.out_channels,
         "patch_size": module.patch,
         "sample_size": module.size,
         "use_additional_conditions": False,

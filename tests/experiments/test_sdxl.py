@@ -22,7 +22,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
     from diffusers import (
-        AutoencoderKL,
         EulerDiscreteScheduler,
         StableDiffusionXLPipeline,
         UNet2DConditionModel,
@@ -70,15 +69,7 @@ def xl(sd, tmp_path_factory):
     root = tmp_path_factory.mktemp("xl")
     sd.quiet()
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.13025,
-    )
+    vae = sd.first_stage(0.13025)
     first = CLIPTextConfig(**TEXT, **FIRST, num_attention_heads=3)
     second = CLIPTextConfig(**TEXT, **SECOND, num_attention_heads=4, projection_dim=12)
     with warnings.catch_warnings():

@@ -86,19 +86,23 @@ def unet(in_channels=4, seed=0):
     return randomise(UNet2DConditionModel(**UNET, **ups), seed)
 
 
-def pipeline(directory):
-    """Diffusers' pipeline, as it is saved to `directory`."""
-    quiet()
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
+def first_stage(scaling_factor):
+    return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
         norm_num_groups=4,
         sample_size=16,
-        scaling_factor=0.18215,
+        scaling_factor=scaling_factor,
     )
+
+
+def pipeline(directory):
+    """Diffusers' pipeline, as it is saved to `directory`."""
+    quiet()
+    torch.manual_seed(0)
+    vae = first_stage(0.18215)
     text = CLIPTextConfig(
         vocab_size=514,
         hidden_size=24,

@@ -5,6 +5,7 @@ from diffusion.interop.controlnet import load_controlnet, save_controlnet
 from diffusion.interop.embeddings import load_embeddings, save_embeddings
 from diffusion.interop.latte import load_latte, save_latte
 from diffusion.interop.lora import load_lora, save_lora
+from diffusion.interop.pixart import load_pixart, save_pixart
 from diffusion.interop.t5 import load_t5
 from diffusion.interop.text_encoder import (
     load_text_encoder,
@@ -12,7 +13,7 @@ from diffusion.interop.text_encoder import (
     save_text_encoder,
     save_text_pair,
 )
-from diffusion.interop.text_transformer import load_pixart, load_sd3, save_pixart, save_sd3
+from diffusion.interop.text_transformer import load_sd3, save_sd3
 from diffusion.interop.transformer import load_dit, load_transformer, save_transformer
 from diffusion.interop.unet import load_unet, save_unet
 

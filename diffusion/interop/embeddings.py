@@ -38,6 +38,8 @@ def load_embeddings(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 f"{path}: {' and '.join(PAIR)} have not as many vectors: fetch it again"
             )
         tensors = {path.stem: np.concatenate(parts, axis=1)}
+    elif len(tensors) == 1 and set(tensors) < set(PAIR):
+        raise ValueError(f"{path} holds {min(tensors)} alone of {' and '.join(PAIR)}: give both")
     if set(tensors) in ({SHARED}, {"*"}):
         (vectors,) = tensors.values()
         tensors = {texts.get("name") or path.stem: vectors}

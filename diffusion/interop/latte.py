@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from diffusion.interop import files
+from diffusion.interop import files, pixart
 from diffusion.interop import text_transformer as shared
 from diffusion.models.transformer import Transformer
 
@@ -36,7 +36,7 @@ NUMBERS = {
 }
 RULES: files.Rules = (
     (r"^/time_blocks_(\d+)/", r"/temporal_transformer_blocks/\1/"),
-    *shared.PIXART_RULES,
+    *pixart.PIXART_RULES,
 )
 
 
@@ -65,6 +65,7 @@ def load_latte(directory: str | os.PathLike) -> tuple[Transformer, dict[str, Any
         modulation="single",
         cross=True,
         epsilon=given["norm_eps"],
+        out_epsilon=pixart.OUT_EPSILON,
         factorised=True,
     )
     words = {"context": jnp.zeros((1, 1, given["caption_channels"]))}
@@ -75,7 +76,7 @@ def save_latte(
     directory: str | os.PathLike, module: Transformer, params: Mapping[str, Any]
 ) -> None:
     """Writes a directory that Diffusers loads. ValueError where it has no such network."""
-    shared.same(module, {**shared.PIXART_IS, "factorised": True}, LATTE)
+    shared.same(module, {**pixart.PIXART_IS, "factorised": True}, LATTE)
     size: Any = module.size
     patch: Any = module.patch
     square = isinstance(size, tuple) and isinstance(patch, tuple) and size[1] == size[-1]
@@ -92,7 +93,7 @@ def save_latte(
     config = {
         "_class_name": LATTE,
         **{key: value[0] for key, value in ONLY.items()},
-        **shared.sizes(module, params),
+        **pixart.sizes(module, params),
         "patch_size": patch[-1],
         "sample_size": size[1],
         "video_length": size[0],

@@ -62,7 +62,8 @@ class Transformer(nn.Module):
     within a frame and at the caption, and another after it along the first axis, time, whose
     positions are added before the first of those (Latte).
     activation: of the feed-forward, `models/attention.py`'s. epsilon: of the norms, of that before
-    the feed-forward `mlp_epsilon` where it is given (Diffusers' DiT has 1e-5).
+    the feed-forward `mlp_epsilon` where it is given (Diffusers' DiT has 1e-5), of the last one
+    `out_epsilon` (Diffusers' PixArt and Latte have 1e-6 whatever `norm_eps` says).
     freq_shift: of eq. 2's sinusoids; 1 in Diffusers' DiT. second_time: takes `s`.
     dtype: what to compute in; parameters stay float32. remat: None or a key of REMAT_POLICIES.
     """
@@ -91,6 +92,7 @@ class Transformer(nn.Module):
     activation: str = "gelu_tanh"
     epsilon: float = 1e-6
     mlp_epsilon: float | None = None
+    out_epsilon: float | None = None
     freq_shift: int | float = 0
     second_time: bool = False
     dtype: Any = None
@@ -190,7 +192,8 @@ class Transformer(nn.Module):
         else:
             both = jnp.tile(c, (1, 2)) + table(self, 2, self.width)[None].astype(c.dtype)
         shift, scale = jnp.split(both[:, None], 2, axis=-1)
-        u = make_norm(self.norm, self.epsilon, self.dtype, "norm_out")(u) * (1 + scale) + shift
+        norm = make_norm(self.norm, self.out_epsilon or self.epsilon, self.dtype, "norm_out")
+        u = norm(u) * (1 + scale) + shift
         return zero_dense(places * self.out_channels, self.dtype, "out")(u)
 
     def _project(self, context: Any) -> Array:

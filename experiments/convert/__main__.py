@@ -63,7 +63,13 @@ def write_workdir(target: pathlib.Path, parts: Parts) -> None:
             checkpoints.save(0, state, {}, {})
 
 
-SOURCES = ["diffusers", "compvis", "openai", "edm"]
+READ = {  # flags, by what --source is
+    "diffusers": ("tokenizer", "null_label"),
+    "compvis": ("config", "tokenizer"),
+    "openai": ("config", "attention_order"),
+    "edm": (),
+}
+SOURCES = list(READ)
 
 
 def define(add: cli.Flags) -> None:
@@ -93,6 +99,11 @@ def main(values: flags.FlagValues) -> None:
     if not source.exists():
         raise ValueError(f"--source={source} does not exist: name what is to be converted")
     files.check_folder(target)
+    for name in ("config", "tokenizer", "null_label", "attention_order"):
+        if values[name].value is not None and name not in READ[values["from"].value]:
+            raise ValueError(
+                f"--{name} is not read with --from={values['from'].value}: leave it out"
+            )
     tokenizer = pathlib.Path(values.tokenizer) if values.tokenizer else None
     if values["from"].value == "diffusers":
         with cli.flagged(values):

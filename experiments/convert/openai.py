@@ -26,6 +26,8 @@ def from_openai(source: pathlib.Path, config: ConfigDict | None, order: str | No
         config = ConfigDict(config.to_dict())
         network = build.denoiser_network(config)
         params = openai.read_unet(held, network, order or "legacy")
+        if params["conv_in"]["kernel"].shape[-2] == 6:  # OpenAI's upsamplers enlarge no other way
+            config.conditioning.update(degradation="area", enlarge="linear")
         return Parts(finish(config, params, source), {"denoiser": params})
     known = openai.published(module)
     if known is None:

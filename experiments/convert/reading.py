@@ -66,6 +66,10 @@ def from_diffusers(
     or unknown.
     """
     if not (source / "model_index.json").exists() and (source / "config.json").exists():
+        if null_label is not None:
+            raise ValueError(
+                "null_label is of a whole pipeline, and this is a network alone: leave it"
+            )
         return _alone(source, tokenizer)
     index, kind = _index(source)
     name = "transformer" if "transformer" in index else "unet"

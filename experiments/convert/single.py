@@ -103,6 +103,11 @@ PREDICTIONS = {"epsilon": "eps", "v": "v"}
 
 def _header(config: ConfigDict, tensors: dict[str, Any], source: pathlib.Path, named: str) -> None:
     """What a file's header and marks say of prediction and size, which no width tells."""
+    odd = [n for n in tensors if n.startswith(("edm_mean", "edm_std", "edm_vpred"))]
+    if odd:
+        raise ValueError(
+            f"{source} is marked {odd[0]}: its noise is EDM's, which is not read from one file"
+        )
     header = single_file.read_header(source)
     said = header.get("modelspec.prediction_type", "v" if "v_pred" in tensors else None)
     size = re.fullmatch(r"(\d+)(x\1)?", header.get("modelspec.resolution", ""))

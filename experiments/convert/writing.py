@@ -108,14 +108,19 @@ def _write_text_pair(
 
 
 def _pipeline(config: ConfigDict) -> str:
+    if "text_encoder_2" in config.model:
+        if config.conditioning.concat:
+            raise ValueError(
+                f"conditioning.concat={config.conditioning.concat!r} of Stable Diffusion XL cannot "
+                "be written for Diffusers: only its base can"
+            )
+        return "StableDiffusionXLPipeline"
     if config.conditioning.concat:
         kinds = {"inpaint": "StableDiffusionInpaintPipeline"}
         kinds["edit"] = "StableDiffusionInstructPix2PixPipeline"
         return kinds.get(config.conditioning.concat, "LDMSuperResolutionPipeline")
     if config.model.denoiser.kind == "transformer":
         return "DiTPipeline"
-    if "text_encoder_2" in config.model:
-        return "StableDiffusionXLPipeline"
     if "text_encoder" in config.model:
         return "StableDiffusionPipeline"
     return "LDMPipeline" if "autoencoder" in config.model else "DDPMPipeline"

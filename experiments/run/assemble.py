@@ -24,7 +24,7 @@ from diffusion.interop.perceptual import SOURCES, load_lpips
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
 from diffusion.training.state import TrainState
 from experiments.host import cli
-from experiments.run import build, checks, data, fits, given, networks, tasks
+from experiments.run import build, checks, data, fits, folders, given, networks, tasks
 
 JOINED = ("small", "mask", "segments", "past")  # what joins x_t's channels
 
@@ -88,6 +88,7 @@ def _image_run(config: ConfigDict, placed: Parallel) -> Run:
     begun = networks.begin(config) if config.task == "denoiser" else networks.Beginning()
     frozen = {**begun.frozen, **perceptual_weights(config)}
     source, steps = data.open_images(config, "train")
+    steps = [*steps, *folders.prior(config)]
     tokenizer, tokens, extra = None, (), begun.extra
     if build.reads_captions(config):
         tokenizer = begun.tokenizer or data.make_tokenizer(config.online.tokenizer, source, steps)
@@ -197,7 +198,8 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
 
 
 def latent_identity(config: ConfigDict, begun: networks.Beginning) -> dict[str, Any]:
-    """What the provenance of a config's latents must say."""
+    """What the provenance of a config's latents must say. ValueError for what they cannot hold."""
+    folders.prior(config)
     made_from: dict[str, Any] = {
         "data": config.latents.data_name,
         "epochs": config.latents.epochs,
@@ -205,6 +207,8 @@ def latent_identity(config: ConfigDict, begun: networks.Beginning) -> dict[str, 
         "autoencoder": config.model.autoencoder.to_dict(),
     }
     made_from |= fits.changed(config)
+    if config.data.prompts:
+        made_from["prompts"] = list(config.data.prompts)
     if given.reads(config):
         names = ("concat", "downscale", "degradation", "masks", "layout")
         made_from["conditioning"] = {name: config.conditioning[name] for name in names}

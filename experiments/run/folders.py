@@ -36,7 +36,7 @@ def told(config: ConfigDict, source: folder.FolderSource) -> list:
 
 
 def _prompts(config: ConfigDict, source: folder.FolderSource) -> list:
-    """Of one subject: prompts in place of captions, and its class beside it."""
+    """Of one subject: prompts in place of captions."""
     data, word = config.data, config.model.words.word if "words" in config.model else ""
     if data.prompts and source.captions is not None:
         raise ValueError(
@@ -52,8 +52,25 @@ def _prompts(config: ConfigDict, source: folder.FolderSource) -> list:
                 "write {} where it stands"
             )
         found.append(subjects.Prompts(prompts, config.seed))
+    return found
+
+
+def prior(config: ConfigDict) -> list:
+    """The transform that puts pictures of a subject's class into half of what is trained on: of no
+    other stream, since samples are compared with the subject's alone."""
+    data = config.data
     if not data.prior_dir:
-        return found
+        if data.prior_prompts or data.prior_weight != 1.0:
+            raise ValueError(
+                f"data.prior_prompts={data.prior_prompts} and data.prior_weight="
+                f"{data.prior_weight} are of data.prior_dir, which is empty: name its folder"
+            )
+        return []
+    if "latents" in config or data.name != "folder":
+        raise ValueError(
+            f"data.prior_dir={data.prior_dir} is of a folder of images, and is not stored with "
+            "latents: set data.name='folder' and train online"
+        )
     if not data.prompts or not data.prior_prompts or config.train.batch_size % 2:
         raise ValueError(
             f"data.prior_dir={data.prior_dir} needs data.prompts, data.prior_prompts and an even "
@@ -62,8 +79,8 @@ def _prompts(config: ConfigDict, source: folder.FolderSource) -> list:
         )
     if data.prior_weight < 0:
         raise ValueError(f"data.prior_weight={data.prior_weight} must be at least 0")
-    pictures = folder.open_folder(
-        data.prior_dir, "train", fits.side(config), data.channels, data.max_bad_images
-    )
+    size = fits.side(config), data.channels, data.max_bad_images
+    alike = fits.how(fits.centred(config), "train")  # of one framing; a crop is drawn of neither
+    pictures = folder.open_folder(data.prior_dir, "train", *size, alike)
     prompts = tuple(data.prior_prompts)
-    return [*found, subjects.Prior(pictures, prompts, data.prior_weight, config.seed)]
+    return [subjects.Prior(pictures, prompts, data.prior_weight, config.seed)]

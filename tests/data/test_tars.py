@@ -94,11 +94,19 @@ def test_what_is_no_shard_is_named(tmp_path, members, words):
 
 def test_broken_tars_and_those_beside_images(tmp_path, capsys):
     whole = write(tmp_path / "0.tar", CAPTIONED).read_bytes()
-    for data in (whole[:700], b"no tar at all" * 99):
+    second = whole.index(b"ustar", 1024) - 257  # where another header begins
+    flipped = bytearray(whole)
+    flipped[second] ^= 1
+    for data in (
+        whole[:700],
+        whole[:second],
+        whole[: second + 100],
+        bytes(flipped),
+        whole + whole,
+        b"no tar at all" * 99,
+    ):
         (tmp_path / "0.tar").write_bytes(data)
-        with pytest.raises(
-            ValueError, match=r"0\.tar.*no whole, uncompressed tar|holds no example"
-        ):
+        with pytest.raises(ValueError, match=r"0\.tar.*no whole, uncompressed tar"):
             folders.list_folder(tmp_path)
     write(tmp_path / "0.tar", CAPTIONED, "w:gz")
     with pytest.raises(ValueError, match=r"0\.tar.*uncompressed"):
@@ -106,3 +114,25 @@ def test_broken_tars_and_those_beside_images(tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(png(1))
     assert len(folders.list_folder(tmp_path)["train"]) == 1
     assert "left out: 1 .tar" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("imagenet-train-0000.tar", "imagenet-validation-00.tar"),
+        ("train-0.tar", "valid-0.tar"),
+        ("data/train/0.tar", "data/val/0.tar"),
+    ],
+)
+def test_any_word_of_a_name_says_the_split(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, CAPTIONED)
+    counts = {split: len(rows) for split, rows in folders.list_folder(tmp_path).items()}
+    assert counts["train"] == counts["validation"] > 0
+
+
+def test_a_name_of_two_splits_is_refused(tmp_path):
+    write(tmp_path / "train-of-test.tar", CAPTIONED)
+    with pytest.raises(ValueError, match="names the splits test and train: rename it"):
+        folders.list_folder(tmp_path)

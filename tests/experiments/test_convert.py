@@ -15,7 +15,7 @@ from diffusion.interop import compvis, compvis_ldm, text_encoder
 from diffusion.interop.files import to_tensors
 from experiments import encode_latents, sample
 from experiments.convert import __main__ as convert
-from experiments.convert import reading
+from experiments.convert import reading, single
 from experiments.host import cli
 from experiments.run import build, generate, networks
 
@@ -289,3 +289,25 @@ def test_classes_of_a_unet_are_the_datas_unless_said(capsys, given, null):
     of_dit = ConfigDict({"model": {"denoiser": {"num_classes": 7}}, "conditioning": {}})
     with pytest.raises(ValueError, match="null_label=True is of a U-Net of classes"):
         reading._classes(of_dit, "transformer", True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "name"),
+    [
+        ("edm", "--null_label", "null_label"),
+        ("diffusers", "--attention_order=new", "attention_order"),
+        ("openai", "--tokenizer=somewhere", "tokenizer"),
+        ("diffusers", "--config=configs/ldm_celebahq256.py", "config"),
+    ],
+)
+def test_a_flag_that_is_not_read_is_refused(tmp_path, capsys, kind, flag, name):
+    argv = (f"--from={kind}", f"--source={tmp_path}", f"--workdir={tmp_path}/run", flag)
+    assert command(*argv) == 2
+    refused(capsys, f"--{name} is not read with --from={kind}")
+
+
+@pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max"])
+def test_files_of_edms_noise_are_refused(tmp_path, mark):
+    path = tmp_path / "one.safetensors"
+    with pytest.raises(ValueError, match=f"one.safetensors is marked {mark}"):
+        single._header(ConfigDict(), {mark: np.zeros(1)}, path, "stable_diffusion.py:xl")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.files import write_tensors
 from diffusion.interop import load_embeddings, save_embeddings
 from diffusion.sampling import added
 from experiments import sample
@@ -113,3 +114,11 @@ def test_what_is_no_word_of_this_model_is_named(sd, folder, converted, tmp_path,
     given = f"--embedding={folder}/dog.bin,{folder}/dog.bin"
     assert sd.command(sample, f"--workdir={converted}", "--num=1", given) == 2
     assert "'<dog>' is a token already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("half", ["clip_l", "clip_g"])
+def test_half_a_word_of_xl_is_refused(tmp_path, half):
+    path = tmp_path / "mycat.safetensors"
+    write_tensors(path, {half: np.ones((2, 768), np.float32)})
+    with pytest.raises(ValueError, match=f"mycat.safetensors holds {half} alone of clip_l and"):
+        load_embeddings(path)

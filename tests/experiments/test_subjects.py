@@ -14,7 +14,7 @@ from diffusion.sampling import added
 from experiments import train
 from experiments.convert import __main__ as convert
 from experiments.host import cli
-from experiments.run import generate, networks
+from experiments.run import data, folders, generate, networks, workdir
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -102,9 +102,12 @@ def test_dreambooth_trains_the_network_alone_and_weighs_the_class(sd, converted,
     assert 0 < max(jax.tree.leaves(steps)) < 2e-5
     logged = (tmp_path / "one/metrics.jsonl").read_text().splitlines()[0]
     loss = json.loads(logged)["loss"]
-    assert 3 < loss < 8, (
-        loss
-    )  # about 1 of the subject's pictures, and three times that of the class
+    assert 3 < loss < 8  # about 1 of the subject's pictures, and three times that of the class
+    # what samples are compared with is the subject's alone
+    config = workdir.read_config(tmp_path / "one")
+    _, steps = data.open_images(config, "train")
+    assert not any(isinstance(step, Prior) for step in steps)
+    assert isinstance(folders.prior(config)[0], Prior)
 
 
 def test_half_of_every_batch_is_the_class_and_means_are_those_of_the_paper():
@@ -145,6 +148,7 @@ def test_what_no_subject_can_be_learned_from_is_named(sd, converted, tmp_path, c
             (f"--config.data.prior_dir={pictures}", "--config.data.prior_weight=-1.0"),
             ("data.prior_weight=-1.0",),
         ),
+        ("dreambooth", ("--config.data.prior_dir=",), ("data.prior_prompts", "empty")),
     ):
         start = ("--config.model.words.start=f",) if argument[0] == "t" else ()
         assert run(sd, converted, tmp_path / "run", argument, own, *start, *flags) == 2

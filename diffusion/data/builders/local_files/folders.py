@@ -23,6 +23,7 @@ from diffusion.data import images
 from diffusion.data.builders.local_files import tars
 
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+SHARD_SPLITS = SPLITS | {"valid": "validation", "dev": "validation"}  # words of names of tars
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")  # of the same stem as an image
 COLUMNS = ("text", "caption", "prompt")  # of metadata, the first that is there
@@ -77,8 +78,11 @@ def _shards(root: pathlib.Path, held: list[pathlib.Path]) -> dict[str, list[Row]
     listed: dict[str, list[Row]] = {}
     rest: list[Any] = [path for path in held if path.suffix != ".tar"]
     for path in (path for path in held if path.suffix == ".tar"):
-        first = path.relative_to(root).parts[0]
-        split = SPLITS.get(re.split(r"[-_.]", first)[0], "train")
+        words = re.split(r"[-_./]", path.relative_to(root).as_posix())
+        named = {SHARD_SPLITS[word] for word in words if word in SHARD_SPLITS} or {"train"}
+        if len(named) > 1:
+            raise ValueError(f"{path} names the splits {' and '.join(sorted(named))}: rename it")
+        (split,) = named
         rows, others = tars.read(path, _caption, COLUMNS)
         listed.setdefault(split, []).extend(rows)
         rest += others

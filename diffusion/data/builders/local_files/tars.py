@@ -147,6 +147,11 @@ def _members(tar: pathlib.Path) -> Iterator[Member]:
                 if info.offset_data + info.size > tar.stat().st_size:
                     raise tarfile.ReadError("unexpected end of data")
                 yield Member(tar, info.name, info.offset_data, info.size)
+            with tar.open("rb") as file:
+                file.seek(archive.offset)
+                rest = file.read()
+            if len(rest) < tarfile.BLOCKSIZE or any(rest):  # iteration ends there without a word
+                raise tarfile.ReadError(f"no end of it at byte {archive.offset}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(
             f"{tar} is no whole, uncompressed tar ({error}): fetch it again, or unpack it"

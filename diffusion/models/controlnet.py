@@ -70,7 +70,8 @@ class ControlNet(UNet):
                 width, strides=2, padding=1, dtype=self.dtype, name=f"hint_{2 * i + 1}"
             )
             h = nn.silu(down(h))
-        return Conv(self.channels, kernel_init=zeros, dtype=self.dtype, name="hint_out")(h)
+        width = min(self.channels, self.width(0))  # of conv_in, which it joins
+        return Conv(width, kernel_init=zeros, dtype=self.dtype, name="hint_out")(h)
 
     def _zero(self, h: Array, name: str) -> Array:
         point = Conv(h.shape[-1], kernel_size=1, kernel_init=zeros, dtype=self.dtype, name=name)

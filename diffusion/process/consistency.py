@@ -85,6 +85,8 @@ class Consistency(few_steps.Method):
             raise ValueError(f"clean={self.clean} is a share of the draws: give one in [0, 1]")
         if self.levels and (len(self.levels) != 2 or not 1 <= self.levels[0] <= self.levels[1]):
             raise ValueError(f"levels={self.levels} must be a least and a greatest number, or ()")
+        if self.levels and self.times:
+            raise ValueError(f"times={self.times!r}, but levels draw times of their own: set ''")
         given = 0 < self.skip < 1 and not self.levels
         by_level = self.skip == 0 and (
             isinstance(self.schedule, EDM) if self.levels else self.q > 1
@@ -136,7 +138,7 @@ class Consistency(few_steps.Method):
             nearer = 8 * jax.nn.sigmoid(-jnp.exp(-0.5 * logsnr))
             nearer = 1 - (1 + nearer) / self.q ** (stage + 1.0)
             r = self.schedule.time(logsnr - 2 * jnp.log(jnp.maximum(nearer, 1e-30)))
-            r = jnp.where(nearer > 0, r, low)
+            r = jnp.minimum(jnp.where(nearer > 0, r, low), t)  # steps below the rounding of a time
         triple = jnp.stack([t, jnp.maximum(r, s), s], axis=1)
         return triple.astype(jnp.result_type(float)), losses.noise_like(keys, x0)
 

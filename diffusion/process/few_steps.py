@@ -51,9 +51,10 @@ class Method:
     ``loss(network, x0, times (batch, 2 or 3), noise)`` -> (losses (batch,), aux) and
     ``draw(keys, x0, step)`` -> (times, noise): falling times t >= .. >= s, float.
 
-    network(x_t, t, s=None, told=True, teacher=False) -> prediction; not ``told``: without its
-    condition; ``teacher``: of the frozen network. The losses' values are mean squared errors, their
-    gradients weighted ones.
+    network(x_t, t, s=None, told=True, teacher=False, guidance=None) -> prediction; not ``told``:
+    without its condition; ``teacher``: of the frozen network; ``guidance``: the weight that it is
+    told. Unless a method says otherwise the losses' values are mean squared errors, their gradients
+    weighted ones.
 
     times: how t and s are drawn, one of ``losses.TIMES``; "": lognormal for EDM's schedule, else
     uniform. mean, std: of logit_normal times. teacher: the prediction of the frozen network; "":
@@ -84,8 +85,12 @@ class Method:
                 f"guidance_mix={self.guidance_mix} must lie in [0, 1), and be 0 with a teacher, "
                 "which is guided by guidance_scale alone"
             )
-        if len(self.guidance_times) not in (0, 2):
-            raise ValueError(f"guidance_times={self.guidance_times} must be (low, high), or ()")
+        if self.guidance_times and not (
+            len(self.guidance_times) == 2 and self.guidance_times[0] <= self.guidance_times[1]
+        ):
+            raise ValueError(
+                f"guidance_times={self.guidance_times} must be (low, high) with low <= high, or ()"
+            )
         for key in ("mean", "std"):
             if getattr(self, key) is not None and self.times != "logit_normal":
                 raise ValueError(

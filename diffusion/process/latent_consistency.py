@@ -38,11 +38,11 @@ class LatentConsistency(few_steps.Method):
     def __post_init__(self):
         super().__post_init__()
         levels = self.schedule.num_steps or 0
-        if not self.teacher or self.times or self.guidance_scale != 1:
+        if not self.teacher or self.times or self.guidance_scale != 1 or self.guidance_times:
             raise ValueError(
                 f"teacher={self.teacher!r}, times={self.times!r}, guidance_scale="
-                f"{self.guidance_scale}: it needs a teacher, draws times of its own and is guided "
-                "by weights: leave the other two out"
+                f"{self.guidance_scale}, guidance_times={self.guidance_times}: it needs a teacher, "
+                "draws times of its own and is guided by weights: leave the others out"
             )
         if not 1 <= self.original_steps <= levels:
             raise ValueError(

@@ -171,6 +171,11 @@ def objective(
     schedules and channels that do not fit.
     """
     _check(schedule, prediction, norm, weighting, variance)
+    if cosine and (weighting == "vlb" or prediction == "mu"):
+        raise ValueError(
+            f"cosine={cosine} has no angle with weighting={weighting!r} and prediction="
+            f"{prediction!r}: set it to 0"
+        )
 
     def loss(network: gaussian.Network, x0: Array, t: Array, noise: Array):
         alpha, sigma = jnp.asarray(schedule.alpha(t)), jnp.asarray(schedule.sigma(t))

@@ -33,10 +33,12 @@ def guided(model: Pipeline, worse: Pipeline) -> Pipeline:
 def _alike(model: Pipeline) -> dict[str, Any]:
     conditions: Any = model.task.conditions
     text, label = (conditions.get(name) for name in ("text", "label"))
-    times = np.linspace(*model.how.schedule.time_range, 5).astype(int)
+    schedule = model.how.schedule
+    times = np.linspace(*schedule.time_range, 5)
+    times = times if schedule.num_steps is None else times.astype(int)
     return {
         "shape": model.task.sample_shape,
-        "schedule": np.asarray(model.how.schedule.alpha(times)),
+        "schedule": np.stack([schedule.alpha(times), schedule.sigma(times)]),
         "scale of latents": [
             np.asarray(model.extra.get(k)) for k in ("latent_shift", "latent_scale")
         ],

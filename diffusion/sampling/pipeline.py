@@ -152,6 +152,8 @@ class Pipeline:
         know."""
         found: Columns = inputs.sizes(self.task.conditions.get("text"), sizes or {})
         for name, words in (("tokens", prompts), ("negative", negative)):
+            if words and name == "negative" and told_guidance(self.task.network):
+                raise ValueError("a network that is told its guidance takes no negative_prompt")
             tokens = self.tokens(words, "prompt" if name == "tokens" else "negative_prompt")
             if tokens is not None and (words or name == "tokens"):
                 found[name] = tokens
@@ -199,8 +201,8 @@ class Pipeline:
         and it (`inputs.py`, eq. 1), whose noise is the same at every place between. `trajectory`:
         x_t of each step as well, or the "estimates" of x_0 from it.
         """
-        bare = dataclasses.replace(self, params={})
         self._check_told(strength)
+        bare = dataclasses.replace(self, params={})
         task, how, method = bare.task, bare.how, bare.how.method(strength)
 
         def run(params: Any, seeds: Any, indices: Any, batch: dict[str, Any]) -> Any:
@@ -212,9 +214,7 @@ class Pipeline:
             given = inputs.prepare(bare.concat, batch, encode, bare.downsampling)
             denoise = given.kept(bare._denoise(params, batch, encode))
             shape = (len(indices), *task.sample_shape)
-            x, more = (
-                ks.normal(key, shape, jnp.float32) for key in (first, second)
-            )  # of (seed, i)
+            x, more = (ks.normal(key, shape, jnp.float32) for key in (first, second))
             x, wide = given.start(how.schedule, method, x, more), how.state == "float64"
             if wide:
                 x, denoise = x.astype(jnp.float64), in_float32(denoise)
@@ -235,9 +235,8 @@ class Pipeline:
         """denoise(x_t, t) of the pictures that `batch` asks for, guided."""
         task, worse = self.task, None
         if self.guide is not None:
-            theirs = self.guide.task.merged(params["guide"])
             alone = {k: v for k, v in batch.items() if k != "guidance_scale"}
-            worse = self.guide._denoise(theirs, alone, encode)
+            worse = self.guide._denoise(self.guide.task.merged(params["guide"]), alone, encode)
         batch = conditions.ready(task.conditions, batch, encode, self.extra)
         told, nothing, image = task.condition(params, batch), None, None
         if empty := conditions.null(task.conditions, params, batch):
@@ -248,23 +247,25 @@ class Pipeline:
         predict, scale = functools.partial(task.predict, params), batch.get("guidance_scale")
         if told_guidance(task.network):  # as a weight beside 1, in place of a second evaluation
             w = jnp.float32(self.how.guidance_scale if scale is None else scale) - 1
-            size = len(jax.tree.leaves(told)[0])
-            told, nothing, scale = {**told, "guidance": jnp.broadcast_to(w, size)}, None, None
+            told = {**told, "guidance": jnp.broadcast_to(w, len(next(iter(batch.values()))))}
+            nothing = scale = None
         denoise = self.how.denoise(predict, told, nothing, scale, worse, image)
-        if self.classifier is None:
-            return denoise
-        judge = functools.partial(self.classifier.apply, {"params": params["classifier"]})
-        return self.how.classified(denoise, judge, batch["label"])
+        if self.classifier is not None:
+            judge = functools.partial(self.classifier.apply, {"params": params["classifier"]})
+            denoise = self.how.classified(denoise, judge, batch["label"])
+        return denoise
 
     def _check_told(self, strength: float | int) -> None:
-        """What is not of a model that is told of the image, beside x_t."""
-        wrong = f"strength={strength}" if self.concat is not None and strength != 1 else ""
-        for key in ("guidance_interval", "guidance_rescale"):
-            value = getattr(self.how, key)
-            wrong = f"{key}={value}" if self.edits and value else wrong
-        wrong = "autoguidance" if self.edits and self.guide is not None else wrong
-        if wrong:
-            raise ValueError(f"{wrong}, but the model is told of the image itself: leave it out")
+        """What is not of a model that is told of the image, or its guidance, beside x_t."""
+        given: dict[str, Any] = {}
+        if self.edits or told_guidance(self.task.network):
+            given = {n: getattr(self.how, n) for n in ("guidance_interval", "guidance_rescale")}
+            given["autoguidance"] = self.guide is not None
+        given["strength"] = strength if self.concat is not None and strength != 1 else 0
+        of = "of the image itself" if self.concat is not None else "its guidance"
+        for name, value in given.items():
+            if value:
+                raise ValueError(f"{name}={value}, but the model is told {of}: leave it out")
 
     def at_a_time(self, count: int) -> int:
         """How many of `count` pictures are made at a time: what all devices divide."""

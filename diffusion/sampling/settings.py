@@ -146,7 +146,15 @@ class Settings:
     def classified(
         self, denoise: Denoise, judge: Callable[..., jax.Array], label: jax.Array
     ) -> Denoise:
-        """Led by the gradient of a classifier's judge(x, t), logits, to each one's class."""
+        """Led by the gradient of a classifier's judge(x, t), logits, to each one's class.
+
+        ValueError for a schedule whose last alpha is 0: the gradient is divided by it.
+        """
+        if float(self.schedule.alpha(np.asarray(self.schedule.time_range[1]))) == 0:
+            raise ValueError(
+                f"classifier_scale={self.classifier_scale} cannot lead from a last alpha of 0 (zero"
+                " terminal SNR, rectified flow), by which the gradient is divided: leave it out"
+            )
         log_p = guidance.log_probability(judge, self.schedule, label)
         return guidance.by_classifier(denoise, log_p, self.schedule, self.classifier_scale)
 

@@ -199,7 +199,7 @@ class Denoiser:
             given = condition if told else self.nothing(params, batch)
             if teacher:
                 frozen = dataclasses.replace(self, network=self.teacher or self.network)
-                of = {**params, "denoiser": base["denoiser" if self.lora else "teacher"]}
+                of = {**params, "denoiser": base["denoiser" if self.teacher is None else "teacher"]}
                 return frozen.predict(of, x_t, t, given)
             if guidance is not None and told_guidance(self.network):
                 given = {**given, "guidance": guidance}
@@ -242,18 +242,17 @@ class Denoiser:
         ones = jnp.ones(x_t.shape[:1], x_t.dtype)
         scales = given.pop("hint_scales", (ones,) * len(hints))
         x = x_t if concat is None else jnp.concatenate([x_t, concat.astype(x_t.dtype)], axis=-1)
+        told = {name: value for name, value in given.items() if name != "guidance"}  # not theirs
         total: Any = None
         for i, (network, hint, scale) in enumerate(zip(self.controlnets, hints, scales)):
             variables = {"params": params[control_name(i)]}
-            found = network.apply(variables, x, t, hint, keys=keys, **given)
+            found = network.apply(variables, x, t, hint, keys=keys, **told)
             found = [scale.reshape(-1, *[1] * (r.ndim - 1)) * r for r in found]
             total = found if total is None else [a + b for a, b in zip(total, found)]
         if s is not None:
             if not hasattr(self.network, "second_time"):
-                kind = type(self.network).__name__
-                raise ValueError(
-                    f"{kind} cannot be told where a jump ends: use a U-Net or Transformer"
-                )
+                name = type(self.network).__name__
+                raise ValueError(f"{name} is told of no jump's end: use a U-Net or Transformer")
             given["s"] = s
         return self.network.apply(
             {"params": params["denoiser"]}, x, t, residuals=total, keys=keys, **given

@@ -151,7 +151,8 @@ def subject_of(values: flags.FlagValues, preset: presets.Preset | None) -> Subje
     run = None
     if directory := path("workdir"):
         options = {name: values[name].value for name in ("sampler", "steps", "guidance_scale")}
-        sample = generate.guided(values) | (preset.sample if preset else {})
+        given = {k: v for k, v in generate.guided(values).items() if v is not None}
+        sample = (preset.sample if preset else {}) | given
         run = Run(directory, "ema", values.checkpoint_step, sample, options)
     samples = Samples(
         run,

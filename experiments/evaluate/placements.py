@@ -45,7 +45,9 @@ def placement(subject: Subject) -> dict[str, Any]:
     rows = np.concatenate([_asked(**told), *(sets[name][:SHOWN] for name in sets)])
     said = [name for name in ("asked", "sample", "of the data") for _ in given["image"][:SHOWN]]
     if "layout" in told:
-        said[:SHOWN] = [" and ".join(f"{box[0]:.0f}" for box in boxes) for boxes in told["layout"]]
+        said[: len(told["layout"])] = [
+            " and ".join(f"{box[0]:.0f}" for box in boxes) for boxes in told["layout"]
+        ]
     sheet = pictures.sheet(rows, said, min(SHOWN, len(given["image"])))
     return {"placement": {**found, "count": len(given["image"])}, "sheet": sheet}
 

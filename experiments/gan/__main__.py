@@ -43,7 +43,8 @@ def missing(results: dict[str, Any], seeds: int) -> Iterator[tuple[str, int]]:
 def table(results: dict[str, Any]) -> str:
     """Means over seeds, and the least and greatest."""
     columns = (
-        "precision recall density coverage frechet_distance pairs combinations rarest_digit"
+        "precision recall density coverage frechet_distance pairs combinations rarest_digit "
+        "rarest_colour"
     ).split()
     lines = ["| | " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
@@ -77,6 +78,10 @@ def main(values: flags.FlagValues) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
+    names = ("minutes", "num", "width", "gamma", "learning_rate")
+    how = {**{name: values[name].value for name in names}, "classifier": shared.judge.hash}
+    if results.setdefault("setting", how) != how:
+        raise ValueError(f"--out={out} holds results of {results['setting']}: name another folder")
     results["data"] = {"0": shared.measured(real)}
     pictures.save_grid(out / "data.png", real[:64])
     for name, seed in missing(results, values.seeds):

@@ -104,6 +104,7 @@ def test_both_are_trained_measured_and_kept(job, tmp_path, capsys):
     for wrong, words in (
         ("--num=100000", "--num=100000 takes 200000 pictures, but there are 4500"),
         (f"--config.latents.first_stage={tmp_path}/no", f"latents.first_stage={tmp_path}/no holds"),
+        ("--minutes=0.003", "holds results of {'minutes': 0.002, 'num': 8, 'width': 4"),
         (f"--classifier={job}/ldm", f"--classifier={job}/ldm holds a run with task='denoiser'"),
     ):
         assert cli.run(gan.define, gan.main, [*argv, wrong]) == 2

@@ -13,6 +13,7 @@ from experiments import sample, train
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import progressive, scores
 from experiments.host import cli
+from experiments.run import generate
 from experiments.run.data import open_images
 
 
@@ -86,6 +87,16 @@ def test_figures_of_the_way_and_what_lies_between_two_pictures(learned, capsys):
     assert drawn(*two, "--strengths=0.5") == 0
     with Image.open(out) as picture:
         assert picture.size == (2 * (3 * 34 + 2), 2 * 36)
+    pipeline = generate.load(learned).pipeline.changed(steps=100)
+    rows = progressive.generation(pipeline, 2, 3, seed=0)
+    made = np.concatenate(list(pipeline.images({}, 2, [0])))
+    np.testing.assert_array_equal(rows[2::3], made)
+    dark, light = (np.full((1, *made.shape[1:]), value, np.uint8) for value in (40, 200))
+    row = progressive.between(pipeline, [dark, light], 3, [0.02], seed=0).astype(float)
+    means = row.mean((1, 2, 3))
+    np.testing.assert_allclose(means, [40, 120, 200], atol=15)
+    back = progressive.between(pipeline, [light, dark], 3, [0.02], seed=0).astype(float)
+    np.testing.assert_allclose(back.mean((1, 2, 3)), means[::-1], atol=6)
     for flags, words in (
         (two[:1], "give --image twice"),
         ((*two, "--strengths=2"), "strength=2.0 must lie in (0, 1]"),
@@ -191,6 +202,23 @@ def test_frames_are_read_as_the_class_that_was_asked_for(monkeypatch):
     found = scores.motion(SimpleNamespace(**told, judge=judge))["motion"]
     assert (found["samples"]["legible"], found["data"]["legible"]) == (5 / 6, 3 / 6)
     assert seen == [(6, 4, 4, 3)] * 2 and "legible" not in found["data_shuffled"]
+
+
+def test_each_sample_is_of_the_class_that_it_was_asked_for(monkeypatch):
+    class Source:
+        def __len__(self):
+            return 4
+
+        def batch(self, index):
+            return {"label": 7 - index}
+
+    monkeypatch.setattr(scores.data, "open_images", lambda config, split: (Source(), []))
+    columns = {"label": np.array([0, 1, 2])}
+    model = SimpleNamespace(pipeline=SimpleNamespace(columns=lambda: columns))
+    run = SimpleNamespace(image_config=None, model=model)
+    found = scores._classes(SimpleNamespace(samples=SimpleNamespace(num=5), run=run))
+    assert found["samples"].tolist() == [0, 1, 2, 0, 1]
+    assert found["data"].tolist() == [7, 6, 5, 4]
 
 
 def test_metrics_of_another_rank_are_refused(learned, capsys):

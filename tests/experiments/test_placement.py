@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import ldm_layout, ldm_semantic
+from diffusion import pictures
 from experiments import encode_latents, sample, train
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate import placements
@@ -38,19 +39,29 @@ def refused(capsys, *argv):
     return line
 
 
-def measured(job, run):
+def measured(job, run, monkeypatch):
+    sheets, draw = [], pictures.sheet
+
+    def drawn(rows, said, columns):
+        sheets.append((rows, said))
+        return draw(rows, said, columns)
+
+    monkeypatch.setattr(pictures, "sheet", drawn)
     argv = (f"--workdir={run}", "--metrics=placement", "--num=6", "--weights=ema")
     assert command(evaluate, *argv, f"--classifier={job}/classifier") == 0
     assert (run / "evaluation_placement.png").is_file()
+    (sheet,) = sheets
+    rows, said = sheet
+    assert len(rows) == len(said) == 18 and said[6:] == ["sample"] * 6 + ["of the data"] * 6
     return json.loads((run / "evaluation.json").read_text())["placement"]
 
 
-def test_boxes_train_sample_and_are_measured(job, tmp_path, capsys):
+def test_boxes_train_sample_and_are_measured(job, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     trained(ldm_layout, job, run)
     argv = (f"--workdir={run}", "--num=2", f"--out={tmp_path}/made")
     assert command(sample, *argv, "--box=3,0,0,0.4,0.4", "--box=7,0.5,0.5,0.4,0.4") == 0
-    found = measured(job, run)
+    found = measured(job, run, monkeypatch)
     assert found["data"]["outside"] == 0 < found["samples"]["outside"]  # it has learnt nothing
     assert found["data"]["adherence"] < 1  # the job's classifier has learnt as little
     argv = (f"--workdir={run}", f"--out={tmp_path}/other")
@@ -60,7 +71,7 @@ def test_boxes_train_sample_and_are_measured(job, tmp_path, capsys):
     assert "the model reads no captions" in refused(capsys, *argv, "--prompt=a seven")
 
 
-def test_maps_of_labels_train_sample_and_are_measured(job, tmp_path, capsys):
+def test_maps_of_labels_train_sample_and_are_measured(job, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     trained(ldm_semantic, job, run)
     segments = np.zeros((32, 32), np.uint8)
@@ -68,7 +79,7 @@ def test_maps_of_labels_train_sample_and_are_measured(job, tmp_path, capsys):
     Image.fromarray(segments).save(tmp_path / "map.png")
     argv = (f"--workdir={run}", "--num=2", f"--out={tmp_path}/made")
     assert command(sample, *argv, f"--segments={tmp_path}/map.png") == 0
-    found = measured(job, run)
+    found = measured(job, run, monkeypatch)
     assert found["data"]["iou"] > 0.9
     argv = (f"--workdir={run}", f"--out={tmp_path}/other")
     assert "give --segments" in refused(capsys, *argv)

@@ -69,3 +69,9 @@ def test_zero_convolutions_learn_first_and_then_the_picture_counts(params, steer
 def test_a_picture_of_another_size_is_refused(params):
     with pytest.raises(ValueError, match=r"\(8, 4\).*\(16, 8\)"):
         NET.apply({"params": params[1]}, X, T, HINT[:, ::2, ::2])
+
+
+def test_a_narrow_first_level_is_that_of_the_unet():
+    net = ControlNet(**FIELDS | {"multipliers": (0.5, 1)}, hint_widths=(4, 6))
+    params = jax.jit(net.init)(jax.random.key(0), X, T, HINT)["params"]
+    assert params["hint_out"]["kernel"].shape[-1] == params["conv_in"]["kernel"].shape[-1] == 4

@@ -82,13 +82,23 @@ def test_ect_draws_what_its_authors_do(kind, known):
     np.testing.assert_array_equal(t, losses.draw(keys, schedule, x0)[0])
 
 
+@pytest.mark.parametrize("kind", ["flow", "discrete"])
+def test_steps_below_the_rounding_of_a_time_do_not_go_beyond_it(kind, known):
+    method = consistency.Consistency(known.SCHEDULES[kind], "v", q=2.0, double_steps=1)
+    with jax.enable_x64(False):
+        keys = jax.random.split(jax.random.key(0), 2000)
+        t, r, _ = np.asarray(method.draw(keys, jnp.zeros((2000, 2), jnp.float32), 30)[0]).T
+    assert t.dtype == np.float32 and (r <= t).all()
+
+
 def test_lcm_draws_its_grid_and_guidance():
     method = latent_consistency.LatentConsistency(schedules.scaled_linear(), teacher="eps")
     keys = jax.random.split(jax.random.key(0), 2000)
     t, r, w = np.asarray(method.draw(keys, jnp.zeros((2000, 1)))[0]).T
     assert set(t) == set(range(19, 1000, 20)) and (r == np.maximum(t - 20, 0)).all()
     assert w.min() >= 5 and w.max() <= 15 and abs(w.mean() - 10) < 0.3
-    for wrong in ({"teacher": ""}, {"original_steps": 0}, {"weights": (5, 1)}):
+    wrongs = ({"teacher": ""}, {"original_steps": 0}, {"weights": (5, 1)})
+    for wrong in (*wrongs, {"guidance_times": (0, 100)}):
         with pytest.raises(ValueError, match=next(iter(wrong)) + "="):
             dataclasses.replace(method, **wrong)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.process import few_steps, gaussian, schedules
+from diffusion.process import consistency, few_steps, gaussian, schedules
 from diffusion.process.samplers import SAMPLERS, sample
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -183,6 +183,16 @@ def test_times_are_sorted_and_equal_as_often_as_asked(known):
         (lambda: few_steps.MeanFlow(schedules.Flow(), teacher="speed"), "^teacher='speed'.*eps"),
         (lambda: few_steps.MeanFlow(schedules.Flow(), equal=2), "^equal=2.*share"),
         (lambda: few_steps.MeanFlow(schedules.Flow(), guidance_mix=1.0), "^guidance_mix=1.0"),
+        (
+            lambda: few_steps.MeanFlow(schedules.Flow(), guidance_times=(0.9, 0.1)),
+            "guidance_times=.*low <= high",
+        ),
+        (
+            lambda: consistency.Consistency(
+                schedules.EDM(), levels=(10, 1280), skip=0, times="uniform"
+            ),
+            "times='uniform', but levels",
+        ),
         (
             lambda: few_steps.MeanFlow(schedules.Flow(), teacher="v", guidance_mix=0.5),
             "guidance_mix=0.5.*teacher",

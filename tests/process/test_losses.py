@@ -342,3 +342,9 @@ def test_a_mean_is_read_as_the_x0_that_it_is_of(variance, x64):
         gaussian.make_denoise(means, EDM, "mu")
     with pytest.raises(ValueError, match="weighting='min_snr' is of other predictions"):
         losses.objective(DDPM, "mu", weighting="min_snr")
+
+
+@pytest.mark.parametrize("given", [{"weighting": "vlb"}, {"prediction": "mu"}])
+def test_an_angle_that_would_not_count_is_refused(given):
+    with pytest.raises(ValueError, match=r"cosine=1\.0 has no angle"):
+        losses.objective(schedules.ddpm_linear(10), **{"prediction": "eps", "cosine": 1.0, **given})

@@ -8,6 +8,7 @@ import pytest
 from diffusion.process import keys as ks
 from diffusion.process import schedules
 from diffusion.process.samplers import SAMPLERS, sample
+from diffusion.process.samplers.base import estimates
 
 COSINE, FLOW, EDM = schedules.cosine(), schedules.flow(), schedules.edm()
 ZERO = schedules.zero_terminal_snr(COSINE)
@@ -63,3 +64,15 @@ def test_mean_and_variance(name, schedule, options, data, exact):
     assert abs(x.mean() - mean) < 4 * np.sqrt(variance / n) + 1e-3
     # 1% for the discretisation, beside four standard errors
     assert abs(x.var() - variance) < 4 * np.sqrt((fourth - variance**2) / n) + 0.01 * variance
+
+
+@pytest.mark.parametrize(("name", "options"), [("ddim", {}), ("heun", {}), ("heun", {"churn": 40})])
+def test_estimates_are_asked_at_the_levels_of_their_states(name, options):
+    """A state of a trajectory lies at the level that its step begins at, before any churn."""
+    schedule = schedules.EDM()
+    method, plain = SAMPLERS[name](schedule, 6, **options), SAMPLERS[name](schedule, 6)
+    assert len(plain.rows["t"]) == (6 if name == "ddim" else 11)
+    told = estimates(method, lambda x, t: t[:, None] + 0 * x, jnp.zeros((7, 1, 1)))
+    wanted = plain.rows["t"][:: 1 if name == "ddim" else 2]
+    np.testing.assert_allclose(told[:, 0, 0], wanted, rtol=1e-6)
+    assert bool(options) == (float(method.rows["t"][0]) > float(wanted[0]) * 1.001)

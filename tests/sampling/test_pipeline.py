@@ -246,3 +246,33 @@ def test_a_state_in_float64_around_a_network_in_float32(monkeypatch):
     assert states == [("float64", "float64"), ("float32", "float32")]
     with pytest.raises(ValueError, match="state='half' is unknown"):
         dataclasses.replace(how, state="half")
+
+
+def test_schedules_are_compared_between_whole_times_and_in_sigma():
+    ways = [schedules.TrigFlow(sigma_data=deviation) for deviation in (0.5, 1.0)]
+    one, other = (
+        dataclasses.replace(pipeline(), how=dataclasses.replace(pipeline().how, schedule=way))
+        for way in ways
+    )
+    guided(one, one)
+    with pytest.raises(ValueError, match="its schedule is"):
+        guided(one, other)
+
+
+def test_a_classifier_does_not_lead_from_no_signal():
+    how = dataclasses.replace(pipeline().how, schedule=schedules.Flow(), classifier_scale=2.0)
+    with pytest.raises(ValueError, match="cannot lead from a last alpha of 0"):
+        how.classified(lambda x, t: x, lambda x, t: x, jnp.zeros(1, int))
+
+
+def test_a_network_that_is_told_its_guidance_takes_no_other():
+    class Told(Known):
+        guidance_width = 8
+
+    told = pipeline(Told())
+    for setting in ({"guidance_interval": (0.0, 500.0)}, {"guidance_rescale": 0.5}):
+        (name,) = setting
+        with pytest.raises(ValueError, match=rf"{name}=.*told its guidance"):
+            told.changed(**setting).compiled()
+    with pytest.raises(ValueError, match=r"autoguidance=True, .*told its guidance"):
+        guided(told, pipeline()).compiled()

@@ -108,7 +108,9 @@ def sample(
 def estimates(sampler: Sampler, denoise: gaussian.Denoise, xs: Array) -> Array:
     """x_0 as estimated from each x_t of a trajectory but its last: (steps, batch, ...)."""
     begins = np.append(0, sampler.ends[:-1] + 1)
-    times = [_cast(sampler.rows[n][begins], xs.dtype) for n in ("t", "s") if n in sampler.rows]
+    rows = {**sampler.rows, "t": sampler.rows.get("begin", sampler.rows["t"])}
+    rows["t"] = rows["t"].astype(sampler.rows["t"].dtype)
+    times = [_cast(rows[name][begins], xs.dtype) for name in ("t", "s") if name in rows]
 
     def one(row: Any) -> Array:
         x_t, *at = row

@@ -124,6 +124,7 @@ def _predictor(
     norm_out = _norm(grid.alpha[i + 1], grid.sigma[i + 1], coordinates)
     return {
         "t": t,
+        "begin": float(grid.times[i]),  # of x_t before the churn
         "index": i,
         "alpha": alpha,
         "sigma": sigma,

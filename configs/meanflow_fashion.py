@@ -1,4 +1,4 @@
-"""One and two steps on Fashion-MNIST by class: `scratch` (default) or `tuned`.
+"""One and two steps on Fashion-MNIST by class: `scratch` (default), `tuned` or `distilled`.
 
     python -m experiments.train --config=configs/meanflow_fashion.py:scratch --workdir=DIR
     python -m experiments.evaluate --workdir=DIR --metrics=frechet_distance --sweep_steps=1,2 \\
@@ -7,15 +7,16 @@
 On the latents of configs/fashion_ldm.py. `scratch`: MeanFlow (arXiv:2505.13447) from the latents
 alone, the teacher's guidance folded in. `tuned`: consistency tuning (ECT, arXiv:2406.14548) of its
 U-Net at `init_from`, on its schedule and its prediction, along its guided velocity in place of the
-data's, which knows no guidance. For two CPU cores; distances beside the teacher's:
-experiments/results/few_steps/README.md.
+data's, which knows no guidance. `distilled`: jumps of its guided trajectories, as
+configs/distil_digits.py's (arXiv:2310.02279, its loss without GAN). For two CPU cores; distances
+beside the teacher's: experiments/results/few_steps/README.md.
 """
 
 from configs import common, fashion_ldm
 
 
 def get_config(arg=None):
-    which, smoke = common.parse(arg, ("scratch", "tuned"))
+    which, smoke = common.parse(arg, ("scratch", "tuned", "distilled"))
     config = fashion_ldm.get_config("smoke" if smoke else None)
     config.sample.update(steps=1, guidance_scale=1.0)
     if not smoke:
@@ -30,11 +31,17 @@ def get_config(arg=None):
         return config
     config.init_from = "runs/fashion_ldm"
     config.model.teacher = config.model.denoiser.to_dict()
-    if not smoke:
-        config.train.steps = config.optim.decay_steps = 4000
     config.process.method = "consistency"
-    config.process.objective = {"q": 2.0, "double_steps": config.train.steps // 4}
-    config.process.objective.update(teacher="eps", guidance_scale=1.5)
     config.conditioning.drop = 0.0
-    config.sample.sampler = "consistency"
+    if which == "distilled":
+        config.process.prediction = "velocity"
+        config.process.objective = {"skip": 0.04, "power": 0.5, "clean": 0.5}
+        config.model.denoiser.second_time = True
+        config.sample.sampler = "meanflow"
+    else:
+        if not smoke:
+            config.train.steps = config.optim.decay_steps = 4000
+        config.process.objective = {"q": 2.0, "double_steps": config.train.steps // 4}
+        config.sample.sampler = "consistency"
+    config.process.objective.update(teacher="eps", guidance_scale=1.5)
     return config

@@ -22,11 +22,10 @@ def get_config(arg=None):
     if not smoke:
         config.train.steps = config.optim.decay_steps = 8_000
     if which == "scratch":
-        config.process.update(method="meanflow", prediction="velocity", times="logit_normal")
+        config.process.update(method="meanflow", prediction="velocity", times="uniform")
         config.process.schedule = {"name": "flow", "time_scale": 10.0}  # a smooth function of t
-        config.process.objective = {"mean": -0.4, "std": 1.0, "equal": 0.75, "guidance_scale": 1.5}
+        config.process.objective = {"equal": 0.5, "improved": True, "guidance_scale": 1.5}
         config.model.denoiser.second_time = True
-        config.optim.b2 = 0.95
         config.sample.sampler = "meanflow"
         return config
     config.init_from = "runs/fashion_ldm"

@@ -145,6 +145,11 @@ PARAMETERS = {
         **dict.fromkeys(("denoiser", "teacher"), 1_323_908),
         "autoencoder": 396_404,
     },
+    "meanflow_fashion:distilled": {
+        "denoiser": 1_344_644,
+        "teacher": 1_323_908,
+        "autoencoder": 396_404,
+    },
     # SiT's (`sit_imagenet256`, above) and a second time
     **{
         f"meanflow_imagenet256:{size}": {"denoiser": count, "autoencoder": KL_F8}

@@ -10,6 +10,7 @@ import scipy.special
 
 from diffusion.process import consistency, gaussian, latent_consistency, losses, schedules
 from diffusion.process.samplers import SAMPLERS, sample
+from diffusion.process.samplers.lcm import boundary
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -101,6 +102,28 @@ def test_lcm_draws_its_grid_and_guidance():
     for wrong in (*wrongs, {"guidance_times": (0, 100)}):
         with pytest.raises(ValueError, match=next(iter(wrong)) + "="):
             dataclasses.replace(method, **wrong)
+
+
+def test_the_exact_function_is_lcms_to_second_order_in_the_step(known):
+    """Its estimate being what the boundary conditions leave to say."""
+    schedule = known.SCHEDULES["discrete"]
+    method = latent_consistency.LatentConsistency(schedule, teacher="eps")
+    exact, (x0, _, noise) = known.exact(schedule, "eps"), known.drawn("discrete", 64)
+
+    def network(x, t, s=None, told=True, teacher=False, guidance=None, wrong=0.0):
+        if teacher:
+            return exact(x, t)
+        (a, b), (skip, out) = known.levels(schedule, t, x), boundary(10 * t[:, None])
+        end = known.MEAN + known.STD / jnp.sqrt(a**2 * known.STD**2 + b**2) * (x - a * known.MEAN)
+        return (x - a * (end - skip * x) / out) / b + wrong
+
+    errors = []
+    for gap in (20, 10, 5):
+        times = jnp.tile(jnp.asarray([79.0, 79.0 - gap, 5.0]), (64, 1))
+        errors.append(float(jnp.sqrt(method.loss(network, x0, times, noise)[1]["mse"].mean())))
+    off = method.loss(lambda *a, **k: network(*a, **k, wrong=0.1), x0, times, noise)[1]["mse"]
+    assert float(off.mean()) > 10 * errors[-1] ** 2
+    assert np.all(np.abs(np.log2(np.array(errors[:-1]) / errors[1:]) - 2) < 0.25), errors
 
 
 def test_ict_draws_neighbours_as_often_as_its_authors(known):

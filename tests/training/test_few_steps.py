@@ -1,6 +1,4 @@
-"""MeanFlow through real networks: forward mode, a trained network as start, every parallel mode."""
-
-import dataclasses
+"""Few steps on real networks: forward mode, a trained network as start, every parallel mode."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +9,9 @@ from diffusion.models import convolution, target
 from diffusion.models.song import SongUNet
 from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
-from diffusion.process import few_steps, schedules
+from diffusion.process import consistency, few_steps, latent_consistency, schedules
 from diffusion.training import optim
+from diffusion.training import parallel as modes
 from diffusion.training.conditions import Label
 from diffusion.training.denoiser import Denoiser
 from diffusion.training.ema import Ema
@@ -97,24 +96,35 @@ def test_a_trained_network_is_its_own_start(kind):
 SMALL = Transformer(4, 2, 16, 1, 2, num_classes=3, norm="rms", second_time=True)
 
 
-def task(accumulate=1, **options) -> Denoiser:
+def meanflow(**options):
+    return few_steps.MeanFlow(schedules.Flow(), equal=0.25, guidance_scale=2.0, **options)
+
+
+def task(method=None, accumulate=1, remat=None) -> Denoiser:
+    method = meanflow() if method is None else method
     rate = optim.learning_rate(0.1)
-    method = few_steps.MeanFlow(schedules.Flow(), equal=0.25, guidance_scale=2.0, **options)
+    told = isinstance(method, few_steps.MeanFlow) or getattr(method, "clean", 1) < 1
     return Denoiser(
-        network=SMALL,
+        network=SMALL.clone(second_time=told, remat=remat),
         sample_shape=SHAPE,
-        objective=target.forward_mode()(method.loss),
+        objective=target.forward_mode()(method.loss) if method.forward_mode else method.loss,
         draw=method.draw,
         optimizer=Optimizer({"denoiser": optim.make_transform(rate, "sgd")}, rate, clip_norm=1.0),
         ema=Ema(0.9, networks=("denoiser",)),
         conditions={"label": Label(2)},
         drop_condition=0.2,
+        teacher=SMALL.clone(second_time=False) if method.teacher else None,
         accumulate=accumulate,
     )
 
 
 def steps(parallel: Parallel, task: Denoiser):
+    """A fresh teacher would put out zeros, whatever it is asked."""
     state, found = parallel.init(task.init, jax.random.key(0)), []
+    if parallel.mesh.shape["fsdp"] > 1:
+        assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+    made = {"teacher": drawn(task.teacher, labels=jnp.zeros(2, int))} if task.teacher else {}
+    frozen = parallel.replicate(made)
     step, rng = parallel.step(task.train_step), np.random.default_rng(0)
     for _ in range(2):
         batch = {
@@ -122,7 +132,7 @@ def steps(parallel: Parallel, task: Denoiser):
             "label": rng.integers(0, 2, BATCH).astype(np.int32),
             "position": np.arange(BATCH, dtype=np.int32),
         }
-        state, metrics = step(state, parallel.batch(batch), {})
+        state, metrics = step(state, parallel.batch(batch), frozen)
         found.append(parallel.scalars(metrics)["loss"])
     return found, jax.device_get(parallel.gather(state)).params
 
@@ -139,33 +149,58 @@ def single() -> Parallel:
     return Parallel("jit", make_mesh(devices=jax.devices()[:1]))
 
 
+@pytest.fixture(autouse=True)
+def split_small_parameters(monkeypatch):
+    """As large ones are."""
+    monkeypatch.setattr(modes, "MIN_SHARDED_SIZE", 256)
+
+
 @pytest.fixture(scope="module")
 def plain():
     return steps(single(), task())
 
 
 WAYS = {
-    "fsdp4": (lambda: Parallel("jit", make_mesh(2, 4)), {}),
-    "pmap": (lambda: Parallel("pmap", make_mesh()), {}),
-    "parts": (single, {"accumulate": 2}),
+    "fsdp4": lambda: Parallel("jit", make_mesh(2, 4)),
+    "pmap": lambda: Parallel("pmap", make_mesh()),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_is_the_plain_step(way, plain):
-    make, changed = WAYS[way]
-    losses, params = steps(make(), task(**changed))
+    losses, params = steps(WAYS[way](), task())
     np.testing.assert_allclose(losses, plain[0], rtol=1e-6)
     assert distance(params, plain[1]) < 1e-6
     start = jax.device_get(single().init(task().init, jax.random.key(0)).params)
     assert distance(plain[1], start) > 1e-3
 
 
+GUIDED = {"teacher": "velocity", "guidance_scale": 2.0}
+OBJECTIVES = {
+    "improved": meanflow(improved=True),
+    "consistency": consistency.Consistency(schedules.EDM()),
+    "jumps": consistency.Consistency(schedules.Flow(), "velocity", skip=0.1, clean=0.5, **GUIDED),
+    "scm": consistency.ContinuousConsistency(schedules.TrigFlow(), warmup_steps=1),
+    "progressive": consistency.Progressive(schedules.Flow(), "v", steps=2, **GUIDED),
+    "lcm": latent_consistency.LatentConsistency(schedules.scaled_linear(), teacher="eps"),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_the_plain_step_sharded_in_parts_and_recomputed(name):
+    """At once: parameters and examples over four devices, parts of a batch, remat."""
+    method, parallel = OBJECTIVES[name], Parallel("jit", make_mesh(1, 4, jax.devices()[:4]))
+    plain = steps(single(), task(method))
+    losses, params = steps(parallel, task(method, accumulate=2, remat="full"))
+    np.testing.assert_allclose(losses, plain[0], rtol=1e-6)
+    assert distance(params, plain[1]) < 1e-6
+    assert abs(losses[1] / losses[0] - 1) > 1e-3
+
+
 def test_the_teacher_is_frozen_and_read():
     """It moves no gradient; another teacher, another loss."""
-    made = task(teacher="velocity")
-    teacher = SMALL.clone(second_time=False)
-    made = dataclasses.replace(made, teacher=teacher)
+    made = task(meanflow(teacher="velocity"))
+    teacher = made.teacher
     params = {"denoiser": drawn(SMALL, labels=jnp.zeros(2, int))}
     params |= {"teacher": made.networks_init(jax.random.key(0))["teacher"]}
     batch = {"mean": jnp.ones((2, *SHAPE)), "label": jnp.asarray([0, 1])}

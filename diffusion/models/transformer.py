@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from diffusion.models.attention import ACTIVATIONS, mean_token
-from diffusion.models.layers import Dense, timestep_embedding
+from diffusion.models.layers import Dense, default_init, timestep_embedding
 from diffusion.models.positions import patches, per_axis, rotary_angles, sincos_positions, unpatch
 from diffusion.models.second_time import with_second_time
 from diffusion.models.transformer_blocks import Block, folded, make_norm, table, zero_dense
@@ -65,6 +65,8 @@ class Transformer(nn.Module):
     the feed-forward `mlp_epsilon` where it is given (Diffusers' DiT has 1e-5), of the last one
     `out_epsilon` (Diffusers' PixArt and Latte have 1e-6 whatever `norm_eps` says).
     freq_shift: of eq. 2's sinusoids; 1 in Diffusers' DiT. second_time: takes `s`.
+    condition_std: what eq. 2's matrices start with, DiT's at a width of 1152; None: scaled by fan,
+    and labels of unit size. At a width of 128, 0.02 makes a faint c, and eq. 3 grows as slowly.
     dtype: what to compute in; parameters stay float32. remat: None or a key of REMAT_POLICIES.
     """
 
@@ -94,6 +96,7 @@ class Transformer(nn.Module):
     mlp_epsilon: float | None = None
     out_epsilon: float | None = None
     freq_shift: int | float = 0
+    condition_std: float | None = 0.02
     second_time: bool = False
     dtype: Any = None
     remat: str | None = None
@@ -167,7 +170,9 @@ class Transformer(nn.Module):
     ) -> tuple[Array, Array | None]:
         """Eq. 2; and W silu(c) of eq. 4 where one W serves all blocks."""
         t = jnp.broadcast_to(t, x.shape[:1]).astype(jnp.promote_types(x.dtype, jnp.float32))
-        dense = functools.partial(Dense, kernel_init=small_init, dtype=self.dtype)
+        std = self.condition_std
+        init = default_init if std is None else nn.initializers.normal(std)
+        dense = functools.partial(Dense, kernel_init=init, dtype=self.dtype)
         sinusoids = TIME_WIDTH, True, self.freq_shift
         c = nn.silu(dense(self.width, name="time_1")(timestep_embedding(t, *sinusoids)))
         c = dense(self.width, name="time_2")(c)
@@ -183,7 +188,8 @@ class Transformer(nn.Module):
         if self.num_classes is None:
             return None
         sizes = self.num_classes, self.width, self.dtype
-        return nn.Embed(*sizes, embedding_init=small_init, name="class_embedding")(labels)
+        init = nn.initializers.normal(1.0 if self.condition_std is None else self.condition_std)
+        return nn.Embed(*sizes, embedding_init=init, name="class_embedding")(labels)
 
     def _out(self, u: Array, c: Array, places: int) -> Array:
         """Eq. 6, but its unpatch."""

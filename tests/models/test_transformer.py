@@ -282,6 +282,18 @@ def test_rotary_positions_alone_tell_no_place(kind):
     assert (spread < 1e-5) == (kind == "rotary")
 
 
+@pytest.mark.parametrize("std,low,high", [(None, 0.2, 2), (0.02, 0, 0.15)])
+def test_time_and_classes_start_of_unit_size_where_they_are_scaled_by_fan(std, low, high):
+    """At 0.02 they are faint in a narrow network, and what eq. 3 makes of them grows as slowly."""
+    module = Transformer(4, 2, 128, 1, 4, num_classes=11, condition_std=std)
+    x, t, labels = images(4, 4, 4, 4), jnp.arange(4.0), jnp.arange(4)
+    params = module.init(jax.random.key(1), x, t, labels=labels)
+    _, seen = module.apply(params, x, t, labels=labels, capture_intermediates=True)
+    for name in ("time_2", "class_embedding"):
+        (found,) = seen["intermediates"][name]["__call__"]
+        assert low < float(jnp.sqrt(jnp.mean(found**2))) < high, name
+
+
 def test_words_are_heard_from_the_start_by_a_narrow_network():
     """Cross-attention starts at zero: were its keys and values faint as well, it would stay so."""
     words = jax.random.normal(jax.random.key(0), (4, 8, 96))

@@ -15,6 +15,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -164,19 +165,32 @@ class Tokenizer:
         return sorted(words)
 
 
+NAMES = ("first", "second", "third")
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerPair(Tokenizer):
-    """Two tokenizers of one caption: `length` tokens are half the first's, then the second's."""
+    """Two tokenizers of one caption, or three: `length` tokens are the third's `third_length`, and
+    of the others half the first's, then the second's, with the third's after them."""
 
     @classmethod
-    def join(cls, first: Tokenizer, second: Tokenizer) -> "TokenizerPair":
-        return cls(f'{PAIR}{first.serialised}, "second": {second.serialised}}}')
+    def join(cls, *parts: Tokenizer, third_length: int = 0) -> "TokenizerPair":
+        named = ", ".join(f'"{name}": {part.serialised}' for name, part in zip(NAMES, parts))
+        more = f', "third_length": {third_length}' if third_length else ""
+        return cls(f"{{{named}{more}}}")
 
     @functools.cached_property
-    def parts(self) -> tuple[Tokenizer, Tokenizer]:
-        both = json.loads(self.serialised)
-        first, second = (Tokenizer.of(json.dumps(both[name])) for name in ("first", "second"))
-        return first, second
+    def _whole(self) -> dict[str, Any]:
+        return json.loads(self.serialised)
+
+    @functools.cached_property
+    def parts(self) -> tuple[Tokenizer, ...]:
+        named = (self._whole[name] for name in NAMES if name in self._whole)
+        return tuple(Tokenizer.of(json.dumps(part)) for part in named)
+
+    @property
+    def third_length(self) -> int:
+        return self._whole.get("third_length", 0)
 
     @functools.cached_property
     def backend(self) -> tokenizers.Tokenizer:
@@ -189,15 +203,19 @@ class TokenizerPair(Tokenizer):
     def encode_and_mark(
         self, captions: Sequence[str], length: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        both = [part.encode_and_mark(captions, length // 2) for part in self.parts]
+        half = (length - self.third_length) // 2
+        lengths = (half, half, self.third_length)
+        both = [part.encode_and_mark(captions, n) for part, n in zip(self.parts, lengths)]
         tokens, cut = zip(*both)
-        return np.concatenate(tokens, axis=1), cut[0] | cut[1]
+        return np.concatenate(tokens, axis=1), np.any(cut, axis=0)
 
     def with_words(self, words: Mapping[str, int]) -> "TokenizerPair":
-        return self.join(*(part.with_words(words) for part in self.parts))
+        grown = (part.with_words(words) for part in self.parts)
+        return self.join(*grown, third_length=self.third_length)
 
     def decode(self, tokens: np.ndarray) -> list[str]:
-        return self.parts[0].decode(np.asarray(tokens)[:, : np.shape(tokens)[1] // 2])
+        half = (np.shape(tokens)[1] - self.third_length) // 2
+        return self.parts[0].decode(np.asarray(tokens)[:, :half])
 
 
 def train(captions: Iterable[str], kind: str = "word", vocabulary_size: int = 8192) -> Tokenizer:

@@ -108,18 +108,18 @@ def save_autoencoder(
     directory: str | os.PathLike,
     module: AutoencoderKL | VQModel,
     params: PyTree,
-    scaling_factor: float = 1.0,
+    scaling: tuple[float, float] = (1.0, 0.0),
     sample_size: int = 256,
 ) -> None:
     """Writes a directory that Diffusers loads, whole or not at all.
 
-    `scaling_factor`: what the diffusion model multiplies latents with. `sample_size`: pixels a side
-    of the training images, from which Diffusers takes its tile size. ValueError for what Diffusers
-    cannot hold.
+    `scaling`: as `load_scaling` reads. `sample_size`: pixels a side of the training images, from
+    which Diffusers takes its tile size. ValueError for what Diffusers cannot hold.
     """
     tensors = to_tensors(params, RULES)
     _check(module, tensors)
-    config = _config(module) | {"scaling_factor": scaling_factor, "sample_size": sample_size}
+    factors = {"scaling_factor": scaling[0], **({"shift_factor": scaling[1]} if scaling[1] else {})}
+    config = _config(module) | factors | {"sample_size": sample_size}
     write_directory(directory, config, tensors, STEM)
 
 

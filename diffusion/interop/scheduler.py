@@ -7,6 +7,7 @@ _class_name  DDIM, PNDM (skip_prk_steps or not), DDPM,     ddim, plms or pndm, d
     DPMSolverMultistep, UniPCMultistep                     dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc
     LMSDiscrete, DEISMultistep, KDPM2Discrete, LCM, TCD    lms, deis, dpm2, lcm, tcd
 use_karras_sigmas, ..._exponential_..., ..._beta_...       spacing; the schedule's `between`
+FlowMatchEulerDiscrete: flow, its shift and time_scale; velocity, by euler at "even" times
 
 Every key is honoured, harmless, or refused by name. Harmless is one that its class does not take,
 which Diffusers leaves out as well, and one that has no effect with the others' values.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.files import read_json
+from diffusion.interop import scheduler_keys as keys
 from diffusion.interop.files import naming
 from diffusion.interop.scheduler_keys import BETAS, CLASSES, FINAL, PREDICTIONS, SAMPLERS, VARIANCES
 
@@ -57,13 +59,14 @@ def read_scheduler(directory: str | Path, **replaced: Any) -> Scheduler:
     config = read_json(path, "fetch it again") | replaced
     named = str(config.get("_class_name")).removeprefix("Flax")
     config["_class_name"] = named
-    if named not in CLASSES:
+    classes = {**CLASSES, keys.FLOW_MATCH: keys.FLOW_MATCH_KEYS}
+    if named not in classes:
         raise ValueError(
-            f"{path}: _class_name={named!r} is unknown: only {', '.join(CLASSES)} are known"
+            f"{path}: _class_name={named!r} is unknown: only {', '.join(classes)} are known"
         )
-    known = CLASSES[named]
+    known = classes[named]
     config = {**{key: default for key, (default, _) in known.items()}, **config}
-    everywhere = {key for keys in CLASSES.values() for key in keys}
+    everywhere = {key for table in classes.values() for key in table}
     for key, value in config.items():
         if key not in everywhere and not key.startswith("_"):
             raise ValueError(f"{path}: {key}={value!r} is no key of a scheduler that is known here")
@@ -79,6 +82,9 @@ def read_scheduler(directory: str | Path, **replaced: Any) -> Scheduler:
                 f"{', '.join(map(repr, allowed))}"
             )
     with naming(path):
+        if named == keys.FLOW_MATCH:
+            schedule = keys.flow_schedule(config)
+            return Scheduler(schedule, "velocity", "euler", {"spacing": "even"}, False)
         return _read(config, known, path)
 
 
@@ -212,6 +218,8 @@ def _clips(config: Mapping[str, Any], sampler: str, path: Path) -> bool:
 
 def scheduler_config(scheduler: Scheduler) -> dict[str, Any]:
     """What Diffusers reads. ValueError naming what it has no word for."""
+    if scheduler.schedule["name"] == "flow":
+        return keys.flow_config(scheduler.schedule, scheduler.prediction, scheduler.clip)
     betas = {ours: theirs for theirs, ours in BETAS.items()} | {"betas": "linear"}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     schedule, options = scheduler.schedule, scheduler.options

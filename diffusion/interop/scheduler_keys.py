@@ -3,6 +3,7 @@
 Where a value has none, `scheduler.py` refuses it by name.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 SAMPLERS = {
@@ -74,6 +75,22 @@ FEW: dict[str, tuple[Any, tuple | None]] = {
     "timestep_scaling": (10.0, None),
 }
 FINAL = {"zero": "clean", "sigma_min": "first"}
+# Of rectified flow, which has no betas; without dynamic shifting five of its keys have no effect.
+FLOW_MATCH = "FlowMatchEulerDiscreteScheduler"
+FLOW_MATCH_KEYS: dict[str, tuple[Any, tuple | None]] = {
+    "num_train_timesteps": (1000, None),
+    "shift": (1.0, None),
+    "use_dynamic_shifting": (False, OFF),
+    "base_shift": (0.5, None),
+    "max_shift": (1.15, None),
+    "base_image_seq_len": (256, None),
+    "max_image_seq_len": (4096, None),
+    "time_shift_type": ("exponential", ("exponential", "linear")),
+    "invert_sigmas": (False, OFF),
+    "shift_terminal": (None, OFF),
+    "stochastic_sampling": (False, OFF),
+    **{f"use_{kind}_sigmas": (False, OFF) for kind in ("karras", "exponential", "beta")},
+}
 CLASSES: dict[str, dict[str, tuple[Any, tuple | None]]] = {
     "DDIMScheduler": {
         **(COMMON | ZERO_SNR | THRESHOLD),
@@ -162,3 +179,20 @@ CLASSES: dict[str, dict[str, tuple[Any, tuple | None]]] = {
     "LCMScheduler": FEW,
     "TCDScheduler": FEW,  # which clips nothing
 }
+
+
+def flow_schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rectified flow of `FLOW_MATCH_KEYS`, as `process/schedules.py` has it."""
+    return {"name": "flow", "time_scale": config["num_train_timesteps"], "shift": config["shift"]}
+
+
+def flow_config(schedule: Mapping[str, Any], prediction: str, clip: bool) -> dict[str, Any]:
+    """Its file; whichever the sampler, Diffusers takes Euler's steps. ValueError for another."""
+    scale, shift = schedule.get("time_scale", 1000), schedule.get("shift", 1)
+    if prediction != "velocity" or scale != int(scale) or scale < 2 or clip:
+        raise ValueError(
+            f"process.prediction={prediction!r} with process.schedule.time_scale={scale} and "
+            f"sample.clip={clip} cannot be written for Diffusers, whose flow predicts a velocity "
+            "at a whole number of times and clips nothing: keep this run's own checkpoint"
+        )
+    return {"_class_name": FLOW_MATCH, "num_train_timesteps": int(scale), "shift": float(shift)}

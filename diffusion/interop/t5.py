@@ -1,13 +1,14 @@
-"""T5's encoder in Transformers' format: a `T5EncoderModel`, or a whole T5 less its decoder."""
+"""T5's encoder in Transformers' format, both ways: a `T5EncoderModel`, or a T5 less its decoder."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from diffusion.interop import files
+from diffusion.interop import files, text_encoder
 from diffusion.interop.weight_files import read_weights
 from diffusion.models.t5 import T5Encoder
 
@@ -36,6 +37,14 @@ NUMBERS = {  # ours, theirs and what a missing one means
     "epsilon": ("layer_norm_epsilon", 1e-6),
 }
 
+WHOLE = {"pruned_heads": ({},), "quantization_config": (None,)}
+# Of no effect on the encoder's states: of the decoder, of training, and CLIP's.
+FREE = (
+    *("num_decoder_layers", "dropout_rate", "classifier_dropout", "scale_decoder_outputs"),
+    *("output_past", "n_positions"),  # of old files: nothing reads them
+    *text_encoder.FREE,
+)
+
 
 def load_t5(directory: str | os.PathLike, dtype: Any = None) -> tuple[T5Encoder, dict[str, Any]]:
     """(module, float32 parameters) of a Transformers directory; `dtype`: what it computes in.
@@ -46,6 +55,10 @@ def load_t5(directory: str | os.PathLike, dtype: Any = None) -> tuple[T5Encoder,
     config, path = files.read_config(directory, CLASSES), Path(directory) / "config.json"
     files.require(config, {"feed_forward_proj": tuple(ACTIVATIONS)}, path)
     activation, gated = ACTIVATIONS[config.get("feed_forward_proj", "relu")]
+    same = {"dense_act_fn": ("gelu_new" if gated else "relu",), "is_gated_act": (gated,)}
+    files.require(config, {**same, **WHOLE}, path)
+    known = (theirs for theirs, _ in NUMBERS.values())
+    files.refuse_unknown(config, {"feed_forward_proj", *same, *WHOLE, *FREE, *known}, path)
     sizes = {ours: config.get(theirs, value) for ours, (theirs, value) in NUMBERS.items()}
     module = T5Encoder(**sizes, activation=activation, gated=gated, dtype=dtype)
     tokens = jnp.zeros((1, 1), jnp.int32)
@@ -56,3 +69,20 @@ def load_t5(directory: str | os.PathLike, dtype: Any = None) -> tuple[T5Encoder,
         weights = weights.without(embedding)  # the same again
     weights = weights.renamed([(embedding, "shared.weight"), (rf"^{BIAS}$", "bias")])
     return module, files.to_params(weights, shapes, RULES)
+
+
+def save_t5(directory: str | os.PathLike, module: T5Encoder, params: Mapping[str, Any]) -> None:
+    """Writes a directory that Transformers loads as `T5EncoderModel`, whole or not at all."""
+    kinds = {kind: name for name, kind in ACTIVATIONS.items()}
+    kind = (module.activation, module.gated)
+    if kind not in kinds:
+        raise ValueError(
+            f"activation={kind[0]!r} with gated={kind[1]} cannot be written for Transformers: its "
+            f"T5 has {' or '.join(map(str, kinds))}"
+        )
+    config = {theirs: getattr(module, ours) for ours, (theirs, _) in NUMBERS.items()}
+    config |= {"architectures": ["T5EncoderModel"], "model_type": "t5"}
+    config |= {"feed_forward_proj": kinds[kind], "is_encoder_decoder": False}
+    tensors = files.to_tensors(params, RULES)
+    tensors[BIAS] = tensors.pop("bias")
+    files.write_directory(directory, config, tensors, STEM)

@@ -1,7 +1,7 @@
 """Text encoders in Transformers' format: directories of `CLIPTextModel`, quick GELU or GELU.
 
 Read are also a `CLIPTextModelWithProjection` and the text half of a `CLIPModel`; their projections
-have a place in Stable Diffusion XL's pair alone. Names come with the prefix `text_model.`
+are `text_pair.py`'s. Names come with the prefix `text_model.`
 (published files, Transformers 4) or without (Transformers 5), and with the buffer `position_ids` in
 files from before Transformers 4.31.
 
@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
 from diffusion.interop.files import (
@@ -30,12 +29,11 @@ from diffusion.interop.files import (
     write_directory,
 )
 from diffusion.interop.weight_files import read_weights
-from diffusion.models.text_encoder import TextPair, TextTransformer
+from diffusion.models.text_encoder import TextTransformer
 
 STEM = "model"
 CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 PREFIX = "text_model."
-PROJECTION = "text_projection.weight"
 
 RULES: Rules = (
     (r"^/(token|position)_embedding/", r"/embeddings/\1_embedding/"),
@@ -107,47 +105,11 @@ def save_text_encoder(
     `prefix`: of every tensor's name; the default is what versions 4 and 5 load, "" what 5 writes.
     ValueError for an encoder that is not CLIP's (not causal, say).
     """
-    _check(module)
+    check(module)
     skipped = {f"layers_{i}" for i in range(_layers(module), module.layers)}
     kept = {name: value for name, value in params.items() if name not in skipped}
     tensors = {prefix + name: value for name, value in to_tensors(kept, RULES).items()}
-    write_directory(directory, _config(module), tensors, STEM)
-
-
-def load_text_pair(
-    first: str | os.PathLike, second: str | os.PathLike, end: int
-) -> tuple[TextPair, dict[str, Any]]:
-    """(module, float32 parameters) of Stable Diffusion XL's two directories, a `CLIPTextModel` and
-    a `CLIPTextModelWithProjection`; `end`: the end token's id. ValueError as `load_text_encoder`.
-    """
-    ours, own = load_text_encoder(first)
-    theirs, other = load_text_encoder(second)
-    projection = read_weights(second, STEM).tensors.get(PROJECTION)
-    if projection is None or projection.ndim != 2 or projection.shape[1] != theirs.width:
-        found = None if projection is None else projection.shape
-        raise ValueError(
-            f"{second} has a {PROJECTION} of {found}, where Stable Diffusion XL's second text "
-            f"encoder has one of (its dim, {theirs.width}): fetch it again"
-        )
-    kernel = jnp.asarray(projection.T, jnp.float32)
-    params = {"first": own, "second": other, "project": {"kernel": kernel}}
-    return TextPair(ours, theirs, projection=len(projection), end=end), params
-
-
-def save_text_pair(
-    first: str | os.PathLike, second: str | os.PathLike, module: TextPair, params: PyTree
-) -> None:
-    """Writes the two directories that a `StableDiffusionXLPipeline` loads."""
-    save_text_encoder(first, module.first, params["first"])
-    _check(module.second)
-    tensors = {PREFIX + n: value for n, value in to_tensors(params["second"], RULES).items()}
-    tensors[PROJECTION] = np.ascontiguousarray(np.asarray(params["project"]["kernel"]).T)
-    config = _config(module.second) | {
-        "architectures": ["CLIPTextModelWithProjection"],
-        "projection_dim": module.projection,
-        "eos_token_id": module.end,
-    }
-    write_directory(second, config, tensors, STEM)
+    write_directory(directory, config_of(module), tensors, STEM)
 
 
 def _layers(module: TextTransformer) -> int:
@@ -189,7 +151,7 @@ def multiple(inner: int, width: int) -> int | float:
     return inner // width if inner % width == 0 else (inner + 0.5) / width
 
 
-def _config(module: TextTransformer) -> dict[str, Any]:
+def config_of(module: TextTransformer) -> dict[str, Any]:
     """CLIP's vocabulary ends in the start and the end token."""
     return {
         "architectures": ["CLIPTextModel"],
@@ -207,7 +169,7 @@ def _config(module: TextTransformer) -> dict[str, Any]:
     }
 
 
-def _check(module: TextTransformer) -> None:
+def check(module: TextTransformer) -> None:
     """ValueError where `CLIPTextModel` has no key for what the module is."""
     wanted = {
         "causal": (True,),

@@ -15,7 +15,7 @@ What differs between the published encoders is in the fields:
     LDM's BERTEmbedder (https://arxiv.org/abs/2112.10752, appendix E.2.1; CompVis,
         `ldm/modules/x_transformer.py`): `ldm_bert()`.
     Stable Diffusion XL: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 (width 1280, 32 layers, 20 heads,
-        GELU) beside each other: `TextPair`.
+        GELU) beside each other: `TextPair`. Stable Diffusion 3 has T5 as well.
 """
 
 import functools
@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from diffusion.models.attention import Attention, FeedForward
 from diffusion.models.layers import Dropout
+from diffusion.models.t5 import T5Encoder
 
 # Variance in two passes: CLIP's residual stream has entries in the hundreds.
 LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
@@ -165,22 +166,33 @@ class TextTransformer(nn.Module):
 
 
 class TextPair(nn.Module):
-    """Stable Diffusion XL's two encoders (https://arxiv.org/abs/2307.01952, section 2.1).
+    """Stable Diffusion XL's two encoders (https://arxiv.org/abs/2307.01952, section 2.1), or
+    Stable Diffusion 3's three (https://arxiv.org/abs/2403.03206, section 4).
 
     `pair.apply({"params": p}, tokens)`: "context" (batch, length, both widths), of both what enters
     the last layer; "pooled" (batch, projection), the second's end token, projected (CLIP, eq. 4 of
     `clip.py`). Tokens (batch, 2 length) are the first's and then the second's, whose paddings
     differ. end: the end token.
+    third: T5; the context, filled up with zeros to its width, is followed by its `third_length`
+    states, of tokens after the others'; of no layers, by zeros, and it has no tokens. "pooled" is
+    then the first's, of `first_projection`, before the second's.
     """
 
     first: TextTransformer
     second: TextTransformer
     projection: int = 1280
     end: int = 49407
+    third: T5Encoder | None = None
+    third_length: int = 256
+    first_projection: int = 768
 
     @property
     def vocab_size(self) -> int:
         return min(self.first.vocab_size, self.second.vocab_size)
+
+    @property
+    def third_tokens(self) -> int:
+        return self.third_length if self.third is not None and self.third.layers else 0
 
     @nn.compact
     def __call__(
@@ -189,15 +201,32 @@ class TextPair(nn.Module):
         mask: None = None,
         keys: Key[Array, "batch"] | None = None,
     ) -> dict[str, Array]:
-        ours, theirs = jnp.split(tokens, 2, axis=1)
-        _, first = self.first(ours, keys=keys, penultimate=True)
+        length = tokens.shape[1] - self.third_tokens
+        ours, theirs = jnp.split(tokens[:, :length], 2, axis=1)
+        own, first = self.first(ours, keys=keys, penultimate=True)
         last, second = self.second(theirs, keys=keys, penultimate=True)
-        place = (theirs == self.end).argmax(-1)
-        pooled = jnp.take_along_axis(last, place[:, None, None], axis=1)[:, 0]
-        dtype = self.second.dtype
-        pooled = nn.Dense(self.projection, use_bias=False, dtype=dtype, name="project")(pooled)
-        pooled = pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32))
-        return {"context": jnp.concatenate([first, second], axis=-1), "pooled": pooled}
+        context = jnp.concatenate([first, second], axis=-1)
+        pooled = self._pooled(last, theirs, self.projection, "project")
+        if self.third is None:
+            return {"context": context, "pooled": pooled}
+        wide = self.third.width - context.shape[-1]
+        if wide < 0:
+            raise ValueError(
+                f"text_encoder_3.width={self.third.width} is under the {context.shape[-1]} of the "
+                "other two together, which are filled up to it: raise it"
+            )
+        states = jnp.zeros((len(tokens), self.third_length, self.third.width), context.dtype)
+        if self.third.layers:
+            states = self.third(tokens[:, length:])
+        context = jnp.concatenate([jnp.pad(context, ((0, 0), (0, 0), (0, wide))), states], axis=1)
+        first = self._pooled(own, ours, self.first_projection, "project_first")
+        return {"context": context, "pooled": jnp.concatenate([first, pooled], axis=-1)}
+
+    def _pooled(self, states: Array, tokens: Array, width: int, name: str) -> Array:
+        place = (tokens == self.end).argmax(-1)
+        found = jnp.take_along_axis(states, place[:, None, None], axis=1)[:, 0]
+        found = nn.Dense(width, use_bias=False, dtype=self.second.dtype, name=name)(found)
+        return found.astype(jnp.promote_types(found.dtype, jnp.float32))
 
 
 def ldm_bert(width: int = 1280, layers: int = 32, **fields: Any) -> TextTransformer:

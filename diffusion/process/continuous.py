@@ -5,7 +5,9 @@ EDM             alpha = 1, sigma = t; training levels ln sigma ~ N(P_mean, P_std
                                                    (EDM Table 1, arXiv:2206.00364)
 TrigFlow        alpha = cos t, sigma = d sin t, d = sigma_data: EDM's process over sqrt(1 + (s/d)^2)
                 at its level s = d tan t                  (arXiv:2410.11081 section 3)
-rectified flow  alpha = 1 - t, sigma = t, t in [0, 1] (arXiv:2209.03003; here t = 1 is noise)
+rectified flow  alpha = 1 - t, sigma = t, t in [0, 1] (arXiv:2209.03003; here t = 1 is noise);
+                times drawn or spaced are moved to shift t / (1 + (shift - 1) t)
+                                                   (SD3 eq. 23, arXiv:2403.03206)
 """
 
 import dataclasses
@@ -123,18 +125,28 @@ class TrigFlow(EDM):
 class Flow:
     """Rectified flow: alpha = 1 - t, sigma = t. The network is told ``time_scale * t``.
 
-    p_mean, p_std: of logit(t), where training draws it logit-normal.
+    p_mean, p_std: of logit(t), where training draws it logit-normal. shift: above 1, more of the
+    times that training draws and sampling visits have much noise, as large pictures want.
     """
 
     time_scale: float | int = 1000.0
     p_mean: float | int = 0.0
     p_std: float | int = 1.0
     sigma_data: float | int = 0.5
+    shift: float | int = 1.0
 
     num_steps = None
     variance_preserving = False
     time_range = (0.0, 1.0)
     prior_std = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shift < float("inf"):
+            raise ValueError(f"shift={self.shift} must be above 0 and finite: 1 moves no time")
+
+    def shifted(self, t: Times) -> Levels:
+        """Even times of [0, 1] to those that are drawn or visited."""
+        return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
     def alpha(self, t: Times) -> Levels:
         return 1 - as_float(t)

@@ -45,12 +45,13 @@ Objective = Callable[..., tuple[Array, dict[str, Array]]]
 
 
 def uniform_times(keys: Key[Array, "batch"], schedule: Schedule) -> Array:
-    """(batch,) int32 uniform on 0..T-1, or float uniform on the schedule's range."""
+    """(batch,) int32 uniform on 0..T-1, or float uniform on the schedule's range, then shifted."""
     if schedule.num_steps is not None:
         bounds = functools.partial(jax.random.randint, minval=0, maxval=schedule.num_steps)
         return jax.vmap(lambda key: bounds(key, (), dtype=jnp.int32))(keys)
     low, high = schedule.time_range
-    return jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))(keys)
+    t = jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))(keys)
+    return jnp.asarray(schedule.shifted(t)) if isinstance(schedule, Flow) else t
 
 
 def lognormal_times(keys: Key[Array, "batch"], schedule: Schedule) -> Array:
@@ -70,7 +71,8 @@ def logit_normal_times(
     mean: float | int | None = None,
     std: float | int | None = None,
 ) -> Array:
-    """t = sigmoid(mean + std n), (batch,): SD3's eq. 19, arXiv:2403.03206. None: the schedule's."""
+    """t = sigmoid(mean + std n), (batch,): SD3's eq. 19, arXiv:2403.03206, then the schedule's
+    shift. None: the schedule's."""
     if not isinstance(schedule, Flow):
         raise ValueError(
             f"times='logit_normal' draws t in (0, 1), which {type(schedule).__name__} "
@@ -78,7 +80,7 @@ def logit_normal_times(
         )
     mean = schedule.p_mean if mean is None else mean
     std = schedule.p_std if std is None else std
-    return jax.nn.sigmoid(mean + std * normal(keys, keys.shape))
+    return jnp.asarray(schedule.shifted(jax.nn.sigmoid(mean + std * normal(keys, keys.shape))))
 
 
 TIMES: dict[str, Callable[..., Array]] = {

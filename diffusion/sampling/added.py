@@ -11,7 +11,7 @@ from diffusion.models import lora
 from diffusion.models.unet import UNet
 from diffusion.sampling.pipeline import Pipeline
 from diffusion.training.denoiser import control_name
-from diffusion.training.sized_text import SizedText
+from diffusion.training.sized_text import PooledText
 
 PAIR = {"text_encoder": "first", "text_encoder_2": "second"}  # in a `TextPair`'s parameters
 
@@ -19,7 +19,7 @@ PAIR = {"text_encoder": "first", "text_encoder_2": "second"}  # in a `TextPair`'
 def with_lora(pipeline: Pipeline, path: str, scale: float = 1.0) -> Pipeline:
     """With `scale` times the updates of a file in Diffusers' format."""
     params = {"unet" if k == "denoiser" else k: v for k, v in pipeline.params.items()}
-    two = isinstance(pipeline.task.conditions.get("text"), SizedText)
+    two = isinstance(pipeline.task.conditions.get("text"), PooledText)
     if two:
         params |= {name: pipeline.params["text_encoder"][part] for name, part in PAIR.items()}
     for name, tree in interop.load_lora(path, params, pipeline.task.network).items():
@@ -40,7 +40,11 @@ def with_embeddings(pipeline: Pipeline, words: Mapping[str, np.ndarray]) -> Pipe
         raise ValueError("the model reads no captions, so that no word can be learned for it")
     tokenizer: Any = pipeline.tokenizer.with_words({word: len(v) for word, v in words.items()})
     encoder, params = text.encoder, pipeline.params["text_encoder"]
-    two = isinstance(text, SizedText)
+    two = isinstance(text, PooledText)
+    if two and encoder.third is not None:
+        raise ValueError(
+            "a word is not learned for three text encoders: use a pipeline of one or two"
+        )
     trees = [params[part] for part in PAIR.values()] if two else [params]
     tables = [np.asarray(tree["token_embedding"]["embedding"]) for tree in trees]
     widths = [table.shape[1] for table in tables]

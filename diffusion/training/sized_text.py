@@ -1,4 +1,4 @@
-"""Stable Diffusion XL's condition: a caption by two text encoders, and sizes of the picture."""
+"""Captions by several text encoders, Stable Diffusion XL's and 3's; XL's sizes of the picture."""
 
 import dataclasses
 
@@ -9,15 +9,10 @@ from diffusion.training.conditions import Batch, Given, Text
 
 
 @dataclasses.dataclass(frozen=True)
-class SizedText(Text):
-    """Stable Diffusion XL's (arXiv:2307.01952, section 2.2): the context of a `TextPair`, and as a
-    vector its pooled caption with `size_dim` sinusoids each of the original height and width, the
-    crop's top and left, and the target height and width, in pixels: a column "sizes" (batch, 6);
-    without one, those of an uncropped picture of `size`. null_tokens may be -1: zeros.
+class PooledText(Text):
+    """Stable Diffusion 3's (arXiv:2403.03206, section 4): the context of a `TextPair` and its
+    pooled caption. null_tokens may be -1: zeros.
     """
-
-    size: tuple[int, int] = (1024, 1024)
-    size_dim: int = 256
 
     def init(self, key):
         given, own = super().init(key)
@@ -30,6 +25,21 @@ class SizedText(Text):
         told = (tokens[:, 0] >= 0).astype(jnp.float32)
         told = {k: v * told.reshape(-1, *[1] * (v.ndim - 1)) for k, v in out.items()}
         return self._given(told, batch)
+
+    def _given(self, out: Given, batch: Batch) -> Given:
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class SizedText(PooledText):
+    """Stable Diffusion XL's (arXiv:2307.01952, section 2.2): the pooled caption is a vector, with
+    `size_dim` sinusoids each of the original height and width, the
+    crop's top and left, and the target height and width, in pixels: a column "sizes" (batch, 6);
+    without one, those of an uncropped picture of `size`.
+    """
+
+    size: tuple[int, int] = (1024, 1024)
+    size_dim: int = 256
 
     def _given(self, out: Given, batch: Batch) -> Given:
         own = jnp.array([[*self.size, 0, 0, *self.size]], jnp.float32)

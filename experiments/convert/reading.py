@@ -13,22 +13,24 @@ from ml_collections import ConfigDict
 from configs import common, common_ldm
 from diffusion import interop
 from diffusion.data import tokenizer_files
-from diffusion.data.tokenizers import Tokenizer, TokenizerPair
+from diffusion.data.tokenizers import Tokenizer
 from diffusion.files import read_json
 from diffusion.interop import autoencoder, files, scheduler
 from diffusion.interop import text_encoder as text_encoders
 from diffusion.interop.autoencoder import load_scaling
 from diffusion.models.autoencoder import VQModel
-from diffusion.models.text_encoder import TextPair
+from experiments.convert import encoders
+from experiments.convert.encoders import REMEDY, fields
 from experiments.run import build, given
 
-REMEDY = "fetch it, or name a pipeline's directory as --source"
+WORDS = ("text_encoder", "tokenizer")
 PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionControlNetPipeline",
     "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
     "StableDiffusionInstructPix2PixPipeline",
     "LDMPipeline",
     "LDMSuperResolutionPipeline",
@@ -73,7 +75,8 @@ def from_diffusers(
         return _alone(source, tokenizer)
     index, kind = _index(source)
     name = "transformer" if "transformer" in index else "unet"
-    network, params = DENOISERS[name](source / name)
+    third = kind == "StableDiffusion3Pipeline"
+    network, params = (interop.load_sd3 if third else DENOISERS[name])(source / name)
     described = scheduler.read_scheduler(source / "scheduler", **SETS.get(kind, {}))
     side = _side(files.read_config(source / name, ()).get("sample_size") or 64, source / name)
     parts = Parts(ConfigDict(), {"denoiser": params})
@@ -84,13 +87,17 @@ def from_diffusers(
         if kind != "LDMSuperResolutionPipeline":  # which decodes latents as they are
             parts.scale, parts.shift = _scaling(source / first, module)
     config = pipeline_config(network, module, described)
-    config.model.denoiser.kind = name
+    config.model.denoiser.kind = "mmdit" if third else name
+    if third:
+        config.sample.steps = 28  # Diffusers' pipeline's own
     if module is not None:
         config.online.scale = parts.scale
     f = module.downsampling if module else 1
     config.data.image_size = side * f if isinstance(side, int) else tuple(n * f for n in side)
-    if kind == "StableDiffusionXLPipeline":
-        _two_encoders(source, index, parts, config)
+    if kind in encoders.SEVERAL:
+        width = params["context"]["kernel"].shape[0] if third else None
+        found = encoders.several(source, index, config, width)
+        parts.params["text_encoder"], parts.tokenizer = found
     elif index.get("text_encoder"):
         encoder, parts.params["text_encoder"] = interop.load_text_encoder(source / "text_encoder")
         config.model.text_encoder = fields(encoder)
@@ -116,36 +123,6 @@ def _classes(config: ConfigDict, name: str, null_label: bool | None) -> None:
             "--null_label where the last one is that",
             flush=True,
         )
-
-
-def _two_encoders(
-    source: pathlib.Path, index: dict[str, Any], parts: Parts, config: ConfigDict
-) -> None:
-    """Of Stable Diffusion XL, with their tokenizers, into `parts` and `config`."""
-    needed = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    if missing := [name for name in needed if not index.get(name)]:
-        raise ValueError(
-            f"{source} has no {missing[0]}, which Stable Diffusion XL's base has: the refiner, "
-            "of one text encoder and told of aesthetics, is not read here"
-        )
-    first, second = (tokenizer_files.load(source / name) for name in needed[2:])
-    end = second.encode([""], 3)[0, 1].item()
-    module, parts.params["text_encoder"] = interop.load_text_pair(
-        source / needed[0], source / needed[1], end
-    )
-    parts.tokenizer = TokenizerPair.join(first, second)
-    two_encoders(config, module)
-    described = files.read_config(source / "unet", ())
-    config.conditioning.size_dim = described["addition_time_embed_dim"]
-    said = read_json(source / "model_index.json", REMEDY)
-    config.conditioning.zero_null = bool(said.get("force_zeros_for_empty_prompt", True))
-
-
-def two_encoders(config: ConfigDict, module: TextPair) -> None:
-    """A `TextPair` in a config."""
-    second = {**fields(module.second), "projection": module.projection, "end": module.end}
-    config.model.update({"text_encoder": fields(module.first), "text_encoder_2": second})
-    config.conditioning.train_text_encoder = False
 
 
 def _side(size: Any, source: pathlib.Path) -> int | tuple[int, int]:
@@ -216,9 +193,7 @@ def _index(source: pathlib.Path) -> tuple[dict[str, Any], str]:
         known = ", ".join(PIPELINES)
         raise ValueError(f"{path}: _class_name={named!r} is not one of {known}{why}")
     held = {k: v for k, v in index.items() if isinstance(v, list) and v and v[0] is not None}
-    words = ("text_encoder", "tokenizer")
-    if named == "StableDiffusionXLPipeline":
-        words = (*words, "text_encoder_2", "tokenizer_2")
+    words = [kind + n for n in encoders.SEVERAL.get(named, ("",)) for kind in WORDS]
     read = (*DENOISERS, "scheduler", "vae", "vqvae", *words)
     for name in read:
         if name in held and not (source / name).is_dir():
@@ -277,16 +252,10 @@ def finish(config: ConfigDict, params: Any, source: object) -> ConfigDict:
             f"{source} has {out} output channels, but variance_type='learned_range' of its "
             f"scheduler takes {2 * channels}"
         )
-    if "text_encoder_2" in config.model:
-        config.sample.guidance_scale = 5.0  # of Diffusers' pipeline, as the others are
+    if "text_encoder_2" in config.model:  # of Diffusers' pipelines, as the others are
+        config.sample.guidance_scale = 7.0 if "text_encoder_3" in config.model else 5.0
     elif "text_encoder" in config.model:
         config.sample.guidance_scale = 7.5
     elif config.conditioning.null_label and build.null_label(config) is not None:
         config.sample.guidance_scale = 4.0  # of Diffusers' DiT, and of its authors' sample.py
     return config
-
-
-def fields(module: Any) -> dict[str, Any]:
-    left_out = ("dtype", "remat", "parent", "name")
-    names = [f.name for f in dataclasses.fields(module) if f.name not in left_out]
-    return {name: getattr(module, name) for name in names}

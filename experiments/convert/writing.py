@@ -21,6 +21,11 @@ def to_diffusers(directory: pathlib.Path, scratch: pathlib.Path, which: str) -> 
     config = workdir.read_config(directory)
     found = networks.load(directory, which, merged=False)
     if "lora" in found.params:
+        if (kind := config.model.denoiser.kind) != "unet":
+            raise ValueError(
+                f"model.lora of model.denoiser.kind={kind!r} cannot be written for Diffusers: the "
+                "files written here are of U-Nets; keep this run's own checkpoint"
+            )
         scale = build.lora(config).scale
         interop.save_lora(scratch / interop.lora.FILE, found.params["lora"], scale)
     elif "words" in found.params:
@@ -41,8 +46,12 @@ def _write_pipeline(scratch: pathlib.Path, found: networks.Networks) -> None:
     latent = build.sample_shape(config)
     index: dict[str, Any] = {"_class_name": _pipeline(config), "_diffusers_version": "0.30.0"}
     name, network = config.model.denoiser.kind, build.denoiser_network(config)
-    if name == "transformer":
-        interop.save_transformer(scratch / name, network, params["denoiser"])
+    if name != "unet":
+        name, save = (
+            "transformer",
+            interop.save_sd3 if name == "mmdit" else interop.save_transformer,
+        )
+        save(scratch / name, network, params["denoiser"])
     else:
         sizes = config.conditioning.size_dim
         interop.save_unet(scratch / name, network, params["denoiser"], latent[0], sizes)
@@ -50,7 +59,7 @@ def _write_pipeline(scratch: pathlib.Path, found: networks.Networks) -> None:
     index[name] = ["diffusers", described["_class_name"]]
     if found.first_stage is not None:
         name = "vqvae" if isinstance(found.first_stage, VQModel) else "vae"
-        _write_first_stage(scratch / name, found)
+        _write_first_stage(scratch / name, found, config.model.denoiser.kind == "mmdit")
         index[name] = ["diffusers", type(found.first_stage).__name__]
     if isinstance(found.tokenizer, TokenizerPair):
         index |= _write_text_pair(scratch, found, found.tokenizer)
@@ -67,18 +76,21 @@ def _write_pipeline(scratch: pathlib.Path, found: networks.Networks) -> None:
     files.write_json(scratch / "model_index.json", index, sort_keys=True)
 
 
-def _write_first_stage(target: pathlib.Path, found: networks.Networks) -> None:
+def _write_first_stage(target: pathlib.Path, found: networks.Networks, shifts: bool = True) -> None:
+    """shifts: whether what reads it heeds its shift_factor."""
     scale, shift = (
         np.asarray(found.extra.get(name, default))
         for name, default in (("latent_scale", 1.0), ("latent_shift", 0.0))
     )
-    if np.any(shift) or np.ptp(scale):
+    if np.ptp(shift) or np.ptp(scale) or (np.any(shift) and not shifts):
         raise ValueError(
             "latents scaled per channel or shifted cannot be written for Diffusers, which has one "
-            "scaling_factor: train with latents.scaling='fixed' or 'std'"
+            "scaling_factor, and a shift_factor in Stable Diffusion 3 alone: train with "
+            "latents.scaling='fixed' or 'std'"
         )
     params, side = found.params["autoencoder"], found.config.data.image_size
-    interop.save_autoencoder(target, found.first_stage, params, float(scale.flat[0]), side)
+    factors = float(scale.flat[0]), float(shift.flat[0])
+    interop.save_autoencoder(target, found.first_stage, params, factors, side)
 
 
 def _write_text_encoder(
@@ -92,22 +104,37 @@ def _write_text_encoder(
 def _write_text_pair(
     scratch: pathlib.Path, found: networks.Networks, words: TokenizerPair
 ) -> dict[str, Any]:
-    """Stable Diffusion XL's; returns their lines of model_index.json."""
+    """Stable Diffusion XL's or 3's; returns their lines of model_index.json."""
     pair: Any = build.text_encoder(found.config)
-    folders = scratch / "text_encoder", scratch / "text_encoder_2"
-    interop.save_text_pair(*folders, pair, found.params["text_encoder"])
-    for name, part in zip(("tokenizer", "tokenizer_2"), words.parts):
-        tokenizer_files.save(part, scratch / name, pair.first.max_length)
-    return {
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        **{name: ["transformers", "CLIPTokenizer"] for name in ("tokenizer", "tokenizer_2")},
-        **{name: [None, None] for name in ("feature_extractor", "image_encoder")},
-        "force_zeros_for_empty_prompt": found.config.conditioning.zero_null,
-    }
+    names = [f"text_encoder{end}" for end in ("", "_2", "_3")]
+    folders: Any = tuple(scratch / name for name in names)
+    interop.save_text_pair(folders, pair, found.params["text_encoder"])
+    projected = "CLIPTextModelWithProjection"
+    classes = ["CLIPTextModel" if pair.third is None else projected, projected, "T5EncoderModel"]
+    index: dict[str, Any] = {}
+    for name, cls, part in zip(names, classes, words.parts):
+        index[name], tokens = ["transformers", cls], name.replace("text_encoder", "tokenizer")
+        tokenizer_files.save(part, scratch / tokens, pair.first.max_length)
+        said = files.read_json(scratch / tokens / "tokenizer_config.json", AGAIN)
+        index[tokens] = ["transformers", said["tokenizer_class"]]
+    index |= {name: [None, None] for name in ("feature_extractor", "image_encoder")}
+    if pair.third is None:
+        return index | {"force_zeros_for_empty_prompt": found.config.conditioning.zero_null}
+    none = {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")}
+    return none | index
 
 
 def _pipeline(config: ConfigDict) -> str:
+    kind, schedule = config.model.denoiser.kind, config.process.schedule.name
+    third = (kind == "mmdit", schedule == "flow", "text_encoder_3" in config.model)
+    if all(third) and not config.conditioning.concat:
+        return "StableDiffusion3Pipeline"
+    if any(third):
+        raise ValueError(
+            f"model.denoiser.kind={kind!r} with process.schedule.name={schedule!r} cannot be "
+            "written for Diffusers: of MMDiT and of rectified flow only Stable Diffusion 3, with "
+            "model.text_encoder_3, can"
+        )
     if "text_encoder_2" in config.model:
         if config.conditioning.concat:
             raise ValueError(

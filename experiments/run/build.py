@@ -19,6 +19,7 @@ from diffusion.models.embedders import ClassEmbedder
 from diffusion.models.lora import Lora
 from diffusion.models.mmdit import MMDiT
 from diffusion.models.song import SongUNet
+from diffusion.models.t5 import T5Encoder
 from diffusion.models.text_encoder import TextPair, TextTransformer
 from diffusion.models.transformer import Transformer
 from diffusion.models.unet import UNet
@@ -136,15 +137,21 @@ def autoencoder(section: ConfigDict, dtype: Any = None, remat: bool = False) -> 
 
 
 def text_encoder(config: ConfigDict) -> TextTransformer | TextPair | None:
-    """One, or where `model.text_encoder_2` is there the pair, which is one network."""
+    """One, or where `model.text_encoder_2` is there the pair, which is one network, of
+    `model.text_encoder_3` as well where that is there."""
     if "text_encoder" not in config.model:
         return None
-    compute, first = _compute(config), config.model.text_encoder
+    compute, first = _compute(config), config.model.text_encoder.to_dict()
+    own = {}
+    if "text_encoder_3" in config.model:
+        last = config.model.text_encoder_3.to_dict()
+        own = {"third_length": last.pop("max_length"), "first_projection": first.pop("projection")}
+        own["third"] = construct(T5Encoder, last, "model.text_encoder_3", **compute)
     made = construct(TextTransformer, first, "model.text_encoder", **compute)
     if "text_encoder_2" not in config.model:
         return made
     key, section = "text_encoder_2", config.model.text_encoder_2.to_dict()
-    own = {name: section.pop(name) for name in ("projection", "end") if name in section}
+    own |= {name: section.pop(name) for name in ("projection", "end") if name in section}
     second = construct(TextTransformer, section, f"model.{key}", **compute)
     if made.max_length != second.max_length:
         raise ValueError(
@@ -155,8 +162,10 @@ def text_encoder(config: ConfigDict) -> TextTransformer | TextPair | None:
 
 
 def caption_length(config: ConfigDict) -> int:
-    """Tokens of a caption, of both text encoders where there are two."""
-    return config.model.text_encoder.max_length * (1 + ("text_encoder_2" in config.model))
+    """Tokens of a caption, of all text encoders where there are several."""
+    third = config.model.text_encoder_3 if "text_encoder_3" in config.model else None
+    own = config.model.text_encoder.max_length * (1 + ("text_encoder_2" in config.model))
+    return own + (third.max_length if third and third.layers else 0)
 
 
 def class_embedder(config: ConfigDict) -> ClassEmbedder | None:

@@ -216,15 +216,18 @@ def make_tokenizer(kind: str, source: Any, steps: list) -> Tokenizer:
 def null_tokens(config: ConfigDict, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The encoded empty caption, once the tokenizer is known to fit the text encoders."""
     new = config.model.words.vectors if "words" in config.model else 0
-    for name in ("text_encoder", "text_encoder_2"):
-        if name in config.model and tokenizer.vocabulary_size > config.model[name].vocab_size + new:
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    read = [n for n in names if n in config.model and config.model[n].layers]
+    parts = tokenizer.parts if isinstance(tokenizer, TokenizerPair) else (tokenizer,)
+    if len(read) != len(parts):
+        rule = f"model.{read[-1]} and {len(parts)} tokenizers do not belong together"
+        raise ValueError(f"{rule}: start from a converted Stable Diffusion, init_from=WORKDIR")
+    for name, part in zip(read, parts):
+        if part.vocabulary_size > config.model[name].vocab_size + new:
             raise ValueError(
                 f"model.{name}.vocab_size={config.model[name].vocab_size} is under the tokenizer's "
-                f"{tokenizer.vocabulary_size} words: raise it to that"
+                f"{part.vocabulary_size} words: raise it to that"
             )
-    if isinstance(tokenizer, TokenizerPair) != ("text_encoder_2" in config.model):
-        rule = "model.text_encoder_2 and a pair of tokenizers belong together"
-        raise ValueError(f"{rule}: start from a converted Stable Diffusion XL, init_from=WORKDIR")
     return tuple(int(token) for token in tokenizer.null(build.caption_length(config)))
 
 

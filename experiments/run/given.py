@@ -9,7 +9,7 @@ from diffusion.data import degrade, layouts, loader, masks
 from diffusion.models.embedders import SpatialRescaler
 from diffusion.models.text_encoder import TextPair
 from diffusion.training import conditions
-from diffusion.training.sized_text import SizedText
+from diffusion.training.sized_text import PooledText, SizedText
 from experiments.run import build, data
 
 
@@ -60,8 +60,10 @@ def text(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> conditions.Te
             "conditioning.mask_padding, conditioning.layout and model.words are of one text "
             "encoder, but model.text_encoder_2 is there: set them to False and 0, and no words"
         )
-    height, width, _ = build.image_shape(config)
     null_tokens = (-1,) * len(null_tokens) if told.zero_null else null_tokens
+    if made.third is not None:
+        return PooledText(made, null_tokens)
+    height, width, _ = build.image_shape(config)
     sizes = {"size": (height, width), "size_dim": told.size_dim}
     return SizedText(made, null_tokens, **sizes)
 

@@ -158,7 +158,7 @@ def test_quantiser_gradients_match_diffusers(tmp_path):
 
 def test_what_is_saved_again_is_equal_tensor_for_tensor(pair, tmp_path):
     _, module, params, directory = pair
-    save_autoencoder(tmp_path / "ours", module, params, load_scaling(directory)[0], 16)
+    save_autoencoder(tmp_path / "ours", module, params, load_scaling(directory), 16)
     theirs, ours = load_file(directory / WEIGHTS), load_file(tmp_path / "ours" / WEIGHTS)
     assert theirs.keys() == ours.keys()
     for name, tensor in theirs.items():
@@ -167,7 +167,7 @@ def test_what_is_saved_again_is_equal_tensor_for_tensor(pair, tmp_path):
 
 def test_diffusers_loads_what_is_saved(pair, tmp_path):
     model, module, params, directory = pair
-    save_autoencoder(tmp_path / "ours", module, params, load_scaling(directory)[0], 16)
+    save_autoencoder(tmp_path / "ours", module, params, load_scaling(directory), 16)
     loaded = type(model).from_pretrained(tmp_path / "ours")
     for key in CASES["kl"][1].keys() - {"down_block_types", "up_block_types"}:
         written, value = (getattr(m.config, key) for m in (loaded, model))

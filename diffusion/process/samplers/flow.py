@@ -79,6 +79,7 @@ def euler_maruyama(
     if times is None:
         steps = 250 if steps is None else steps
         times = np.linspace(1.0, last_step_size, steps) if steps != 1 else np.ones(1)
+        times = schedule.shifted(times)  # a Flow's, as it is known to be
     grid = make_grid(schedule, times=times)
     t, h = grid.times.astype(np.float64), grid.sigma[:-1] - grid.sigma[1:]
     if diffusion == "sbdm" and t[0] == 1:

@@ -23,8 +23,10 @@ and for any schedule, as real times:
 between the schedule's ends, or those of the spacing that is ``span``.
 
 On continuous schedules linspace and uniform are those lines without rounding, and trailing is
-uniform. The final level is ``clean`` (alpha = 1, sigma = 0; Diffusers' set_alpha_to_one), ``first``
-(the schedule's least noise, as LDM's alpha_bar[0] and DPM-Solver's t_0), or a time.
+uniform; rectified flow then shifts them, and its even is linspace(1, s, n) with s = 1/1000 (1 over
+``time_scale``) shifted, as Diffusers' flow-matching Euler has it. The final level is ``clean``
+(alpha = 1, sigma = 0; Diffusers' set_alpha_to_one), ``first`` (the schedule's least noise, as LDM's
+alpha_bar[0] and DPM-Solver's t_0), or a time.
 """
 
 import dataclasses
@@ -34,7 +36,7 @@ from typing import Any
 import numpy as np
 from scipy.special import betaincinv
 
-from diffusion.process.schedules import Schedule
+from diffusion.process.schedules import Flow, Schedule
 
 SPACINGS = (
     "leading",
@@ -181,8 +183,11 @@ def _spaced(schedule: Schedule, steps: int, spacing: str, offset: int) -> np.nda
             "have: choose uniform, linspace, karras or logsnr"
         )
     low, high = schedule.time_range
+    if spacing == "even" and isinstance(schedule, Flow):
+        low = schedule.shifted(1 / schedule.time_scale)
     points = steps if spacing in ("linspace", "even") else steps + 1
-    return np.linspace(high, low, points)[:steps]
+    times = np.linspace(high, low, points)[:steps]
+    return np.asarray(schedule.shifted(times)) if isinstance(schedule, Flow) else times
 
 
 def _discrete(total: int, steps: int, spacing: str, offset: int) -> np.ndarray:

@@ -8,6 +8,13 @@ from configs.common import denoiser, first_stage, smoke
 FIRST_STAGES = {
     "kl_f4": {"name": "kl", "multipliers": (1, 2, 4), "z_channels": 3},
     "kl_f8": {"name": "kl", "multipliers": (1, 2, 4, 4), "z_channels": 4},
+    # Stable Diffusion 3's (https://arxiv.org/abs/2403.03206, table 3)
+    "kl_f8_16": {
+        "name": "kl",
+        "multipliers": (1, 2, 4, 4),
+        "z_channels": 16,
+        "use_quant_conv": False,
+    },
     "kl_f16": {
         "name": "kl",
         "multipliers": (1, 1, 2, 2, 4),
@@ -213,8 +220,8 @@ def latent_smoke(config: ConfigDict) -> ConfigDict:
     if "latents" in config:
         config.latents.update({"shard_size": 500, "batch_size": 8})
     config.model.autoencoder.update({"channels": 8, "groups": 4, "blocks": 1})
-    if config.model.denoiser.kind == "transformer":
-        side = 128 * config.model.denoiser.size // 256
+    if config.model.denoiser.kind in ("transformer", "mmdit"):
+        side = 16 * config.model.denoiser.size // 32
         config.model.denoiser.update({"width": 32, "depth": 2, "heads": 2, "size": side})
     else:
         config.model.denoiser.update({"channels": 16, "groups": 8, "blocks": 1})

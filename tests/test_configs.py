@@ -33,6 +33,9 @@ SIT_WIDTHS = {"xl": 1152, "l": 1024, "b": 768, "s": 384}
 DIGITS_TRANSFORMER = 2_307_596
 DDPMPP = 55_733_891  # EDM's, without labels: of NVlabs/edm's own class
 FORECAST = 49_345
+FOLDER = {"text_encoder": 23_149_056, "autoencoder": KL_F8}
+# CLIP's and OpenCLIP's with their projections, T5's encoder; a first stage of 16 channels
+SD3 = {"text_encoder": 5_580_620_800, "autoencoder": 83_819_683}
 DIGITS_TOLD = 1_522_980  # a second time
 # Every network of every config and argument (after a colon; the first argument is the default).
 # Those of DDPM, LDM, Stable Diffusion, its adapters and text encoders, and of PatchGAN are the
@@ -106,7 +109,8 @@ PARAMETERS = {
     "fashion_ldm:sit": {"denoiser": 1_871_372, "autoencoder": 396_404},
     "flow_cifar10:ot": {"denoiser": 35_746_307},
     "flow_cifar10:rf": {"denoiser": 61_804_419},
-    "folder_ldm": {"denoiser": 138_259_716, "text_encoder": 23_149_056, "autoencoder": KL_F8},
+    "folder_ldm:unet": {"denoiser": 138_259_716, **FOLDER},
+    "folder_ldm:pixart": {"denoiser": 118_764_304, **FOLDER},
     "forecast": {"denoiser": FORECAST},
     "iddpm_cifar10:hybrid": {"denoiser": 52_542_979 + 3 * (9 * 128 + 1)},  # a variance beside eps
     "iddpm_cifar10:simple": {"denoiser": 52_542_979},
@@ -190,6 +194,10 @@ PARAMETERS = {
     "stable_diffusion:v1": V1,
     "stable_diffusion:v2": V2,
     "stable_diffusion:xl": XL,  # both text encoders; published: diffusers' and transformers'
+    # Diffusers' SD3Transformer2DModel counts as much
+    "stable_diffusion_3:medium": {"denoiser": 2_028_328_000, **SD3},
+    "stable_diffusion_3:medium_35": {"denoiser": 2_243_171_520, **SD3},
+    "stable_diffusion_3:large_35": {"denoiser": 8_056_627_520, **SD3},
     "stable_diffusion:online": V1,
     "stable_diffusion:textual_inversion": {**V1, "words": 768},
     "stable_diffusion:dreambooth": V1,

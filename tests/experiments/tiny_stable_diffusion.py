@@ -86,12 +86,13 @@ def unet(in_channels=4, seed=0):
     return randomise(UNet2DConditionModel(**UNET, **ups), seed)
 
 
-def first_stage(scaling_factor):
+def first_stage(scaling_factor, **more):
+    given = {"latent_channels": 4, **more}
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        **given,
         norm_num_groups=4,
         sample_size=16,
         scaling_factor=scaling_factor,

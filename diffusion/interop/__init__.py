@@ -2,6 +2,7 @@
 
 from diffusion.interop.autoencoder import load_autoencoder, save_autoencoder
 from diffusion.interop.controlnet import load_controlnet, save_controlnet
+from diffusion.interop.dinov2 import load_dinov2
 from diffusion.interop.embeddings import load_embeddings, save_embeddings
 from diffusion.interop.latte import load_latte, save_latte
 from diffusion.interop.lora import load_lora, save_lora
@@ -16,6 +17,7 @@ from diffusion.interop.unet import load_unet, save_unet
 __all__ = [
     "load_autoencoder",
     "load_controlnet",
+    "load_dinov2",
     "load_dit",
     "load_embeddings",
     "load_latte",

@@ -55,7 +55,8 @@ class DinoV2(nn.Module):
         first = self.param("class_token", normal, (1, 1, self.width)).astype(u.dtype)
         side = self.image_size // self.patch
         where = self.param("positions", normal, (1, 1 + side**2, self.width))
-        u = u.reshape(len(x), -1, self.width) + self._places(where[0, 1:], side, grid, u.dtype)
+        u = u.reshape(len(x), -1, self.width)
+        u = u + self._places(where[0, 1:], side, grid)[None].astype(u.dtype)
         first = jnp.broadcast_to(first + where[:, :1].astype(u.dtype), (len(x), 1, self.width))
         u = jnp.concatenate([first, u], axis=1)
         for i in range(self.depth):
@@ -69,16 +70,15 @@ class DinoV2(nn.Module):
         """Of pictures in [-1, 1], resized (cubic) so that their patches are those of `grid`."""
         size = [n * self.patch for n in grid]
         x = jax.image.resize(x, (len(x), *size, x.shape[-1]), "cubic")
-        return self(((x + 1) / 2 - jnp.asarray(MEAN, x.dtype)) / jnp.asarray(STD, x.dtype))
+        mean, std = (jnp.asarray(v, x.dtype).reshape(1, 1, 1, -1) for v in (MEAN, STD))
+        return self(((x + 1) / 2 - mean) / std)
 
-    def _places(self, where: Array, side: int, grid: tuple[int, ...], dtype: Any) -> Array:
+    def _places(self, where: Array, side: int, grid: tuple[int, ...]) -> Array:
         if grid == (side, side):
-            return where.astype(dtype)
+            return where
         down, across = (jnp.asarray(cubic(side, n), where.dtype) for n in grid)
         table = where.reshape(side, side, -1)
-        return (
-            jnp.einsum("ai,bj,ijc->abc", down, across, table).reshape(-1, self.width).astype(dtype)
-        )
+        return jnp.einsum("ai,bj,ijc->abc", down, across, table).reshape(-1, self.width)
 
     def _norm(self, name: str) -> nn.Module:
         return nn.LayerNorm(self.epsilon, self.dtype, name=name)
@@ -89,7 +89,9 @@ class DinoV2(nn.Module):
         attend = Attention(*sizes, qkv_bias=True, dtype=self.dtype, name=f"{name}_attention")
         forward = FeedForward("gelu", self.mult, self.dtype, name=f"{name}_ff")
         scales = [
-            self.param(f"{name}_scale{i}", nn.initializers.ones, (self.width,)).astype(u.dtype)
+            self.param(f"{name}_scale{i}", nn.initializers.ones, (self.width,))[None, None].astype(
+                u.dtype
+            )
             for i in (1, 2)
         ]
         u = u + scales[0] * attend(self._norm(f"{name}_norm1")(u))

@@ -46,7 +46,8 @@ def test_features_are_transformers(model, size):
 
 def test_a_picture_is_brought_to_the_grid_and_to_imagenets_moments(model):
     module, params = load_dinov2(model[1])
-    grey = jnp.zeros((1, 8, 8, 3)) + 2 * jnp.asarray((0.485, 0.456, 0.406)) - 1  # the mean colour
+    mean = np.array((0.485, 0.456, 0.406), np.float32)
+    grey = jnp.asarray(np.full((1, 8, 8, 3), 2 * mean - 1))
     found = module.apply({"params": params}, grey, (7, 7), method="feature_map")
     wanted = module.apply({"params": params}, jnp.zeros((1, 28, 28, 3)))
     np.testing.assert_allclose(found, wanted, atol=1e-4)

@@ -146,6 +146,7 @@ class Flow:
 
     def shifted(self, t: Times) -> Levels:
         """Even times of [0, 1] to those that are drawn or visited."""
+        t = as_float(t)
         return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
     def alpha(self, t: Times) -> Levels:

@@ -44,12 +44,13 @@ DIFFUSIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
 }
 
 
-def _need_flow(schedule: Schedule, sampler: str) -> None:
+def _need_flow(schedule: Schedule, sampler: str) -> Flow:
     if not isinstance(schedule, Flow):
         raise ValueError(
             f"sampler={sampler!r} is of rectified flow's path, but the schedule is "
             f"{type(schedule).__name__}: use process.schedule.name='flow', or heun"
         )
+    return schedule
 
 
 def euler_maruyama(
@@ -67,7 +68,7 @@ def euler_maruyama(
     `times`: exactly these, and then 0. ValueError for a schedule that is no flow, unknown names,
     and a diffusion that is infinite at the first time ("sbdm" from t = 1).
     """
-    _need_flow(schedule, "euler_maruyama")
+    flow = _need_flow(schedule, "euler_maruyama")
     for key, value, known in (("diffusion", diffusion, DIFFUSIONS), ("last", last, _LASTS)):
         if value not in known:
             raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(known)}")
@@ -79,7 +80,7 @@ def euler_maruyama(
     if times is None:
         steps = 250 if steps is None else steps
         times = np.linspace(1.0, last_step_size, steps) if steps != 1 else np.ones(1)
-        times = schedule.shifted(times)  # a Flow's, as it is known to be
+        times = flow.shifted(times)
     grid = make_grid(schedule, times=times)
     t, h = grid.times.astype(np.float64), grid.sigma[:-1] - grid.sigma[1:]
     if diffusion == "sbdm" and t[0] == 1:

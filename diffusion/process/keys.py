@@ -29,6 +29,11 @@ def example_keys(
     return numbered(jax.random.fold_in(jax.random.wrap_key_data(rng), step), position)
 
 
+def held_out_keys(index: Int[Array, " batch"]) -> Key[Array, " batch"]:
+    """Of examples that a run is evaluated on, by their index alone: the same for every step."""
+    return example_keys(jax.random.key_data(jax.random.key(0)), jnp.zeros((), jnp.int32), index)
+
+
 def stream(keys: Key[Array, " batch"], purpose: Any) -> Key[Array, " batch"]:
     """Equation 2: the keys of one purpose, or of one step of a sampler."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)

@@ -61,9 +61,7 @@ class Classifier:
         self, state: TrainState, batch: dict[str, Array], frozen: Params
     ) -> dict[str, Array]:
         """Sums over a batch: "loss", "accuracy" and "count" of valid examples."""
-        keys = ks.example_keys(
-            jax.random.key_data(jax.random.key(0)), jnp.zeros((), jnp.int32), batch["index"]
-        )
+        keys = ks.held_out_keys(batch["index"])
         logits = self.logits(state.inference_params, batch["image"], keys)
         valid = batch["valid"].astype(jnp.float32)
         right = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)

@@ -166,9 +166,7 @@ class Denoiser:
 
         Times and noise are keyed by each example's index, so the number is the same every time.
         """
-        keys = ks.example_keys(
-            jax.random.key_data(jax.random.key(0)), jnp.zeros((), jnp.int32), batch["index"]
-        )
+        keys = ks.held_out_keys(batch["index"])
         params = {**frozen, **state.inference_params}
         loss, _ = self.loss(params, state.extra, batch, keys, train=False, step=state.step)
         valid = batch["valid"].astype(loss.dtype)

@@ -58,7 +58,8 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
         parts.append({k: np.asarray(v)[batch["valid"]] for k, v in found.items()})
     every = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     terms, prior = every["terms"].mean(0), float(every["prior"].mean())
-    curve = rate_distortion(prior, terms, every["x0_mse"].mean(0))
+    found = likelihood.rate_distortion(prior, terms, every["x0_mse"].mean(0))
+    curve = {name: _short(values) for name, values in found.items()}
     return {
         "sheet": functools.partial(plot_rate_distortion, curve=curve),
         "bits_per_dim": {
@@ -71,16 +72,6 @@ def bits_per_dim(subject: Subject) -> dict[str, Any]:
             "rate_distortion": curve,
         },
     }
-
-
-def rate_distortion(prior: float, terms: np.ndarray, mse: np.ndarray) -> dict[str, list[float]]:
-    """Progressive lossy coding (DDPM, arXiv:2006.11239, section 4.3, figure 5), for t = 0 .. T - 1.
-
-    rate: bits/dim that have brought x_t: the prior's, and the terms after t. distortion: of the x_0
-    estimated from it, the root of the mean squared error in levels of 0 to 255.
-    """
-    after = np.append(np.cumsum(terms[::-1])[::-1][1:], 0.0)
-    return {"rate": _short(prior + after), "distortion": _short(127.5 * np.sqrt(mse))}
 
 
 def plot_rate_distortion(path: pathlib.Path, curve: Mapping[str, list[float]]) -> None:

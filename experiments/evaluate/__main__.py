@@ -8,6 +8,7 @@ r"""Numbers of a trained run, or of a set of images, with what they depend on, a
         --out=FILE.json
     ... --preset=ldm_table1_celebahq            a published row's settings (presets.py)
     ... --sweep_guidance=1,2,4 --sweep_steps=10,25,50      a curve for each, and sweep.png
+    ... --guidance_classifier=DIR --sweep_classifier=0,1,2,4
     ... --sweep_steps=1,2 --beside=TEACHER/evaluation.json     and beside.png, of both
     ... --ema_length=0.05,0.1                   averages of such lengths (training/ema.py, eq. 5)
     ... --every_checkpoint                      a curve against the training step, and its picture
@@ -28,8 +29,8 @@ evaluation.json:
       <metric>: ...,              of the averaged weights, or of the one set that was measured
       "intervals": {<metric>: [low, high]},   95 %; beside the numbers that they are of
       "weights": {"ema": {<metric>: ..., "intervals": ...}, "raw": {...}},  "samples", "ema_0.1"
-      "sweep": [{"curve": "guidance_scale"|"steps", "guidance_scale": ..., "steps": ...,
-                 "weights": "ema"|"raw", <metric>: ..., "intervals": ...}, ...],
+      "sweep": [{"curve": "guidance_scale"|"classifier_scale"|"steps", "guidance_scale": ...,
+                 "steps": ..., "weights": "ema"|"raw", <metric>: ..., "intervals": ...}, ...],
       "checkpoints": [{"curve": "step", "step": ..., "weights": ..., <metric>: ...}, ...],
       "warnings": what a reader has to know: too few samples,
       "preset": {"name", "row", "config", "numbers": the published ones},
@@ -60,7 +61,12 @@ from experiments.host import cli, cluster
 from experiments.run import generate, workdir
 
 BOTH = ("ema", "raw")
-OF_SAMPLES = ("sweep_guidance", "sweep_steps", "checkpoint_step", "keep", "ema_length")
+SWEEPS = {
+    "guidance_scale": ("sweep_guidance", float),
+    "classifier_scale": ("sweep_classifier", float),
+    "steps": ("sweep_steps", int),
+}
+OF_SAMPLES = (*(flag for flag, _ in SWEEPS.values()), "checkpoint_step", "keep", "ema_length")
 
 
 def evaluate(
@@ -113,6 +119,7 @@ def define(add: cli.Flags) -> None:
     add.add("float", "guidance_scale", None, "Default: the config's sample.guidance_scale.")
     generate.define_guided(add)
     add.add("list", "sweep_guidance", None, "Guidance scales to measure as well.")
+    add.add("list", "sweep_classifier", None, "Values of --classifier_scale to measure as well.")
     add.add("list", "sweep_steps", None, "Numbers of sampler steps to measure as well.")
     add.add("list", "beside", None, "JSONs of other runs' --sweep_steps, to draw on one plot.")
     add.add("integer", "checkpoint_step", None, "Of the checkpoint; default: the newest.")
@@ -211,15 +218,17 @@ def check(values: flags.FlagValues, subject: Subject, metrics: list[str]) -> Non
     if values.out is None and subject.run is None:
         raise ValueError("--out is missing: with --samples alone, name a file for the results")
     swept(values)
+    if values.sweep_classifier and not values.guidance_classifier:
+        raise ValueError(
+            f"--sweep_classifier={','.join(values.sweep_classifier)} is of a classifier: "
+            "give --guidance_classifier=DIR"
+        )
     if values.beside and not values.sweep_steps:
         raise ValueError("--beside draws against network evaluations: give --sweep_steps as well")
 
 
 def swept(values: flags.FlagValues) -> dict[str, list]:
-    return {
-        "guidance_scale": cli.numbers(values, "sweep_guidance", float),
-        "steps": cli.numbers(values, "sweep_steps", int),
-    }
+    return {name: cli.numbers(values, *flag) for name, flag in SWEEPS.items()}
 
 
 def warnings(subject: Subject, metrics: list[str]) -> list[str]:
@@ -260,8 +269,8 @@ def main(values: flags.FlagValues) -> None:
     subject = measures.prepare(subject, metrics)
     results = evaluate(subject, metrics, which)
     points, sheets = {}, results.pop("sheets", {})
-    if values.sweep_guidance or values.sweep_steps:
-        points["sweep"] = curves.sweep(subject, metrics, which, swept(values))
+    if any((sweeps := swept(values)).values()):
+        points["sweep"] = curves.sweep(subject, metrics, which, sweeps)
     if values.every_checkpoint:
         points["checkpoints"] = curves.checkpoints(subject, metrics, which)
     results |= points

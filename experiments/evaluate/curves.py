@@ -16,12 +16,21 @@ from experiments.run import generate
 
 LABELS = {
     "guidance_scale": "guidance scale",
+    "classifier_scale": "classifier scale",
     "steps": "sampler steps",
     "step": "training step",
     "evaluations": "network evaluations a picture",
 }
 COLUMNS = 4
-SKIPPED = ("guidance_scale", "steps", "step", "evaluations", "samples", "num_held_out")
+SKIPPED = (
+    "guidance_scale",
+    "classifier_scale",
+    "steps",
+    "step",
+    "evaluations",
+    "samples",
+    "num_held_out",
+)
 
 
 def sweep(
@@ -55,6 +64,7 @@ def _point(
     where = {key: made_from["sample"][key] for key in ("sampler", "guidance_scale", "steps")}
     where["evaluations"] = generate.evaluations(part.run.model.pipeline)
     where |= {key: made_from[key] for key in ("step", "checkpoint")}
+    where |= {curve: made_from["sample"][curve]} if curve != "step" else {}
     shown = {name: float(f"{value[0]:.4g}") for name, value in numbers(found).items()}
     if cluster.is_first():
         print(f"{curve} {where[curve]:g} {part.run.which}: {shown}", flush=True)

@@ -23,10 +23,9 @@ class Metric:
     which draws a picture into a file.
 
     says: what it is. of: "images" of a run or a set; "samples" that a run makes; its "data"; its
-    "first stage", which has its own weights. needs: what `Subject.rows` must hold, or
-    another use of the networks. compares: with
-    the reference's "pool" or "spatial" statistics, or its "vectors". inception: of that network
-    alone. axes: of an example of the data; None: any.
+    "first stage", which has its own weights. needs: what `Subject.rows` must hold, or another use
+    of the networks. compares: with the reference's "pool" or "spatial" statistics, or its
+    "vectors". inception: of that network alone. axes: of an example of the data; None: any.
     """
 
     says: str
@@ -50,6 +49,9 @@ METRICS: dict[str, Metric] = {
         scores.adherence,
         "samples",
         "attributes",
+    ),
+    "accuracy": Metric(
+        "how often a sample is taken for its class", scores.accuracy, "samples", "judge", axes=2
     ),
     "fid": _distance(f"{_FRECHET}, on Inception", distances.frechet, inception=True),
     "sfid": _distance(
@@ -203,8 +205,8 @@ def _check_run(subject: Subject, name: str) -> None:
         )
     if config.task == "denoiser" and config.conditioning.concat == "past":
         raise ValueError(
-            f"--metrics={name} is of samples, but {subject.run} goes on from past "
-            "values: use `python -m experiments.evaluate.forecast`"
+            f"--metrics={name} is of samples, but {subject.run} goes on from past values: use "
+            "`python -m experiments.evaluate.forecast`"
         )
     if metric.of == "first stage" and "autoencoder" not in config.model:
         raise ValueError(
@@ -237,8 +239,7 @@ def _check_captions(subject: Subject, name: str) -> None:
 
 def _check_bound(subject: Subject, name: str) -> None:
     """That the model has a bound on the bits of its pixels."""
-    config, start = subject.run.image_config, f"--metrics={name} is of "
-    end = subject.run
+    config, end, start = subject.run.image_config, subject.run, f"--metrics={name} is of "
     if "autoencoder" in config.model:
         raise ValueError(f"{start}pixels, but {end} diffuses latents: name a pixel-space run")
     if data.known(config.data.name).axes == 1:
@@ -260,6 +261,7 @@ CHECKS = {
     "adherence": _check_digits,
     "clip_score": _check_captions,
     "bits_per_dim": _check_bound,
+    "accuracy": scores.check_classes,
     **dict.fromkeys(adapters.KINDS, adapters.check),
     "restoration": restorations.check,
     "placement": placements.check,

@@ -13,7 +13,7 @@ from diffusion.data import loader
 from diffusion.metrics import adherence as adherence_metric
 from diffusion.metrics import motion as motion_metric
 from diffusion.metrics import reconstruction as of_pixels
-from diffusion.metrics.intervals import beside, mean_interval
+from diffusion.metrics.intervals import beside, mean_interval, wilson
 from diffusion.pictures import Line, Panel
 from diffusion.process import likelihood
 from diffusion.process.keys import numbered
@@ -22,6 +22,8 @@ from experiments.evaluate import reconstructions, references
 from experiments.evaluate.features import attributes
 from experiments.evaluate.samples import Subject
 from experiments.run import data, networks
+
+SHOWN = 10  # classes of a row
 
 
 def adherence(subject: Subject) -> dict[str, Any]:
@@ -37,6 +39,28 @@ def adherence(subject: Subject) -> dict[str, Any]:
 
 def clip_score(subject: Subject) -> dict[str, Any]:
     return beside({"clip_score": mean_interval(subject.rows["clip"]["score"])})
+
+
+def accuracy(subject: Subject) -> dict[str, Any]:
+    asked, images = _asked(subject), subject.samples.images(subject.samples.num)[0]
+    right = subject.judge(images)[0] == asked
+    columns = min(len(subject.run.model.pipeline.columns()["label"]), SHOWN)
+    shown = min(len(images), 4 * columns)
+    said = [f"{label}" for label in asked[:shown]]
+    return {
+        **beside({"accuracy": wilson(int(right.sum()), len(right))}),
+        "sheet": pictures.sheet(images[:shown], said, columns),
+    }
+
+
+def check_classes(subject: Subject, name: str) -> None:
+    """ValueError for a run whose samples are of no class."""
+    if _asked(subject) is None:
+        raise ValueError(
+            f"--metrics={name} is of samples of a class, but {subject.run} is told none: name a "
+            "class-conditional run, or give --guidance_classifier"
+        )
+    _ = subject.judge
 
 
 def bits_per_dim(subject: Subject) -> dict[str, Any]:
@@ -127,8 +151,14 @@ def _classes(subject: Subject) -> dict[str, np.ndarray]:
     number = np.arange(subject.samples.num)
     source, _ = data.open_images(subject.run.image_config, "test")
     of_data = {"data": source.batch(number[: len(source)])["label"]}
-    asked = subject.run.model.pipeline.columns().get("label")
-    return of_data if asked is None else {"samples": asked[number % len(asked)], **of_data}
+    asked = _asked(subject)
+    return of_data if asked is None else {"samples": asked, **of_data}
+
+
+def _asked(subject: Subject) -> np.ndarray | None:
+    """Classes of the samples; None where they are of none."""
+    classes = subject.run.model.pipeline.columns().get("label")
+    return None if classes is None else classes[np.arange(subject.samples.num) % len(classes)]
 
 
 def spectrum(subject: Subject) -> dict[str, Any]:

@@ -314,6 +314,7 @@ def test_each_picture_is_scored_with_the_caption_it_was_made_of(monkeypatch, tmp
         (("--metrics=fid",), ("--metrics=fid", "--features=inception")),
         (("--weights=raw", "--metrics=psnr"), ("--weights=raw", "psnr")),
         (("--sweep_guidance=1,two",), ("--sweep_guidance=1,two",)),
+        (("--sweep_classifier=1",), ("--sweep_classifier=1", "--guidance_classifier=DIR")),
         (("--checkpoint_step=3",), ("3",)),
         (("--beside=none.json",), ("--beside", "--sweep_steps")),
         (("--beside=none.json", "--sweep_steps=2"), ("--beside=none.json is no file",)),

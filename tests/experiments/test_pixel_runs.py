@@ -127,6 +127,13 @@ def test_a_classifier_of_noised_digits_guides(learned, job, tmp_path, capsys):
     assert np.any(picture(learned) != plain)
     assert sampled(learned, *flags) == 2
     assert "the model knows no classes" in capsys.readouterr().err
+    judged = (f"--classifier={job}/classifier", "--num=2", "--steps=2")
+    found = measured(learned, "accuracy", *judged, guided, "--sweep_classifier=0")
+    assert 0 <= found["accuracy"] <= 1 and found["sample"]["classifier_scale"] == 1
+    assert [point["classifier_scale"] for point in found["sweep"]] == [0]
+    argv = [f"--workdir={learned}", "--metrics=accuracy", *judged]
+    assert cli.run(evaluate.define, evaluate.main, argv) == 2
+    assert "is told none" in capsys.readouterr().err
     assert sampled(learned, "--label=10", guided) == 2
     assert "label=10 must lie in 0..9" in capsys.readouterr().err
     assert sampled(learned, f"--guidance_classifier={job}/classifier") == 2
@@ -216,7 +223,11 @@ def test_each_sample_is_of_the_class_that_it_was_asked_for(monkeypatch):
     columns = {"label": np.array([0, 1, 2])}
     model = SimpleNamespace(pipeline=SimpleNamespace(columns=lambda: columns))
     run = SimpleNamespace(image_config=None, model=model)
-    found = scores._classes(SimpleNamespace(samples=SimpleNamespace(num=5), run=run))
+    samples = SimpleNamespace(num=5, images=lambda num: (np.zeros((num, 4, 4, 1), np.uint8), {}))
+    subject = SimpleNamespace(samples=samples, run=run)
+    subject.judge = lambda images: (np.array([0, 2, 2, 0, 0]), None)
+    assert scores.accuracy(subject)["accuracy"] == 3 / 5
+    found = scores._classes(subject)
     assert found["samples"].tolist() == [0, 1, 2, 0, 1]
     assert found["data"].tolist() == [7, 6, 5, 4]
 

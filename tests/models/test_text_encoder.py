@@ -100,6 +100,21 @@ def test_positions_matter():
     assert float(jnp.abs(states[0, 0] - states[0, 1]).max()) > 1e-3
 
 
+def test_tokens_stay_apart_where_their_embeddings_start_large():
+    """What begins at 0.02 drowns in what the layers add to every token alike."""
+    alike = {}
+    for std in (0.02, 1.0):
+        module = TextTransformer(**TINY, causal=False, embedding_std=std)
+        variables = module.init(jax.random.key(0), TOKENS)
+        np.testing.assert_allclose(
+            np.std(variables["params"]["token_embedding"]["embedding"]), std, rtol=0.1
+        )
+        out = np.asarray(run(module, variables, TOKENS))
+        out = out / np.linalg.norm(out, axis=-1, keepdims=True)
+        alike[std] = np.mean(out @ out.swapaxes(1, 2))
+    assert alike[0.02] > 0.6 > 0.3 > alike[1.0], alike
+
+
 def test_dropout_is_each_examples_own():
     module, variables = build(dropout=0.3, embedding_dropout=0.2)
     keys = random_keys(3)

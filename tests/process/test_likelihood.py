@@ -73,6 +73,9 @@ def test_gaussian_model_reaches_the_entropy(variance, name, within, exact):
         if variance == "learned":  # bits that x_t has of x0, and what is left of its spread
             parts = (np.asarray(out[k].mean(0)) for k in ("terms", "x0_mse"))
             curve = likelihood.rate_distortion(float(out["prior"].mean()), *parts)
+            np.testing.assert_allclose(
+                curve["rate"][0] + out["terms"][:, 0].mean(), total, rtol=1e-5
+            )
             snr = (schedule.alpha_bar / (1 - schedule.alpha_bar))[[100, 300, 500, 700]]
             rate, left = (curve[k][[100, 300, 500, 700]] for k in ("rate", "distortion"))
             np.testing.assert_allclose(rate, 0.5 * np.log2(1 + snr * std**2), rtol=0.02)

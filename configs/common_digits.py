@@ -35,6 +35,18 @@ def fashion_first_stage() -> ConfigDict:
 def digits_stored(data_name: str, steps: int) -> ConfigDict:
     """A denoiser on the default job's latents of pictures of digits, and how it is trained."""
     config = denoiser()
+    stored(config, data_name)
+    config.train.update(steps=steps, batch_size=16, log_every_steps=250, save_every_steps=3000)
+    config.optim.update(name="adamw", learning_rate=1e-3, warmup_steps=100, decay="cosine")
+    config.optim.update(decay_steps=steps, b2=0.99, weight_decay=1e-3, clip_norm=1.0)
+    config.ema.update(decay=0.999, ramp=True)
+    config.sample.update(sampler="dpmpp_2m", steps=25, batch_size=250)
+    config.evaluation.examples = 2000  # stored latents in a held-out loss; these are training ones
+    return config
+
+
+def stored(config: ConfigDict, data_name: str) -> None:
+    """Where the latents are, and how they are made."""
     config.data.update(name="latents", dir=f"runs/latents/{data_name}")
     config.latents = {
         "first_stage": "runs/quickstart/autoencoder",  # the workdir of its run
@@ -49,13 +61,14 @@ def digits_stored(data_name: str, steps: int) -> ConfigDict:
         "shard_size": 4500,
         "batch_size": 250,
     }
-    config.train.update(steps=steps, batch_size=16, log_every_steps=250, save_every_steps=3000)
-    config.optim.update(name="adamw", learning_rate=1e-3, warmup_steps=100, decay="cosine")
-    config.optim.update(decay_steps=steps, b2=0.99, weight_decay=1e-3, clip_norm=1.0)
-    config.ema.update(decay=0.999, ramp=True)
-    config.sample.update(sampler="dpmpp_2m", steps=25, batch_size=250)
-    config.evaluation.examples = 2000  # stored latents in a held-out loss; these are training ones
-    return config
+
+
+def fashion_latents(config: ConfigDict) -> None:
+    """Those of Fashion-MNIST, and their first stage."""
+    stored(config, "fashion_mnist")
+    config.data.update(channels=1, fit="pad")
+    config.latents.first_stage = "runs/fashion_autoencoder"
+    config.model.autoencoder = fashion_first_stage()
 
 
 def smoke_stored(config: ConfigDict) -> ConfigDict:

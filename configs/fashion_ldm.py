@@ -18,9 +18,7 @@ def get_config(arg=None):
     which, smoke = common.parse(arg, ("unet", "sit"))
     steps = {"unet": 12_000, "sit": 12_000}[which]
     config = common_digits.digits_restored("fashion_mnist", steps)
-    config.data.update(channels=1, fit="pad")
-    config.latents.update({"first_stage": "runs/fashion_autoencoder", "epochs": 1})
-    config.model.autoencoder = common_digits.fashion_first_stage()
+    common_digits.fashion_latents(config)
     config.conditioning.drop = 0.1
     if which == "sit":
         config.model.denoiser = common_digits.digits_transformer()

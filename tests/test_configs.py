@@ -77,6 +77,7 @@ PARAMETERS = {
     "adm_classifier:512": {"classifier": 54_448_360},
     "adm_classifier:digits": {"classifier": 563_082},
     "adm_classifier:fashion": {"classifier": 562_506},
+    "adm_classifier:fashion_latents": {"classifier": 379_050},
     "digits_autoencoder": {"autoencoder": 926_356},
     "digits_classifier": {"classifier": 131_114},
     "digits_controlnet": {**DIGITS, "controlnet": 872_080},

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 from diffusion.models.tiling import tiled_decode
+from diffusion.process.keys import normal
 
 
 def signed(image: Any, dtype: Any = jnp.float32) -> Float[Array, "*shape"]:
@@ -53,6 +54,16 @@ def encode(
         posterior = first_stage.apply(variables, x, method="encode")
         x = posterior.mean if keys is None else posterior.sample(keys)
     return scaled(x, extra)
+
+
+def stored(
+    batch: Mapping[str, Any], extra: Mapping[str, Any], keys: Key[Array, " batch"] | None = None
+) -> Float[Array, "batch *places latent_channels"]:
+    """Equation 2 of stored moments, drawn by `keys`, without them the mean."""
+    z = batch["mean"]
+    if keys is not None and "logvar" in batch:  # a VQ stage's codes have no variance
+        z = z + jnp.exp(0.5 * batch["logvar"]) * normal(keys, z.shape)
+    return scaled(z, extra)
 
 
 def decode(

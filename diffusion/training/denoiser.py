@@ -262,10 +262,7 @@ class Denoiser:
         """z0 of equation 1 from stored moments or from pixels; uint8 becomes [-1, 1] here."""
         drawn = ks.stream(keys, ks.POSTERIOR) if train else None
         if "mean" in batch:
-            z = batch["mean"]
-            if drawn is not None and "logvar" in batch:  # a VQ stage's codes have no variance
-                z = z + jnp.exp(0.5 * batch["logvar"]) * ks.normal(drawn, z.shape)
-            return codec.scaled(z, extra)
+            return codec.stored(batch, extra, drawn)
         x = batch["image"]
         if x.dtype == jnp.uint8:
             x = codec.signed(x)

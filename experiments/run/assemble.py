@@ -84,8 +84,12 @@ def build_run(config: ConfigDict) -> Run:
         raise cli.bug("the config builds no run", error) from error
 
 
+def _begun(config: ConfigDict) -> networks.Beginning:
+    return networks.begin(config) if config.task == "denoiser" else networks.Beginning()
+
+
 def _image_run(config: ConfigDict, placed: Parallel) -> Run:
-    begun = networks.begin(config) if config.task == "denoiser" else networks.Beginning()
+    begun = _begun(config)
     frozen = {**begun.frozen, **perceptual_weights(config)}
     source, steps = data.open_images(config, "train")
     steps = [*steps, *folders.prior(config)]
@@ -165,7 +169,7 @@ def _check_hints(config: ConfigDict) -> None:
 def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
     if "controlnet" in config.model:
         raise ValueError("model.controlnet is given images, but data.name='latents' has none")
-    begun, tokens = networks.begin(config), ()
+    begun, tokens = _begun(config), ()
     source = latents.LatentSource(config.data.dir, latent_identity(config, begun))
     directory = pathlib.Path(config.data.dir)
     if build.reads_captions(config):
@@ -209,7 +213,7 @@ def latent_identity(config: ConfigDict, begun: networks.Beginning) -> dict[str, 
     made_from |= fits.changed(config)
     if config.data.prompts:
         made_from["prompts"] = list(config.data.prompts)
-    if given.reads(config):
+    if config.task == "denoiser" and given.reads(config):
         names = ("concat", "downscale", "degradation", "masks", "layout")
         made_from["conditioning"] = {name: config.conditioning[name] for name in names}
     if text := begun.frozen.get("text_encoder"):

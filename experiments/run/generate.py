@@ -5,9 +5,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion import files, interop
+from diffusion import files, interop, weights
 from diffusion.models.second_time import told_guidance
 from diffusion.sampling import added, guide
 from diffusion.sampling.pipeline import Pipeline
@@ -98,10 +99,22 @@ def _classified(model: Model, directory: str) -> Model:
                 f"{key} has {what}={theirs}, but the denoiser has {ours}: name a classifier of the "
                 "same"
             )
+    if not _same_latents(pipeline.params, found.params, pipeline.extra, found.extra):
+        raise ValueError(
+            f"{key} reads latents of another first stage, or scaled otherwise: train it on the "
+            "denoiser's own"
+        )
     params = {**pipeline.params, "classifier": found.params["classifier"]}
     guided = dataclasses.replace(pipeline, classifier=net, params=params)
     both = files.digest([model.checkpoint_hash, found.hash])[:16]
     return dataclasses.replace(model, pipeline=guided, checkpoint_hash=both)
+
+
+def _same_latents(ours: Mapping, theirs: Mapping, *extra: Mapping) -> bool:
+    """By weights of the first stage, shift and scale; both without any are the same."""
+    hashes = {weights.params_hash(params.get("autoencoder", {})) for params in (ours, theirs)}
+    scaling = [[np.asarray(e.get(f"latent_{k}", ())) for k in ("shift", "scale")] for e in extra]
+    return len(hashes) == 1 and all(map(np.array_equal, *scaling))
 
 
 def _autoguided(model: Model, directory: str) -> Model:

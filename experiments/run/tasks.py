@@ -244,6 +244,12 @@ def classifier(config: ConfigDict) -> Classifier:
             "process.schedule: 'noisy_unet' alone reads noised pictures; start from "
             "configs/adm_classifier.py"
         )
+    shape = build.sample_shape(config)
+    if shape != build.image_shape(config) and not (noised and config.data.name == "latents"):
+        raise ValueError(
+            f"data.name={config.data.name!r} with model.autoencoder: a 'noisy_unet' alone reads "
+            "latents, and only stored ones; set data.name='latents', or leave the autoencoder out"
+        )
     if noised:
         remat = None if config.parallel.remat == "none" else config.parallel.remat
         more = {
@@ -252,7 +258,7 @@ def classifier(config: ConfigDict) -> Classifier:
         }
     return Classifier(
         network=build.construct(make, section, "model.classifier", **more),
-        sample_shape=build.image_shape(config),
+        sample_shape=shape,
         noising=build.schedule(config) if noised else None,
         flip=config.data.flip,
         optimizer=build.optimizer(config, ("classifier",)),

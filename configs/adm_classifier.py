@@ -25,7 +25,7 @@ TRAINING = {
     "512": (256, 500_000, 3e-4, 0.05),
     "digits": (64, 3000, 1e-3, 0.05),
     "fashion": (32, 1200, 1e-3, 0.05),
-    "fashion_latents": (64, 3000, 1e-3, 0.05),
+    "fashion_latents": (64, 1500, 1e-3, 0.05),
 }
 F, T = False, True
 SIZES = {

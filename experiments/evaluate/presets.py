@@ -141,7 +141,7 @@ PRESETS: dict[str, Preset] = {
         (250, 1.0, 1.0),
         {"fid": 15.82, "inception_score": 78.8},
         metrics=FID_AND_IS,
-        note="without guidance; LDM-8-G's 7.76 has a classifier of noised latents at scale 10, which "
+        note="without guidance; LDM-8-G's 7.76 has a classifier of noised latents, scale 10, which "
         "was not published (configs/adm_classifier.py:fashion_latents trains a small one)",
     ),
     "ldm_table2_coco": _ldm(

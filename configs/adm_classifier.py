@@ -1,5 +1,5 @@
 """ADM's classifiers of noised pictures, whose gradient guides (arXiv:2105.05233, section 4): `:64`,
-`:128`, `:256`, `:512` of ImageNet, `:digits` and `:fashion`.
+`:128`, `:256`, `:512` of ImageNet, `:digits` and `:fashion_latents`.
 
     python -m experiments.train --config=configs/adm_classifier.py:128 --workdir=DIR
     python -m experiments.sample --workdir=DENOISER --guidance_classifier=DIR --classifier_scale=0.5
@@ -9,10 +9,9 @@ README's depth of 4 for 64 pixels, and scales 1, 0.5, 1 and 4; its files are rea
 --from=openai`. Rate, steps, batch and weight decay are its README's for 128 pixels, and the paper's
 table 12 for the others, where only the steps of 256 and 512 were verified. Deviation: random
 crops there, the centre here.
-`:digits` guides `digits_pixel.py`, whose noise it shares, by the digit; `:fashion`, as small,
-guides `ddpm_fashion_mnist.py`; `:fashion_latents` trains on the latents of `fashion_ldm.py` and
-guides it, as LDM-8-G's did (arXiv:2112.10752, table 10; that one's network is not published).
-Numbers of it: experiments/results/guidance.
+`:digits` guides `digits_pixel.py`, whose noise it shares, by the digit; `:fashion_latents` trains
+on the latents of `fashion_ldm.py` and guides it, as LDM-8-G's did (arXiv:2112.10752, table 10; that
+one's network is not published). Numbers of it: experiments/results/guidance.
 """
 
 from configs import common, common_ddpm, common_digits
@@ -24,7 +23,6 @@ TRAINING = {
     "256": (256, 500_000, 3e-4, 0.05),
     "512": (256, 500_000, 3e-4, 0.05),
     "digits": (64, 3000, 1e-3, 0.05),
-    "fashion": (32, 1200, 1e-3, 0.05),
     "fashion_latents": (64, 1500, 1e-3, 0.05),
 }
 F, T = False, True
@@ -34,7 +32,6 @@ SIZES = {
     "256": ((1, 1, 2, 2, 4, 4), (F, F, F, T, T, T)),
     "512": ((0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0), (F, F, F, F, T, T, T)),
     "digits": ((1, 2, 2), (F, F, T)),
-    "fashion": ((1, 2, 2), (F, F, T)),
     "fashion_latents": ((1, 2), (F, T)),
 }
 
@@ -47,17 +44,14 @@ def get_config(arg=None):
         common_digits.digits_data(config)
         config.data.compose_held_out = True
     elif small:
-        config.data.update(name="fashion_mnist", dir="runs/data", channels=1, fit="pad")
+        common_digits.fashion_latents(config)
     else:
         config.data.update(name="imagenet2012", dir="runs/data", eval_split="validation")
         config.data.update(image_size=int(which), flip=True)
     config.process = {"schedule": {"name": "ddpm_linear", "num_steps": 1000}}
-    if which == "64":
-        config.process.schedule.name = "cosine"
+    if which in ("64", "fashion_latents"):
+        config.process.schedule.name = "cosine" if which == "64" else "scaled_linear"
     config.model.dtype = "float32"
-    if which == "fashion_latents":
-        common_digits.fashion_latents(config)
-        config.process.schedule.name = "scaled_linear"
     section = common_ddpm.adm_unet() | dict(zip(("multipliers", "attention"), SIZES[which]))
     section.update(kind="noisy_unet", classes=1000, blocks=4 if which == "64" else 2)
     section.update(heads=None, head_dim=64, dropout=0.0)

@@ -76,7 +76,6 @@ PARAMETERS = {
     "adm_classifier:256": {"classifier": 54_096_360},
     "adm_classifier:512": {"classifier": 54_448_360},
     "adm_classifier:digits": {"classifier": 563_082},
-    "adm_classifier:fashion": {"classifier": 562_506},
     "adm_classifier:fashion_latents": {"classifier": 379_050},
     "digits_autoencoder": {"autoencoder": 926_356},
     "digits_classifier": {"classifier": 131_114},

@@ -144,6 +144,16 @@ def test_a_classifier_of_noised_digits_guides(learned, job, tmp_path, capsys):
     assert "has process.schedule={" in capsys.readouterr().err
 
 
+def test_a_classifier_of_other_latents_is_known():
+    params = {"autoencoder": {"kernel": np.ones(3)}, "denoiser": {}}
+    extra = {"latent_shift": np.zeros(2), "latent_scale": np.ones(2)}
+    same = generate._same_latents
+    assert same(params, params, extra, dict(extra)) and same({}, {"classifier": {}}, {}, {})
+    assert not same(params, params, extra, {**extra, "latent_scale": np.full(2, 2.0)})
+    assert not same(params, params, extra, {})
+    assert not same(params, {"autoencoder": {"kernel": np.zeros(3)}}, extra, extra)
+
+
 def test_fixed_variance_with_the_channels_of_a_learned_one_is_refused(job, tmp_path):
     data = {"name": "captioned_digits", "compose_held_out": False}
     config = config_of("iddpm_cifar10", "hybrid,smoke", job, **data).copy_and_resolve_references()

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.process import keys as ks
 from diffusion.training import codec
+from diffusion.training.classifier import Classifier
 
 EXTRA = {"latent_shift": np.array([0.5, -1.0]), "latent_scale": np.array([2.0, 0.25])}
 
@@ -52,3 +54,17 @@ def test_keys_draw_from_the_posterior():
     keys = jax.random.split(jax.random.key(0), 1)
     mean, drawn = (codec.encode(Fold(), params, EXTRA, x, k) for k in (None, keys))
     np.testing.assert_allclose(drawn - mean, [[EXTRA["latent_scale"]]])
+
+
+def test_a_classifier_reads_latents_as_they_are_diffused():
+    rng = np.random.default_rng(0)
+    mean, logvar = (rng.normal(size=(3, 4, 4, 2)).astype(np.float32) for _ in "ml")
+    network = types.SimpleNamespace(apply=lambda variables, x, keys: x)
+    task = Classifier(network, (4, 4, 2), optimizer=None, ema=None)
+    keys, batch = ks.held_out_keys(jnp.arange(3)), {"mean": mean, "logvar": logvar}
+    noise = ks.normal(ks.stream(keys, ks.POSTERIOR), mean.shape)
+    drawn = mean + np.exp(0.5 * logvar) * noise
+    for train, z in ((True, drawn), (False, mean)):
+        found = task.logits({"classifier": {}}, batch, EXTRA, keys, train)
+        wanted = (z - EXTRA["latent_shift"]) * EXTRA["latent_scale"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)

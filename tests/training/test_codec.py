@@ -10,6 +10,8 @@ import pytest
 from diffusion.process import keys as ks
 from diffusion.training import codec
 from diffusion.training.classifier import Classifier
+from diffusion.training.ema import Ema
+from diffusion.training.state import Optimizer
 
 EXTRA = {"latent_shift": np.array([0.5, -1.0]), "latent_scale": np.array([2.0, 0.25])}
 
@@ -60,7 +62,7 @@ def test_a_classifier_reads_latents_as_they_are_diffused():
     rng = np.random.default_rng(0)
     mean, logvar = (rng.normal(size=(3, 4, 4, 2)).astype(np.float32) for _ in "ml")
     network = types.SimpleNamespace(apply=lambda variables, x, keys: x)
-    task = Classifier(network, (4, 4, 2), optimizer=None, ema=None)
+    task = Classifier(network, (4, 4, 2), Optimizer({}, lambda step: step), Ema(0.0))
     keys, batch = ks.held_out_keys(jnp.arange(3)), {"mean": mean, "logvar": logvar}
     noise = ks.normal(ks.stream(keys, ks.POSTERIOR), mean.shape)
     drawn = mean + np.exp(0.5 * logvar) * noise

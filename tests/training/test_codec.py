@@ -60,13 +60,14 @@ def test_keys_draw_from_the_posterior():
 
 def test_a_classifier_reads_latents_as_they_are_diffused():
     rng = np.random.default_rng(0)
-    mean, logvar = (rng.normal(size=(3, 4, 4, 2)).astype(np.float32) for _ in "ml")
+    mean, logvar = (jnp.asarray(rng.normal(size=(3, 4, 4, 2)), jnp.float32) for _ in "ml")
+    extra = {name: jnp.asarray(value, jnp.float32) for name, value in EXTRA.items()}
     network = types.SimpleNamespace(apply=lambda variables, x, keys: x)
     task = Classifier(network, (4, 4, 2), Optimizer({}, lambda step: step), Ema(0.0))
     keys, batch = ks.held_out_keys(jnp.arange(3)), {"mean": mean, "logvar": logvar}
     noise = ks.normal(ks.stream(keys, ks.POSTERIOR), mean.shape)
     drawn = mean + np.exp(0.5 * logvar) * noise
     for train, z in ((True, drawn), (False, mean)):
-        found = task.logits({"classifier": {}}, batch, EXTRA, keys, train)
-        wanted = (z - EXTRA["latent_shift"]) * EXTRA["latent_scale"]
+        found = task.logits({"classifier": {}}, batch, extra, keys, train)
+        wanted = (z - extra["latent_shift"]) * extra["latent_scale"]
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)

@@ -62,7 +62,7 @@ def test_a_classifier_reads_latents_as_they_are_diffused():
     rng = np.random.default_rng(0)
     mean, logvar = (jnp.asarray(rng.normal(size=(3, 4, 4, 2)), jnp.float32) for _ in "ml")
     extra = {name: jnp.asarray(value, jnp.float32) for name, value in EXTRA.items()}
-    network = types.SimpleNamespace(apply=lambda variables, x, keys: x)
+    network = types.SimpleNamespace(apply=lambda variables, x, keys: x.reshape(3, -1))
     task = Classifier(network, (4, 4, 2), Optimizer({}, lambda step: step), Ema(0.0))
     keys, batch = ks.held_out_keys(jnp.arange(3)), {"mean": mean, "logvar": logvar}
     noise = ks.normal(ks.stream(keys, ks.POSTERIOR), mean.shape)
@@ -70,4 +70,4 @@ def test_a_classifier_reads_latents_as_they_are_diffused():
     for train, z in ((True, drawn), (False, mean)):
         found = task.logits({"classifier": {}}, batch, extra, keys, train)
         wanted = (z - extra["latent_shift"]) * extra["latent_scale"]
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found, wanted.reshape(3, -1), rtol=1e-5, atol=1e-6)

@@ -69,5 +69,5 @@ def test_a_classifier_reads_latents_as_they_are_diffused():
     drawn = mean + np.exp(0.5 * logvar) * noise
     for train, z in ((True, drawn), (False, mean)):
         found = task.logits({"classifier": {}}, batch, extra, keys, train)
-        wanted = (z - extra["latent_shift"]) * extra["latent_scale"]
+        wanted = (np.asarray(z) - EXTRA["latent_shift"]) * EXTRA["latent_scale"]
         np.testing.assert_allclose(found, wanted.reshape(3, -1), rtol=1e-5, atol=1e-6)

@@ -67,7 +67,7 @@ def encode(config: ConfigDict) -> dict:
     for shard in plan.missing(jax.process_index(), jax.process_count()):
         rows: dict[str, list[np.ndarray]] = {name: [] for name in plan.fields}
         of_shard = {"epochs": section.epochs, "start": shard.start, "stop": shard.stop}
-        for batch in loader.one_pass(source, size, pipeline, **of_shard):
+        for batch in loader.ahead(loader.one_pass(source, size, pipeline, **of_shard)):
             found = {**batch, **columns(batch)}
             for name in plan.fields:
                 rows[name].append(np.asarray(found[name])[batch["valid"]])

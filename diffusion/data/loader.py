@@ -15,6 +15,7 @@ Grain runs eq. 1 and the transforms over batch numbers in threads, ahead of the 
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import grain
@@ -187,3 +188,12 @@ def one_pass(
         epoch, index = np.divmod(np.minimum(place, stop - 1), len(source))
         batch = fetch(source, index, epoch, inside, transforms)
         yield {**batch, "valid": place < stop}
+
+
+def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, the next one made in a thread while this one is used."""
+    with futures.ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch

@@ -1,12 +1,14 @@
 """The default job, end to end: text to image in a latent space, on real handwritten digits.
 
 The commands of `experiments` one after the other in one process: prepare_data, train (first stage,
-classifier), encode_latents, train (latent diffusion), evaluate; then results.json, the pictures and
-report.html, which shows all of it.
+and the classifier beside it in a process of its own), encode_latents, train (latent diffusion),
+evaluate; then results.json, the pictures and report.html, which shows all of it.
 """
 
 import importlib
+import os
 import pathlib
+from concurrent import futures
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -18,7 +20,7 @@ from experiments.encode_latents import encode
 from experiments.evaluate import __main__ as evaluate
 from experiments.evaluate.features import Tools
 from experiments.evaluate.samples import Run, Samples, Subject
-from experiments.quickstart.stages import Job, train_stage
+from experiments.quickstart.stages import Job, beside, train_stage
 from experiments.report import __main__ as report
 from experiments.run import generate
 
@@ -42,6 +44,14 @@ def configs(root: pathlib.Path, smoke: bool, seed: int) -> dict[str, ConfigDict]
     return {name: config.lock() for name, config in made.items()}
 
 
+def _command(name: str, config: ConfigDict, root: pathlib.Path, smoke: bool) -> list[str]:
+    """What trains one of them in a process of its own."""
+    file = pathlib.Path(__file__).parents[2] / "configs" / f"digits_{name}.py"
+    changed = [f"--config.seed={config.seed}", f"--config.data.dir={config.data.dir}"]
+    argument = ":smoke" if smoke else ""
+    return ["experiments.train", f"--config={file}{argument}", f"--workdir={root / name}", *changed]
+
+
 def quickstart(root: pathlib.Path, smoke: bool = False, seed: int = 0, setup_secs: float = 0.0):
     """Runs every stage; returns what results.json holds."""
     root.mkdir(parents=True, exist_ok=True)
@@ -49,20 +59,23 @@ def quickstart(root: pathlib.Path, smoke: bool = False, seed: int = 0, setup_sec
     job.add("setup", setup_secs)
     with job.stage("prepare_data", "data: 5,000 real handwritten digits to ArrayRecord"):
         prepare("captioned_digits", root / "data")
-    with job.stage("autoencoder", "first stage: a KL autoencoder, 32x32x3 to 8x8x4"):
-        train_stage(made["autoencoder"], root / "autoencoder")
-    with job.stage("classifier", "the classifier that will judge the samples"):
-        train_stage(made["classifier"], root / "classifier")
+    judge = "the classifier that will judge the samples"
+    with job.stage("autoencoder, classifier", "first stage: a KL autoencoder, 32x32x3 to 8x8x4"):
+        with beside("classifier", judge, _command("classifier", made["classifier"], root, smoke)):
+            train_stage(made["autoencoder"], root / "autoencoder")
     with job.stage("encode_latents", "latents, encoded once"):
         encode(made["ldm"])
     with job.stage("ldm", "latent diffusion: text encoder and U-Net, jointly"):
         train_stage(made["ldm"], root / "ldm")
     with job.stage("evaluate", "evaluation: samples, adherence to the prompts"):
-        results = _evaluate(root, smoke, seed)
-        _pictures(root, seed)
+        with futures.ThreadPoolExecutor(1) as pool:  # one samples while the other compiles
+            drawn = pool.submit(_pictures, root, seed)
+            results = _evaluate(root, smoke, seed)
+            drawn.result()
         job.losses(("autoencoder", "classifier", "ldm"))
     judged = last_logged(root / "classifier", "eval_accuracy")
     results |= {"classifier_test_accuracy": judged, "seconds": job.spent, "seed": seed}
+    results |= {"processor_secs": job.processor_secs, "cores": os.cpu_count()}
     files.write_json(root / "results.json", results)
     report.report([root], root / "report.html")
     return results

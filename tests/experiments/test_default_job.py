@@ -2,14 +2,21 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from experiments import sample, train
 from experiments.host import cli
+from experiments.host.guards import StopOnSignal
 from experiments.plan import cost
+from experiments.quickstart import stages
 from experiments.run import generate
 
 
@@ -23,8 +30,8 @@ def test_the_job_leaves_what_it_promises(job):
         assert 0 <= results[key]["all"] <= min(results[key]["digit"], results[key]["colour"])
     assert results["autoencoder"]["psnr"] > 0
     assert results["frechet_distance"] > 0
-    stages = {"prepare_data", "autoencoder", "classifier", "encode_latents", "ldm", "evaluate"}
-    assert stages <= results["seconds"].keys()
+    names = {"prepare_data", "autoencoder, classifier", "encode_latents", "ldm", "evaluate"}
+    assert names <= results["seconds"].keys() & results["processor_secs"].keys()
     assert results["seed"] == 0 and "jax" in results["versions"]
     for name in ("autoencoder", "classifier", "ldm"):
         rows = [
@@ -108,3 +115,55 @@ def test_plan_counts_what_training_makes(job):
     for name in ("denoiser", "text_encoder"):
         assert networks[name]["parameters"] == cost.count(saved[name])
     assert networks["autoencoder"]["parameters"] > 0
+
+
+# -- stages side by side -------------------------------------------------------------------------
+
+
+def trains(secs=20.0):
+    """As a stage that trains: until a signal, which it answers by saving."""
+    with StopOnSignal() as stop:
+        until = time.monotonic() + secs
+        while not stop.requested and time.monotonic() < until:
+            time.sleep(0.02)
+    raise stages.Stopped("autoencoder")
+
+
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_a_stage_beside_another_is_waited_for_and_its_lines_are_named(capsys):
+    before = handlers()
+    with stages.beside("judge", "prints", ["this"]):
+        pass
+    assert "judge: Namespaces are one honking great idea" in capsys.readouterr().out
+    assert handlers() == before
+
+
+def test_a_stage_that_fails_stops_the_other_and_is_named():
+    begun, before = time.monotonic(), handlers()
+    with pytest.raises(ValueError, match=r"judge, which ran beside .* status 2 \(.*no-such-file"):
+        with stages.beside("judge", "fails", ["json.tool", "no-such-file"]):
+            trains()
+    assert time.monotonic() - begun < 15 and handlers() == before
+
+
+def served():
+    """Whether a server that a test started still runs; it is the only child of this process."""
+    try:
+        return os.waitpid(-1, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False
+
+
+@pytest.mark.parametrize("how", ["error", "signal"])
+def test_a_stage_that_ends_early_stops_the_one_beside_it(how):
+    expected = ValueError if how == "error" else stages.Stopped
+    with pytest.raises(expected, match="autoencoder"):
+        with stages.beside("judge", "for ever", ["http.server", "--bind=127.0.0.1", "0"]):
+            if how == "error":
+                raise ValueError("autoencoder")
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            trains()
+    assert not served()

@@ -22,14 +22,14 @@ from configs import common_folder
 from diffusion import files, wording
 from diffusion.data import tokenizers
 from experiments.plan import cost
+from experiments.quickstart import matcher
 from experiments.quickstart.look import Found
 from experiments.run import assemble
 
 LATENTS_FROM = 48  # pixels a side; below it pixels are diffused
 MOST_EPOCHS = 400
 FIRST_STAGE_SHARE = 0.3  # of the training time
-EVALUATION_SHARE = 0.12  # of all of the time, and so many seconds at least and at most
-EVALUATION_SECS = (20, 240)
+EVALUATION_SECS = 15  # of all in it but sampling and the matcher's training
 FEWEST_STEPS = 50
 WORDS = 8192 - 4  # of a vocabulary beside its special tokens
 
@@ -168,10 +168,10 @@ def text_of(found: Found) -> tuple[dict[str, Any] | None, str]:
 
 
 def with_steps(
-    chosen: Choices, pictures: int, secs: float, spent_secs: float
+    chosen: Choices, pictures: int, secs: float, spent_secs: float, samples: int
 ) -> tuple[Choices, list[str]]:
     """`chosen` with the steps that `secs`, of which some are spent, leave time for, at most
-    `MOST_EPOCHS` over so many pictures.
+    `MOST_EPOCHS` over so many pictures; so many samples are made of them at the end.
 
     Raises ValueError where that is none.
     """
@@ -179,10 +179,12 @@ def with_steps(
     parts = [name for name in ("first_stage", "denoiser") if chosen[name]]
     chosen = {**chosen, **{name: {**chosen[name], "steps": 1000} for name in parts}}
     which = {"first_stage": "autoencoder", "denoiser": "ldm" if len(parts) > 1 else "pixel"}
-    found = {n: time_step(common_folder.get_config(which[n], **chosen).lock()) for n in parts}
-    low, high = EVALUATION_SECS
+    configs = {n: common_folder.get_config(which[n], **chosen).lock() for n in parts}
+    found = {n: time_step(config) for n, config in configs.items()}
+    judging = matcher.time_step(chosen["image_size"]) if chosen["text"] or chosen["classes"] else ()
     again = sum(compiling for compiling, _ in found.values())  # each is compiled for its run
-    kept = min(max(EVALUATION_SHARE * secs, low), high) + 1.5 * again
+    last = evaluation_secs(configs["denoiser"], found["denoiser"][1], samples, *judging)
+    kept = last + 1.5 * again
     left = secs - spent_secs - (time.monotonic() - started) - kept
     shares = {"first_stage": FIRST_STAGE_SHARE if len(parts) > 1 else 0.0}
     shares["denoiser"] = 1 - shares["first_stage"]
@@ -202,7 +204,21 @@ def with_steps(
             f"{which[name]}: {steps:,} steps of {step * 1e3:.1f} ms, "
             f"about {wording.duration(steps * step)}"
         )
+    why.append(f"evaluation: {samples} samples and their numbers, about {wording.duration(last)}")
     return chosen, why
+
+
+def evaluation_secs(
+    config: ConfigDict, step: float, samples: int, compiling: float = 0.0, judging: float = 0.0
+) -> float:
+    """What comes after training: sampling, the matcher's training (0: there is none), the rest.
+
+    A training step, of `step` seconds, costs its batch about three passes of the network, and
+    something more; guidance asks for two passes.
+    """
+    passes = config.sample.steps * (1 if config.sample.guidance_scale == 1 else 2)
+    sampling = samples * passes * step / config.train.batch_size / 2.5
+    return EVALUATION_SECS + sampling + compiling + matcher.STEPS * judging
 
 
 def time_step(config: ConfigDict, secs: float = 3.0) -> tuple[float, float]:

@@ -48,7 +48,7 @@ def run(
     if not (root / "config.py").is_file():
         with job.stage("choose", "sizes and steps that fit the data, the device and the minutes"):
             spent, count = sum(job.seconds.values()), about["counts"]["train"]
-            chosen, more = choose.with_steps(chosen, count, 60 * minutes, spent)
+            chosen, more = choose.with_steps(chosen, count, 60 * minutes, spent, SAMPLES)
             choose.write(root / "config.py", found, chosen, [*why, *more])
             print(*[f"- {line}" for line in [*why, *more]], sep="\n")
     else:
@@ -178,12 +178,13 @@ def table(results: dict[str, Any]) -> str:
     held_out, psnr = results["held_out"], results["reconstruction"]["psnr"]
     rows = [("", "samples", "held-out pictures")]
     for name in ("kid", "frechet_distance"):
-        rows.append((name, f"{results[name]:.4f}", f"{held_out[name]:.4f}"))
+        cells = (part[name] for part in (results, held_out))
+        rows.append((name, *("-" if cell is None else f"{cell:.4f}" for cell in cells)))
     if results["adherence"]:
         one, other = (part["adherence"] for part in (results, held_out))
         rows.append(("captions matched", f"{one['value']:.3f}", f"{other['value']:.3f}"))
         rows.append(("a guess", f"{one['chance']:.3f}", f"{other['chance']:.3f}"))
-    lines = [wording.table(rows, "<")]
+    lines = [wording.table(rows, "<"), *results["warnings"]]
     if psnr is not None:
         lines.append(f"reconstruction by the first stage: {psnr:.1f} dB")
     lines.append(f"{results['minutes']:.1f} minutes")

@@ -16,6 +16,8 @@ import dataclasses
 import functools
 import itertools
 import re
+import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,14 +94,10 @@ class Matcher:
         return {**beside({"value": wilson(right, len(pixels))}), "chance": 1 / count}
 
 
-def train(pixels: np.ndarray, captions: Sequence[str], seed: int = 0) -> Matcher | None:
-    """On uint8 pictures (n, height, width, 3) and their captions; None where no words repeat."""
-    words = vocabulary(captions)
-    if len(np.unique(indicators(captions, words), axis=0)) < 2:
-        return None
-    has = indicators(captions, words).astype(np.float32)
-    network = DigitClassifier(feature_dim=128, classes=len(words), window=0, dropout=0.2)
-    params = network.init(jax.random.key(seed), codec.signed(pixels[:1]))["params"]
+def _training(side: int, words: int, seed: int) -> tuple[Any, Any, Any, Any]:
+    """Network, its parameters, optimiser and compiled step, for pictures of a side."""
+    network = DigitClassifier(feature_dim=128, classes=words, window=0, dropout=0.2)
+    params = network.init(jax.random.key(seed), jnp.zeros((1, side, side, 3)))["params"]
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, STEPS), weight_decay=1e-2)
 
     @jax.jit
@@ -111,6 +109,35 @@ def train(pixels: np.ndarray, captions: Sequence[str], seed: int = 0) -> Matcher
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
+    return network, params, optimizer, step
+
+
+def time_step(side: int, times: int = 5) -> tuple[float, float]:
+    """(seconds to compile, seconds a step) of its training, on made-up pictures."""
+    _, params, optimizer, step = _training(side, 64, 0)
+    image, keys = (
+        np.zeros((BATCH, side, side, 3), np.uint8),
+        jax.random.split(jax.random.key(0), BATCH),
+    )
+    given, moments, secs = (
+        (image, np.zeros((BATCH, 64), np.float32), keys),
+        optimizer.init(params),
+        [],
+    )
+    for _ in range(times):
+        begun = time.perf_counter()
+        params, moments = jax.block_until_ready(step(params, moments, *given))
+        secs.append(time.perf_counter() - begun)
+    return secs[0], statistics.median(secs[1:])
+
+
+def train(pixels: np.ndarray, captions: Sequence[str], seed: int = 0) -> Matcher | None:
+    """On uint8 pictures (n, height, width, 3) and their captions; None where no words repeat."""
+    words = vocabulary(captions)
+    if len(np.unique(indicators(captions, words), axis=0)) < 2:
+        return None
+    has = indicators(captions, words).astype(np.float32)
+    network, params, optimizer, step = _training(pixels.shape[1], len(words), seed)
     state, rng = optimizer.init(params), np.random.default_rng(seed)
     progress = wording.Progress("matcher", STEPS)
     for number in range(STEPS):

@@ -1,7 +1,8 @@
 """Numbers of samples of a folder's pictures, on what needs no download.
 
 kid, frechet_distance   between samples and training pictures, on the features below; for the
-                        pictures held out as well (`held_out`): what a perfect model would have
+                        pictures held out as well (`held_out`): what a perfect model would have;
+                        None, and a sentence in `warnings`, of fewer than `FEWEST` pictures
 adherence               `matcher.py`'s, of samples and of the held-out pictures; None where there
                         are no captions or classes, or captions repeat no words
 features                of 16 fixed random filters of 5x5 pixels at each of three scales (whole,
@@ -26,6 +27,7 @@ from diffusion.training import codec
 from experiments.quickstart import matcher
 
 MOST_PICTURES = 10_000  # of the training split
+FEWEST = 200  # pictures for a distance: the features are 192 numbers
 BATCH = 50
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -86,6 +88,9 @@ def distances(pixels: dict[str, np.ndarray], train: np.ndarray) -> dict[str, dic
     reference, found = (of_train - mean) / deviation, {}
     statistics = frechet.feature_statistics(reference)
     for name, x in pixels.items():
+        if min(len(x), len(train)) < FEWEST:
+            found[name] = {"kid": None, "frechet_distance": None, "count": len(x)}
+            continue
         own = (features(x) - mean) / deviation
         kid = kernel.kernel_distance(own, reference)
         distance = frechet.frechet_distance(frechet.feature_statistics(own), statistics)
@@ -99,7 +104,14 @@ def measure(samples: Pictures, held_out: Pictures, train: Pictures, seed: int) -
     train = train.first(MOST_PICTURES)
     sets = {"samples": samples.pixels, "held_out": held_out.pixels}
     found = distances(sets, train.pixels)
-    results: dict[str, Any] = {**found["samples"], "held_out": found["held_out"]}
+    results: dict[str, Any] = {**found["samples"], "held_out": found["held_out"], "warnings": []}
+    counts = {**{name: len(x) for name, x in sets.items()}, "training": len(train.pixels)}
+    few = [f"{count} {name.replace('_', '-')}" for name, count in counts.items() if count < FEWEST]
+    if few:
+        results["warnings"] = [
+            f"KID and the Frechet distance are left out where there are only {' and '.join(few)} "
+            f"pictures: they need {FEWEST} of both sides"
+        ]
     results["adherence"] = None
     if train.said is not None and samples.said is not None and held_out.said is not None:
         judge = matcher.train(train.pixels, train.said, seed)

@@ -151,6 +151,22 @@ def test_one_pass_is_in_order_padded_and_marked(numbers):
     assert batches[2]["position"].tolist() == [0, 1, 2, 3]
 
 
+def test_batches_made_ahead_are_the_same_and_so_are_errors(numbers):
+    one, other = loader.one_pass(numbers, 4), loader.ahead(loader.one_pass(numbers, 4))
+    for a, b in zip(one, other, strict=True):
+        assert_equal(a, b)
+
+    def fail(batch):
+        if 5 in batch["index"]:
+            raise ValueError("image 5 is broken")
+        return batch
+
+    made = loader.ahead(loader.one_pass(numbers, 4, [fail]))
+    assert next(made)["index"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="image 5 is broken"):
+        next(made)
+
+
 def test_one_pass_over_epochs_in_parts(digits, pipeline):
     whole = list(loader.one_pass(digits, 500, pipeline, epochs=2))
     assert len(whole) == 18

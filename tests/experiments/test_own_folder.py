@@ -1,5 +1,6 @@
 """The one command for a folder of pictures: what it chooses, leaves and refuses."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -63,10 +64,12 @@ def tiny(monkeypatch):
     monkeypatch.setattr(choose, "_denoiser", small_denoiser)
     monkeypatch.setattr(choose, "text_of", small_text)
     monkeypatch.setattr(choose, "_first_stage", small_stage)
-    monkeypatch.setattr(choose, "time_step", lambda config: (1.0, 20.0))
+    monkeypatch.setattr(choose, "time_step", lambda config: (1.0, 5.0))
+    monkeypatch.setattr(matcher, "time_step", lambda side: (1.0, 0.01))
     monkeypatch.setattr(choose, "FEWEST_STEPS", 2)
     monkeypatch.setattr(choose, "MOST_EPOCHS", 1)
     monkeypatch.setattr(folder, "SAMPLES", 8)
+    monkeypatch.setattr(measure, "FEWEST", 2)
     monkeypatch.setattr(matcher, "STEPS", 3)
 
 
@@ -150,15 +153,19 @@ def test_steps_follow_from_the_time_and_the_pictures(tmp_path, monkeypatch):
     chosen, _ = choose.sizes(found, tmp_path / "run", 0)
     times = {"autoencoder": (10.0, 0.1), "denoiser": (20.0, 0.05)}
     monkeypatch.setattr(choose, "time_step", lambda config: times[config.task])
-    got, why = choose.with_steps(chosen, 10**6, secs=900, spent_secs=60)
-    left = 900 - 60 - 0.12 * 900 - 1.5 * 30
+    monkeypatch.setattr(matcher, "time_step", lambda side: (5.0, {64: 0.14}[side]))
+    got, why = choose.with_steps(chosen, 10**6, secs=900, spent_secs=60, samples=500)
+    # Guided samples of 25 steps, and 600 steps of the matcher, which is most of it.
+    evaluation = 15 + 500 * 50 * 0.05 / 16 / 2.5 + 5 + 600 * 0.14
+    left = 900 - 60 - evaluation - 1.5 * 30
     assert got["first_stage"]["steps"] == pytest.approx(0.3 * left / 0.105, abs=2)
     assert got["denoiser"]["steps"] == pytest.approx(0.7 * left / 0.0525, abs=2)
     assert f"{got['denoiser']['steps']:,} steps" in why[1]
-    few, _ = choose.with_steps(chosen, 36, secs=900, spent_secs=60)
+    assert why[2] == "evaluation: 500 samples and their numbers, about 2 min 15 s"
+    few, _ = choose.with_steps(chosen, 36, secs=900, spent_secs=60, samples=500)
     assert few["denoiser"]["steps"] == 400 * 36 // 16
     with pytest.raises(ValueError, match=r"--minutes=1\.5 leave time for .* give more"):
-        choose.with_steps(chosen, 10**6, secs=90, spent_secs=20)
+        choose.with_steps(chosen, 10**6, secs=90, spent_secs=20, samples=8)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
@@ -242,7 +249,7 @@ def test_the_matcher_reads_captions_it_learnt_and_tells_wrong_ones(monkeypatch):
 
 def test_distances_grow_with_what_is_wrong():
     train = pictures(300)
-    sets = {"same": pictures(150, 1).pixels, "noisy": pictures(150, 1, noise=60).pixels}
+    sets = {"same": pictures(200, 1).pixels, "noisy": pictures(200, 1, noise=60).pixels}
     sets["blank"] = np.full_like(sets["same"], 235)
     sets["one colour"] = sets["same"].copy()
     sets["one colour"][..., 0] = sets["one colour"][..., 2]
@@ -251,6 +258,16 @@ def test_distances_grow_with_what_is_wrong():
         assert found["same"]["frechet_distance"] < 0.6 * found[name]["frechet_distance"], name
         assert found["same"]["kid"] + 0.05 < found[name]["kid"], name
     assert abs(found["same"]["kid"]) < 0.05
+
+
+def test_distances_of_few_pictures_are_left_out_and_it_is_said():
+    plain = [dataclasses.replace(pictures(n), said=None) for n in (200, 30, 200)]
+    found = measure.measure(*plain, seed=0)
+    assert found["kid"] is not None and found["held_out"]["kid"] is None
+    assert found["held_out"]["frechet_distance"] is None and found["held_out"]["count"] == 30
+    assert len(found["warnings"]) == 1 and "only 30 held-out pictures" in found["warnings"][0]
+    whole = {"minutes": 1.0, "reconstruction": {"psnr": None}, **found}
+    assert "30 held-out" in folder.table(whole)
 
 
 def test_pictures_keep_what_is_said_of_them_when_shuffled():

@@ -17,6 +17,7 @@ def get_config(arg=None):
     config = common_digits.digits_stored("captioned_digits", steps)
     config.data.dir = "runs/quickstart/latents"
     config.latents.epochs = 12
+    config.process.times = "second_moment"  # more of the t where shapes are made
     common_digits.digits_networks(config)
     if which == "transformer":
         config.model.denoiser = common_digits.digits_transformer()

@@ -16,8 +16,7 @@ def get_config(arg=None):
     steps = {"unet": 12000, "transformer": 7000}[which]  # about the same minutes
     config = common_digits.digits_stored("captioned_digits", steps)
     config.data.dir = "runs/quickstart/latents"
-    config.latents.epochs = 12
-    config.process.times = "second_moment"  # more of the t where shapes are made
+    config.latents.epochs = 16
     common_digits.digits_networks(config)
     if which == "transformer":
         config.model.denoiser = common_digits.digits_transformer()

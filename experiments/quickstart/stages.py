@@ -81,7 +81,7 @@ def beside(name: str, what: str, command: Sequence[str]) -> Iterator[None]:
     trains is saved) and a ValueError names it; where the body ends early, it is stopped so too.
     Raises Stopped where a signal ended either.
     """
-    print(f"\n== beside the next, its lines behind {name + ':'!r}: {what}", flush=True)
+    print(f"\n== beside it, in lines behind {name + ':'!r}: {what}", flush=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if cache := jax.config.values.get("jax_compilation_cache_dir"):
         environment["JAX_COMPILATION_CACHE_DIR"] = cache

@@ -17,10 +17,10 @@ def get_config(arg=None):
     config.model.autoencoder = common_digits.digits_first_stage()
     config.model.discriminator.update({"channels": 32, "layers": 2})
     config.loss.update(reconstruction="l2", kl_weight=3.6e-3)
-    config.loss.adversarial_start_steps = 1500  # of --config.loss.adversarial=hinge
-    config.train.update(steps=3000, batch_size=16, log_every_steps=100, save_every_steps=1000)
+    config.loss.adversarial_start_steps = 1200  # of --config.loss.adversarial=hinge
+    config.train.update(steps=2400, batch_size=16, log_every_steps=100, save_every_steps=1200)
     config.optim.update(name="adamw", learning_rate=2e-3, warmup_steps=50)
-    config.optim.update(decay="cosine", decay_steps=3000, b2=0.99)
+    config.optim.update(decay="cosine", decay_steps=2400, b2=0.99)
     config.optim.clip_norm = 3000.0  # of the summed loss: about 1 a pixel and channel
-    config.evaluation.every_steps = 1000
+    config.evaluation.every_steps = 1200
     return common.smoke(config) if smoke else config

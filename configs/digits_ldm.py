@@ -16,8 +16,10 @@ def get_config(arg=None):
     steps = {"unet": 12000, "transformer": 7000}[which]  # about the same minutes
     config = common_digits.digits_stored("captioned_digits", steps)
     config.data.dir = "runs/quickstart/latents"
-    config.latents.epochs = 16
+    config.latents.epochs = 12
     common_digits.digits_networks(config)
+    if which == "unet":  # draws more of the t where shapes are made
+        config.process.times = "second_moment"
     if which == "transformer":
         config.model.denoiser = common_digits.digits_transformer()
     config.sample.guidance_scale = 5.0

@@ -20,7 +20,7 @@ def get_config(arg=None):
     which, smoke = common.parse(arg, ("jumps", "consistency", "progressive"))
     config = digits_ldm.get_config("smoke" if smoke else None)
     common_digits.digits_teacher(config)
-    config.conditioning.drop = 0.0
+    config.conditioning.drop, config.process.times = 0.0, ""
     config.process.objective = {"teacher": "eps", "guidance_scale": 5.0}
     config.sample.guidance_scale = 1.0
     if which == "progressive":

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import digits_pixel
 from experiments.host import cli
 from experiments.plan import __main__ as plan
-from experiments.plan import hlo, target, topology
+from experiments.plan import hlo, provenance, target, topology
 
 MODULE = """HloModule step
 %light (p: f32[8]) -> f32[8] {
@@ -118,15 +118,76 @@ def test_flops_of_a_module_are_those_of_its_products():
     assert found in (2 * 2 * 256 * 32 + 2 * (2 * 4 * 4 * 16) * 36, 2 * (2 * 4 * 4 * 16) * 36)
 
 
+TRAVELS = """%sum (p: f32[64]) -> f32[8] {
+  %g = f32[64]{0} parameter(0)
+  %all = f32[64]{0} all-reduce(%g), to_apply=%add
+  ROOT %part = f32[8]{0} slice(%all)
+}
+%turn (p: (s32[], f32[8,64])) -> (s32[], f32[8,64]) {
+  %carried = (s32[], f32[8,64]{1,0}) parameter(0)
+  %count = s32[] get-tuple-element(%carried), index=0
+  %piece = f32[8,64]{1,0} get-tuple-element(%carried), index=1
+  %next = f32[8,64]{1,0} collective-permute(%piece), metadata={op_name="ring"}
+  ROOT %pair = (s32[], f32[8,64]{1,0}) tuple(%count, %next)
+}
+%wrapped (p: f32[64]) -> f32[64] {
+  %inner = f32[64]{0} parameter(0)
+  ROOT %late = f32[64]{0} all-reduce(%inner), to_apply=%add
+}
+ENTRY %main (x: f32[8,64], w: f32[8,64], v: f32[8,64]) -> f32[8] {
+  %x = f32[8,64]{1,0} parameter(0), metadata={op_name="batch['image']"}
+  %w = f32[8,64]{1,0} parameter(1), metadata={op_name="state.params['net']['w']"}
+  %v = f32[8,64]{1,0} parameter(2), metadata={op_name="state.params['net']['v']"}
+  %m = f32[64]{0} parameter(3), metadata={op_name="state.opt_state['net']['w']"}
+  %start = (f32[8,64]{1,0}, f32[64,64]{1,0}) all-gather-start(%w), dimensions={0}
+  %whole = f32[64,64]{1,0} all-gather-done(%start)
+  %first = (s32[], f32[8,64]{1,0}) tuple(%zero, %v)
+  %ring = (s32[], f32[8,64]{1,0}) while(%first), condition=%c, body=%turn, backend_config={"known_trip_count":{"n":"7"}}
+  %second = f32[8,64]{1,0} get-tuple-element(%ring), index=1
+  %y = f32[8,64]{1,0} dot(%x, %whole), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(step)/jvp(net)/dot"}
+  %spread = f32[64,64]{1,0} all-gather(%y), dimensions={0}
+  %z = f32[64,64]{1,0} dot(%spread, %second), lhs_contracting_dims={1}, rhs_contracting_dims={1}, metadata={op_name="jit(step)/jvp(net)/dot"}
+  %line = f32[64]{0} reduce(%z, %zero), to_apply=%add
+  %dw = f32[8]{0} fusion(%line), kind=kCustom, calls=%sum
+  %begun = ((f32[64]{0}), f32[64]{0}) async-start(%line), calls=%wrapped
+  %dv = f32[64]{0} async-done(%begun)
+  %muon = f32[64]{0} dot(%dv, %m), lhs_contracting_dims={0}, rhs_contracting_dims={0}, metadata={op_name="jit(step)/muon/dot"}
+  %loss = (f32[], f32[16]{0}) all-reduce(%l, %line), to_apply=%add
+  ROOT %out = (f32[8]{0}, f32[64]{0}) tuple(%dw, %muon)
+}
+"""  # noqa: E501
+
+
+def test_what_a_collective_carries_is_read_from_where_it_comes_and_goes():
+    flow = provenance.Flow(TRAVELS)
+    told = [(t.kind, t.carries, t.times, t.result_bytes, t.leaves) for t in flow.travels()]
+    assert told == [
+        ("all-gather", "weights", 1, 4 * 64 * 64, ("net/w",)),
+        ("collective-permute", "weights", 7, 4 * 8 * 64, ("net/v",)),
+        ("all-gather", "activations", 1, 4 * 64 * 64, ()),
+        ("all-reduce", "gradients", 1, 4 * 64, ()),
+        ("all-reduce", "gradients", 1, 4 * 64, ()),
+        ("all-reduce", "other", 1, 4 * 17, ()),
+    ]
+    totals = provenance.totals(flow.travels())
+    assert totals["weights"] == {"count": 8, "bytes": 4 * 64 * 64 + 7 * 4 * 8 * 64}
+    assert totals["gradients"]["count"] == 2 and totals["other"]["count"] == 1
+
+
 @pytest.fixture(scope="module")
 def planned():
-    """One pixel and one latent config, the latter with its weights split over all chips."""
+    """A pixel and a latent config, the latter with its weights split over all; and sampling."""
     found = {}
-    for name, fsdp in (("digits_pixel", 1), ("digits_ldm", 4)):
+    for name, fsdp, sample in (
+        ("digits_pixel", 1, False),
+        ("digits_ldm", 4, False),
+        ("digits_ldm", 4, True),
+    ):
         config = importlib.import_module(f"configs.{name}").get_config("smoke")
         config.model.dtype = "bfloat16"
         config.parallel.fsdp = fsdp
-        found[name] = target.planned(config.lock(), "v5e:2x2")
+        key = "sample" if sample else name
+        found[key] = target.planned(config.lock(), "v5e:2x2", sample=sample)
     return found
 
 
@@ -151,6 +212,18 @@ def test_split_weights_are_gathered_and_no_activation_is(planned):
     assert planned["digits_ldm"]["state_bytes"] > 0
 
 
+def test_a_tpu_makes_pictures_by_the_program_of_sample(planned):
+    """Two steps, guided, of pictures that are split over the chips: nothing is exchanged."""
+    found, step = planned["sample"], planned["digits_ldm"]
+    assert found["fits"] and found["state_bytes"] < found["peak_bytes"] < 2**28
+    assert (found["steps"], found["evaluations"]) == (2, 4) and found["batch_size"] % 4 == 0
+    assert all(entry["count"] == 0 for entry in found["collectives"].values())
+    assert 0.5 < found["flops"] / (found["step_flops"] / 4) < 2
+    assert set(step) < set(found)
+    text = target.show(found)
+    assert "for 4 evaluations of the network" in text and "images/s" in text
+
+
 def test_what_does_not_fit_is_said_by_the_compiler():
     config = digits_pixel.get_config("smoke")
     config.train.batch_size = 2**22
@@ -159,15 +232,26 @@ def test_what_does_not_fit_is_said_by_the_compiler():
     assert "does not fit" in target.show(found)
 
 
-def test_the_largest_batch_is_searched_both_ways(monkeypatch):
-    answers = iter([True, True, False])
-    monkeypatch.setattr(target, "in_a_process", lambda *_: {"fits": next(answers)})
-    config = digits_pixel.get_config("smoke").lock()
-    assert target.planned(config, "v5e:1x1", largest_batch=True)["largest_batch"] == 16
-    answers = iter([False, False, True])
-    assert target.planned(config, "v5e:1x1", largest_batch=True)["largest_batch"] == 2
-    answers = iter([False] * 9)
-    assert target.planned(config, "v5e:1x1", largest_batch=True)["largest_batch"] == 0
+def test_the_largest_batch_is_searched_both_ways_for_each_remat(monkeypatch):
+    """As though so many examples fitted, by what is recomputed."""
+    room, asked = {"none": 4, "full": 32, "conv": 16, "dots": 0}, []
+
+    def compiled(config, aim, sample=False):
+        of = config.sample if sample else config.train
+        asked.append((config.parallel.remat, of.batch_size))
+        return {"fits": of.batch_size <= room[config.parallel.remat], "batch_size": of.batch_size}
+
+    monkeypatch.setattr(target, "in_a_process", compiled)
+    config = digits_pixel.get_config("smoke")
+    config.train.batch_size = 24
+    found = target.planned(config, "v5e:1x1", largest_batch=True)
+    assert found["largest_batch"] == {"none": 4, "full": 32, "conv": 16, "dots": 0}
+    assert asked[:3] == [("none", 24), ("none", 16), ("none", 8)]
+    config.sample.batch_size, config.parallel.remat = 8, "conv"
+    asked.clear()
+    found = target.planned(config, "v5e:2x2", largest_batch=True, sample=True)
+    assert found["largest_batch"] == {"conv": 16}
+    assert asked == [("conv", 8), ("conv", 16), ("conv", 32)]  # 8 is not compiled again
 
 
 @pytest.mark.parametrize(
@@ -185,11 +269,27 @@ def test_the_largest_batch_is_searched_both_ways(monkeypatch):
         (("--target=h100:2", "--config.parallel.data=3"), "2 devices, which parallel.data=3"),
         (("--target=v5e:2x4", "--config.parallel.fsdp=3"), "8 devices, which parallel.data=-1 and"),
         (("--target=v5e:2x4", "--config.train.batch_size=12"), "train.batch_size=12"),
-        (("--largest_batch",), "--largest_batch needs --target"),
+        (("--largest_batch",), "--largest_batch is of --target"),
+        (("--sample",), "--sample is of --target"),
+        (("--sample", "--target=v5e:1x1", "--mesh=data=1"), "without --mesh"),
+        (("--sample", "--target=v5e:1x1", "--config.sample.autoguidance=x"), "autoguidance=x"),
     ],
 )
 def test_a_target_that_is_none_is_refused(argv, words, capsys):
     argv = ("--config=configs/digits_pixel.py:smoke", *argv)
+    assert cli.run(plan.define, plan.main, argv) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("digits_autoencoder.py:smoke", "task='autoencoder' samples nothing"),
+        ("flow_cifar10.py", "sample.sampler='dopri5' takes as many as its error asks"),
+    ],
+)
+def test_what_has_no_steps_to_sample_by_is_refused(name, words, capsys):
+    argv = (f"--config=configs/{name}", "--target=v5e:1x1", "--sample")
     assert cli.run(plan.define, plan.main, argv) == 2
     assert words in capsys.readouterr().err
 

@@ -179,8 +179,7 @@ class Pipeline:
     def decode(self, params: Any, x: jax.Array, tile: int = 0, rounded: bool = True) -> jax.Array:
         """What was diffused, (batch, *space, channels), to pixels uint8; a series to float32.
 
-        `tile` > 0: in tiles of so many pixels (`models/tiling.py`). Not `rounded`: float32 in
-        [0, 1].
+        `tile` > 0: in tiles of so many pixels (`models/tiling.py`). Not `rounded`: in [0, 1].
         """
         x = codec.decode(self.first_stage, params, self.extra, x, tile)
         if x.ndim == 3:  # a series is no picture: it stays as it is
@@ -193,13 +192,14 @@ class Pipeline:
         strength: float | int = 1.0,
         tile: int = 0,
         rounded: bool = True,
+        devices: list | None = None,
     ) -> Callable[..., Any]:
         """A compiled function (params, seeds, indices, columns) -> images [, images of each step].
 
         It holds no parameters. seeds, indices and columns have one row a picture; a column
         "guidance_scale" has each picture's own, "other" and "mix" make a picture between "image"
         and it (`inputs.py`, eq. 1), whose noise is the same at every place between. `trajectory`:
-        x_t of each step as well, or the "estimates" of x_0 from it.
+        x_t of each step as well, or the "estimates" of x_0 from it. `devices`: by default all.
         """
         self._check_told(strength)
         bare = dataclasses.replace(self, params={})
@@ -227,7 +227,7 @@ class Pipeline:
             x0, xs = found
             return bare.decode(params, x0, tile), jax.vmap(lambda x: bare.decode(params, x))(xs)
 
-        mesh = make_mesh()
+        mesh = make_mesh(devices=devices)
         jitted = jax.jit(target.aimed(run, mesh.devices.flatten().tolist(), mesh))
         return with_float64(jitted, how.state)
 

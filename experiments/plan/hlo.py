@@ -57,12 +57,19 @@ def type_bytes(text: str, on_chip: bool = True) -> int:
     return total
 
 
+def elements(text: str) -> int:
+    """Of one array's HLO type."""
+    return math.prod(_sizes(TYPE.search(text)[2]))
+
+
 def _sizes(shape: str) -> tuple[int, ...]:
     return tuple(int(n) for n in shape.split(",") if n)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Line:
+class Line:
+    """One instruction as it is written."""
+
     name: str
     type: str
     kind: str
@@ -83,6 +90,17 @@ class _Line:
         return found[1] if found else ""
 
     @property
+    def place(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1].replace("\\", "") if found else ""
+
+    @property
+    def trips(self) -> int:
+        """Of a loop; 1 where the compiler knows no number."""
+        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.rest)
+        return int(found[1]) if found else 1
+
+    @property
     def called(self) -> list[str]:
         """Computations that the instruction runs; of a conditional, every branch."""
         one = r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
@@ -91,40 +109,41 @@ class _Line:
 
 
 class Module:
-    """`compiled.as_text()`, read."""
+    """`compiled.as_text()`, read. lines: of each computation; roots: the names of their results."""
 
     def __init__(self, text: str):
-        self._lines: dict[str, list[_Line]] = {}
+        self.lines: dict[str, list[Line]] = {}
+        self.roots: dict[str, str] = {}
         self.entry, name = "", ""
         for line in text.splitlines():
             head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
             if head and not line.startswith(" "):
                 name = head[2]
-                self._lines[name] = []
+                self.lines[name] = []
                 self.entry = name if head[1] else self.entry
             elif name and (found := INSTRUCTION.match(line)):
-                self._lines[name].append(_Line(*found.groups()))
-        self._types = {line.name: line.type for lines in self._lines.values() for line in lines}
+                self.lines[name].append(Line(*found.groups()))
+                if line.lstrip().startswith("ROOT "):
+                    self.roots[name] = found[1]
+        self._types = {line.name: line.type for lines in self.lines.values() for line in lines}
 
     def kernels(self, name: str = "", times: int = 1) -> list[Kernel]:
         """Of a computation, by default the entry."""
         found = []
-        for line in self._lines.get(name or self.entry, ()):
+        for line in self.lines.get(name or self.entry, ()):
             kind = line.kind.removesuffix("-start")
             if kind == "conditional":
                 branches = [self.kernels(branch, times) for branch in line.called]
                 found += max(branches, key=lambda ks: sum(k.bytes * k.times for k in ks))
             elif kind in ("while", "call"):
-                count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.rest)
-                inner = times * int(count[1]) if count and kind == "while" else times
+                inner = times * line.trips if kind == "while" else times
                 for called in line.called:
                     found += self.kernels(called, inner)
             elif kind not in FREE:
                 found.append(self._kernel(line, kind, times))
         return found
 
-    def _kernel(self, line: _Line, kind: str, times: int) -> Kernel:
-        place = re.search(r'op_name="([^"]*)"', line.rest)
+    def _kernel(self, line: Line, kind: str, times: int) -> Kernel:
         if kind == "custom-call":
             kind = line.target
         fusion = re.search(r"kind=k(\w+)", line.rest) if kind == "fusion" else None
@@ -133,12 +152,12 @@ class Module:
             types = types[:1]
         moved = sum(type_bytes(text, on_chip=False) for text in types)
         shapes = tuple(_sizes(found[2]) for found in TYPE.finditer(line.type))
-        place = place[1] if place else ""
         own = type_bytes(line.type)
-        flops, fused = self._flops(line), fusion[1] if fusion else ""
-        return Kernel(kind, fused, line.name, place, moved, flops, times, shapes, own)
+        flops, fused = self.flops(line), fusion[1] if fusion else ""
+        return Kernel(kind, fused, line.name, line.place, moved, flops, times, shapes, own)
 
-    def _flops(self, line: _Line) -> int:
+    def flops(self, line: Line) -> int:
+        """Of one instruction."""
         if line.kind == "convolution":
             return self._convolution(line)
         if line.kind == "dot":
@@ -147,14 +166,14 @@ class Module:
             return self._library(line)
         if line.kind != "fusion":
             return 0
-        inside = [inner for name in line.called for inner in self._lines.get(name, ())]
-        return sum(self._flops(inner) for inner in inside)
+        inside = [inner for name in line.called for inner in self.lines.get(name, ())]
+        return sum(self.flops(inner) for inner in inside)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         found = TYPE.search(self._types.get(name, ""))
         return _sizes(found[2]) if found else ()
 
-    def _dot(self, line: _Line) -> int:
+    def _dot(self, line: Line) -> int:
         left = self._shape(line.operands[0])
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest) or re.search(
             r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', line.rest
@@ -162,7 +181,7 @@ class Module:
         inner = math.prod(left[i] for i in _sizes(axes[1].replace('"', ""))) if axes else 1
         return 2 * math.prod(_sizes(TYPE.search(line.type)[2])) * inner
 
-    def _library(self, line: _Line) -> int:
+    def _library(self, line: Line) -> int:
         """Of cuDNN's and cuBLAS's calls; of others none is known."""
         target = line.target
         if target.startswith("__cublas$"):
@@ -186,7 +205,7 @@ class Module:
             return 2 * (5 if "Backward" in target else 2) * math.prod(scores) * width
         return 0
 
-    def _convolution(self, line: _Line) -> int:
+    def _convolution(self, line: Line) -> int:
         """Two for each result, input channel and place of the kernel."""
         out = math.prod(_sizes(TYPE.search(line.type)[2]))
         kernel = self._shape(line.operands[1])

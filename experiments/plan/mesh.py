@@ -70,6 +70,8 @@ HARDWARE = {
     "v6e": Hardware(918e12, 32e9, 1.638e12, 400e9, 256, 12.5e9),
 }
 
+WHOLE = PartitionSpec()
+
 # -- the plan ------------------------------------------------------------------------------------
 
 
@@ -85,16 +87,15 @@ def abstract_step(config: ConfigDict, placed: Parallel) -> tuple[Any, ...]:
     """The task, and the shapes and shardings that its step takes: state, batch, frozen."""
     task = tasks.task(config)
     state = placed.abstract(task.init, jax.random.key(0))
-    whole = NamedSharding(placed.mesh, PartitionSpec())
-
-    def place(tree, sharding):
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-        )
-
-    frozen = place(cost.frozen_shapes(config, task, state) | cost.judges(task), whole)
+    frozen = laid(cost.frozen_shapes(config, task, state) | cost.judges(task), placed)
     examples = cost.abstract_batch(config, task, config.train.batch_size)
-    return task, state, place(examples, NamedSharding(placed.mesh, BATCH)), frozen
+    return task, state, laid(examples, placed, BATCH), frozen
+
+
+def laid(tree: Any, placed: Parallel, spec: PartitionSpec = WHOLE) -> Any:
+    """Shapes, as they would lie on the mesh: by default whole on every device."""
+    sharding = NamedSharding(placed.mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def compile_plan(config: ConfigDict, data: int, fsdp: int) -> dict[str, Any]:

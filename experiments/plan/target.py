@@ -1,6 +1,8 @@
 """The real step, compiled by the real compiler of a TPU or of GPUs that are not here.
 
-    python -m experiments.plan --config=C --target=h100:8|v5e:2x4 [--largest_batch] [--json]
+    python -m experiments.plan --config=C --target=h100:8|v5e:2x4 [--sample] [--largest_batch]
+
+`--sample`: not the train step but the whole program of `sample` (`sampling.py`).
 
 The compilers are `requirements-tpu-target.txt`'s and `requirements-gpu-target.txt`'s, the targets
 `topology.py`'s; `parallel.fsdp` and `parallel.data` of the config divide them. The process that
@@ -10,53 +12,55 @@ no run can be faster than, each kernel at the peak or at full bandwidth. Of GPUs
 are not in the memory, and nothing is tuned by trial.
 """
 
+import functools
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from diffusion import wording
-from diffusion.training.parallel import Parallel, check_batch, make_mesh, partition
-from experiments.plan import cost, hlo
+from diffusion.models.unet import REMAT_POLICIES
+from diffusion.training.parallel import Parallel, check_batch, make_mesh
+from experiments.plan import cost, hlo, provenance, sampling
 from experiments.plan.mesh import HARDWARE, abstract_step, shard_bytes
 from experiments.plan.topology import Topology, parse
 from experiments.run import tasks
 
 LAUNCH_SECS = 2.5e-6  # of a GPU's kernel, at least
 UNTILED = "Couldn't find output tile sizes"
-SCALARS = 32  # more than a step's metrics: a longer sum carries gradients
 
 
 # -- compiling, in a process of its own ----------------------------------------------------------
 
 
-def compiled(config: ConfigDict, topology: Topology) -> dict[str, Any]:
-    """What the compiler says of one train step."""
+def compiled(config: ConfigDict, topology: Topology, sample: bool = False) -> dict[str, Any]:
+    """What the compiler says of one train step, or of the whole program that samples."""
     devices = topology.devices()
-    data = config.parallel.data
-    mesh = make_mesh(data, config.parallel.fsdp, devices)
-    placed = Parallel("jit", mesh)
-    task, state, batch, frozen = abstract_step(config, placed)
-    step = placed.jitted(task.train_step, jax.tree.map(lambda x: x.sharding, state))
     chip = HARDWARE[topology.kind]
-    found: dict[str, Any] = {
-        "target": topology.text,
-        "mesh": dict(mesh.shape),
-        "batch_size": config.train.batch_size,
-        "memory_bytes": int(chip.memory),
-        "state_bytes": shard_bytes(state),
-        "step_flops": cost.flops(task.train_step, state, batch, frozen),
-    }
+    found: dict[str, Any] = {"target": topology.text, "memory_bytes": int(chip.memory)}
+    if sample:
+        placed = Parallel("jit", make_mesh(devices=devices))
+        step, arguments, facts = sampling.program(config, placed)
+        found |= {"mesh": dict(placed.mesh.shape), "state_bytes": shard_bytes(arguments[0])}
+        found |= {**facts, "step_flops": cost.flops(step, *arguments)}
+    else:
+        placed = Parallel("jit", make_mesh(config.parallel.data, config.parallel.fsdp, devices))
+        task, *arguments = abstract_step(config, placed)
+        shardings = jax.tree.map(lambda x: x.sharding, arguments[0])
+        step = placed.jitted(task.train_step, shardings)
+        found |= {"mesh": dict(placed.mesh.shape), "state_bytes": shard_bytes(arguments[0])}
+        found |= {"batch_size": config.train.batch_size}
+        found |= {"step_flops": cost.flops(task.train_step, *arguments)}
     started = time.perf_counter()
     try:
-        program = step.lower(state, batch, frozen).compile()
+        program = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -71,75 +75,77 @@ def compiled(config: ConfigDict, topology: Topology) -> dict[str, Any]:
     found |= {"temporary_bytes": int(memory.temp_size_in_bytes)}
     found |= {"program_bytes": int(memory.generated_code_size_in_bytes)}
     found |= hlo.summary(text, chip.flops, chip.bandwidth, LAUNCH_SECS if topology.gpu else 0)
-    sizes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
-    found["collectives"] = classed(text, sizes, config.train.batch_size, placed)
+    found["collectives"] = provenance.totals(provenance.Flow(text).travels())
     return found
-
-
-def classed(
-    text: str, weights: set[tuple[int, ...]], batch_size: int, placed: Parallel
-) -> dict[str, dict[str, int]]:
-    """Collectives by what they carry: gradients and weights have a parameter's shape, or a shard's;
-    so has a flat sum, into which a GPU's compiler joins many; activations have the examples
-    of a device or of all in their first axis; others are scalars."""
-    totals = {k: {"count": 0, "bytes": 0} for k in ("gradients", "weights", "activations", "other")}
-    shards = weights | {_split(shape, placed.mesh.shape["fsdp"]) for shape in weights}
-    examples = {batch_size, batch_size // placed.mesh.size}
-    for kernel in hlo.Module(text).kernels():
-        if kernel.kind not in hlo.COLLECTIVES:
-            continue
-        summed = kernel.kind in ("all-reduce", "reduce-scatter")
-        flat = summed and any(len(s) == 1 and s[0] > SCALARS for s in kernel.shapes)
-        if flat or any(shape in shards and math.prod(shape) > 1 for shape in kernel.shapes):
-            name = "gradients" if summed else "weights"
-        elif any(len(shape) > 1 and shape[0] in examples for shape in kernel.shapes):
-            name = "activations"
-        else:
-            name = "other"
-        totals[name]["count"] += kernel.times
-        totals[name]["bytes"] += kernel.times * kernel.result_bytes
-    return totals
-
-
-def _split(shape: tuple[int, ...], fsdp: int) -> tuple[int, ...]:
-    spec = partition(shape, fsdp)
-    return tuple(n // fsdp if i < len(spec) and spec[i] else n for i, n in enumerate(shape))
 
 
 # -- the command's side --------------------------------------------------------------------------
 
 
-def planned(config: ConfigDict, target: str, largest_batch: bool = False) -> dict[str, Any]:
+def planned(
+    config: ConfigDict, target: str, largest_batch: bool = False, sample: bool = False
+) -> dict[str, Any]:
     """The plan for a target; ValueError for one that is not known, or whose mesh does not fit."""
     topology = parse(target)
     data, fsdp = config.parallel.data, config.parallel.fsdp
-    if topology.chips % fsdp or (data != -1 and data * fsdp != topology.chips):
+    if sample:
+        sampling.check(config)
+    elif topology.chips % fsdp or (data != -1 and data * fsdp != topology.chips):
         raise ValueError(
             f"--target={target} has {topology.chips} devices, which parallel.data={data} and "
             f"parallel.fsdp={fsdp} do not make up: set parallel.data=-1, and a divisor as fsdp"
         )
-    check_batch(config.train.batch_size, config.train.accumulate, topology.chips)
+    else:
+        check_batch(config.train.batch_size, config.train.accumulate, topology.chips)
     tasks.task(config)  # whatever the config is wrong in, before a process is started
-    found = in_a_process(config, target)
+    found = in_a_process(config, target, sample)
     if largest_batch:
-        found["largest_batch"] = _largest(config, target, found)
+        known = {found["batch_size"]: found["fits"]}
+        found["largest_batch"] = largest(config, target, sample, known)
     return found
 
 
-def _largest(config: ConfigDict, target: str, first: dict[str, Any]) -> int:
-    """By powers of two from the config's; 0 where none fits."""
-    best, size, fits = 0, config.train.batch_size, first["fits"]
-    grows, least = fits, parse(target).chips * config.train.accumulate
-    while fits == grows and (size > least or grows):
-        best = size if fits else best
-        size = size * 2 if grows else size // 2
+def largest(
+    config: ConfigDict, target: str, sample: bool, known: dict[int, bool]
+) -> dict[str, int]:
+    """{parallel.remat: batch} by powers of two times the least that the devices divide; 0: none.
+
+    From the config's batch, each policy from the last one's. known: what fits as the config is.
+    """
+    own, least = config.parallel.remat, parse(target).chips
+    least, of = (least, "sample") if sample else (least * config.train.accumulate, "train")
+    size = least * 2 ** max(0, (config[of].batch_size // least).bit_length() - 1)
+    policies = ("none", *REMAT_POLICIES) if config.task == "denoiser" else ("none", "full")
+    found: dict[str, int] = {}
+    for policy in (own,) if sample else policies:
         changed = ConfigDict(config.to_dict())
-        changed.train.batch_size = size
-        fits = in_a_process(changed, target)["fits"]
-    return best if grows else (size if fits else 0)
+        changed.parallel.remat = policy
+        asked = known if policy == own else {}
+        found[policy] = _by_two(functools.partial(_fits, changed, target, of, asked), size, least)
+        size = max(found[policy], least)
+    return found
 
 
-def in_a_process(config: ConfigDict, target: str, triton: bool = True) -> dict[str, Any]:
+def _fits(config: ConfigDict, target: str, of: str, known: dict[int, bool], size: int) -> bool:
+    config[of].batch_size = size
+    return known[size] if size in known else in_a_process(config, target, of == "sample")["fits"]
+
+
+def _by_two(fits: Callable[[int], bool], size: int, least: int) -> int:
+    if fits(size):
+        while fits(2 * size):
+            size *= 2
+        return size
+    while size > least:
+        size //= 2
+        if fits(size):
+            return size
+    return 0
+
+
+def in_a_process(
+    config: ConfigDict, target: str, sample: bool = False, triton: bool = True
+) -> dict[str, Any]:
     """`compiled`. Where XLA finds no tiles for a product that is left to Triton, which on the GPU
     itself trials would decide, all products are cuBLAS's: "triton" says which."""
     environment = parse(target).environment()
@@ -147,7 +153,7 @@ def in_a_process(config: ConfigDict, target: str, triton: bool = True) -> dict[s
         environment["XLA_FLAGS"] += " --xla_gpu_enable_triton_gemm=false"
     done = subprocess.run(
         [sys.executable, "-m", "experiments.plan.target"],
-        input=json.dumps({"config": config.to_dict(), "target": target}),
+        input=json.dumps({"config": config.to_dict(), "target": target, "sample": sample}),
         capture_output=True,
         text=True,
         env=os.environ | environment,
@@ -155,7 +161,7 @@ def in_a_process(config: ConfigDict, target: str, triton: bool = True) -> dict[s
     if not done.returncode:
         return json.loads(done.stdout.splitlines()[-1]) | {"triton": triton}
     if triton and UNTILED in done.stderr:
-        return in_a_process(config, target, triton=False)
+        return in_a_process(config, target, sample, triton=False)
     said = done.stderr.strip().splitlines() or ["no word"]
     named = [line for line in said if re.match(r"[\w.]+(Error|Exception): ", line)]
     raise ValueError(f"--target={target} did not compile: {(named or said)[-1][:500]}")
@@ -168,8 +174,8 @@ def show(found: dict[str, Any]) -> str:
     verb = "fits" if found["fits"] else "does not fit"
     memory = f"{wording.size(peak) if peak else 'more'} of {wording.size(found['memory_bytes'])}"
     lines.append(f"{verb}: {memory} a device, {wording.size(found['state_bytes'])} of it state")
-    if "largest_batch" in found:
-        lines.append(f"largest batch by powers of two: {found['largest_batch']}")
+    for policy, size in found.get("largest_batch", {}).items():
+        lines.append(f"largest batch by powers of two, remat {policy}: {size or 'none'}")
     if not found["fits"]:
         return "\n".join(lines)
     lines.append(
@@ -178,9 +184,11 @@ def show(found: dict[str, Any]) -> str:
     )
     for name, one in found["kinds"].items():
         lines.append(f"{one['count']:>7,} {name:<32} {one['bytes'] / 1e9:>8,.2f} GB")
-    rate = found["batch_size"] / found["bound_secs"]
+    rate, of = found["batch_size"] / found["bound_secs"], ("a step", "examples")
+    if "evaluations" in found:
+        of = f"for {found['evaluations']} evaluations of the network", "images"
     lines.append(
-        f"bound by kernel {found['bound_secs'] * 1e3:,.2f} ms a step ({rate:,.0f} examples/s), "
+        f"bound by kernel {found['bound_secs'] * 1e3:,.2f} ms {of[0]} ({rate:,.3g} {of[1]}/s), "
         f"{found['peak_share']:.0%} of the peak"
     )
     for name, entry in found["collectives"].items():
@@ -192,4 +200,5 @@ def show(found: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
-    print(json.dumps(compiled(ConfigDict(asked["config"]), parse(asked["target"]))))
+    config = ConfigDict(asked["config"])
+    print(json.dumps(compiled(config, parse(asked["target"]), asked["sample"])))

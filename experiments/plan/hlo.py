@@ -186,6 +186,8 @@ class Module:
         target = line.target
         if target.startswith("__cublas$"):
             return self._dot(line)
+        if not line.operands:
+            return 0
         first, result = self._shape(line.operands[0]), _sizes(TYPE.search(line.type)[2])
         if target.startswith("__cudnn$conv"):
             second = self._shape(line.operands[1])

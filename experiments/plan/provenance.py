@@ -69,7 +69,8 @@ class Flow:
         for line in self.module.lines.get(computation, ()):
             operands = [values.get(name, 0) for name in line.operands]
             if line.kind == "parameter" and given is not None:
-                values[line.name] = given[int(re.match(r"\d+", line.rest)[0])]
+                i = int(re.match(r"\d+", line.rest)[0])
+                values[line.name] = given[i] if i < len(given) else _flat(given)
             else:
                 values[line.name] = self._value(line, operands, times)
         return values.get(self.module.roots.get(computation, ""), 0)
@@ -89,9 +90,9 @@ class Flow:
             return whole[i] if isinstance(whole, tuple) else whole
         if kind in COLLECTIVES:
             return self._collective(line, kind, operands, times)
-        if kind.endswith("-done") or kind in ("async-update", "opt-barrier"):
+        if operands and (kind.endswith("-done") or kind in ("async-update", "opt-barrier")):
             return operands[0]
-        if kind in ("fusion", "call", "async"):
+        if kind in ("fusion", "call", "async") and line.called:
             return self._run(line.called[0], operands, times)
         if kind == "while":
             return self._loop(line, operands[0], times)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import digits_pixel
 from experiments.host import cli
 from experiments.plan import __main__ as plan
-from experiments.plan import hlo, provenance, target, topology
+from experiments.plan import hlo, target, topology
 
 MODULE = """HloModule step
 %light (p: f32[8]) -> f32[8] {
@@ -118,62 +118,6 @@ def test_flops_of_a_module_are_those_of_its_products():
     assert found in (2 * 2 * 256 * 32 + 2 * (2 * 4 * 4 * 16) * 36, 2 * (2 * 4 * 4 * 16) * 36)
 
 
-TRAVELS = """%sum (p: f32[64]) -> f32[8] {
-  %g = f32[64]{0} parameter(0)
-  %all = f32[64]{0} all-reduce(%g), to_apply=%add
-  ROOT %part = f32[8]{0} slice(%all)
-}
-%turn (p: (s32[], f32[8,64])) -> (s32[], f32[8,64]) {
-  %carried = (s32[], f32[8,64]{1,0}) parameter(0)
-  %count = s32[] get-tuple-element(%carried), index=0
-  %piece = f32[8,64]{1,0} get-tuple-element(%carried), index=1
-  %next = f32[8,64]{1,0} collective-permute(%piece), metadata={op_name="ring"}
-  ROOT %pair = (s32[], f32[8,64]{1,0}) tuple(%count, %next)
-}
-%wrapped (p: f32[64]) -> f32[64] {
-  %inner = f32[64]{0} parameter(0)
-  ROOT %late = f32[64]{0} all-reduce(%inner), to_apply=%add
-}
-ENTRY %main (x: f32[8,64], w: f32[8,64], v: f32[8,64]) -> f32[8] {
-  %x = f32[8,64]{1,0} parameter(0), metadata={op_name="batch['image']"}
-  %w = f32[8,64]{1,0} parameter(1), metadata={op_name="state.params['net']['w']"}
-  %v = f32[8,64]{1,0} parameter(2), metadata={op_name="state.params['net']['v']"}
-  %m = f32[64]{0} parameter(3), metadata={op_name="state.opt_state['net']['w']"}
-  %start = (f32[8,64]{1,0}, f32[64,64]{1,0}) all-gather-start(%w), dimensions={0}
-  %whole = f32[64,64]{1,0} all-gather-done(%start)
-  %first = (s32[], f32[8,64]{1,0}) tuple(%zero, %v)
-  %ring = (s32[], f32[8,64]{1,0}) while(%first), condition=%c, body=%turn, backend_config={"known_trip_count":{"n":"7"}}
-  %second = f32[8,64]{1,0} get-tuple-element(%ring), index=1
-  %y = f32[8,64]{1,0} dot(%x, %whole), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(step)/jvp(net)/dot"}
-  %spread = f32[64,64]{1,0} all-gather(%y), dimensions={0}
-  %z = f32[64,64]{1,0} dot(%spread, %second), lhs_contracting_dims={1}, rhs_contracting_dims={1}, metadata={op_name="jit(step)/jvp(net)/dot"}
-  %line = f32[64]{0} reduce(%z, %zero), to_apply=%add
-  %dw = f32[8]{0} fusion(%line), kind=kCustom, calls=%sum
-  %begun = ((f32[64]{0}), f32[64]{0}) async-start(%line), calls=%wrapped
-  %dv = f32[64]{0} async-done(%begun)
-  %muon = f32[64]{0} dot(%dv, %m), lhs_contracting_dims={0}, rhs_contracting_dims={0}, metadata={op_name="jit(step)/muon/dot"}
-  %loss = (f32[], f32[16]{0}) all-reduce(%l, %line), to_apply=%add
-  ROOT %out = (f32[8]{0}, f32[64]{0}) tuple(%dw, %muon)
-}
-"""  # noqa: E501
-
-
-def test_what_a_collective_carries_is_read_from_where_it_comes_and_goes():
-    flow = provenance.Flow(TRAVELS)
-    told = [(t.kind, t.carries, t.times, t.result_bytes, t.leaves) for t in flow.travels()]
-    assert told == [
-        ("all-gather", "weights", 1, 4 * 64 * 64, ("net/w",)),
-        ("collective-permute", "weights", 7, 4 * 8 * 64, ("net/v",)),
-        ("all-gather", "activations", 1, 4 * 64 * 64, ()),
-        ("all-reduce", "gradients", 1, 4 * 64, ()),
-        ("all-reduce", "gradients", 1, 4 * 64, ()),
-        ("all-reduce", "other", 1, 4 * 17, ()),
-    ]
-    totals = provenance.totals(flow.travels())
-    assert totals["weights"] == {"count": 8, "bytes": 4 * 64 * 64 + 7 * 4 * 8 * 64}
-    assert totals["gradients"]["count"] == 2 and totals["other"]["count"] == 1
-
-
 @pytest.fixture(scope="module")
 def planned():
     """A pixel and a latent config, the latter with its weights split over all; and sampling."""
@@ -206,10 +150,11 @@ def test_a_tpu_step_fits_and_exchanges_gradients_alone(planned):
     assert "bound by kernel" in target.show(found)
 
 
-def test_split_weights_are_gathered_and_no_activation_is(planned):
-    moved = planned["digits_ldm"]["collectives"]
+def test_split_weights_are_gathered_once_forward_and_once_backward(planned):
+    found = planned["digits_ldm"]
+    moved = found["collectives"]
     assert moved["weights"]["count"] > 0 and moved["gradients"]["count"] > 0
-    assert planned["digits_ldm"]["state_bytes"] > 0
+    assert found["state_bytes"] > 0 and 1 <= found["gathers_a_weight"] <= 2
 
 
 def test_a_tpu_makes_pictures_by_the_program_of_sample(planned):
@@ -308,7 +253,8 @@ def test_a_gpu_step_fits_and_exchanges_gradients_alone():
     assert moved["activations"]["count"] == moved["weights"]["count"] == 0
     assert 0.5 < found["flops"] / (found["step_flops"] / 2) < 2
     assert any("cudnn$conv" in name for name in found["kinds"])
-    assert found["launched_secs"] >= 2.5e-6 * found["kernels"] > found["bound_secs"] > 0
+    least = 2.5e-6 * found["kernels"] * (1 - 1e-9)  # summed kernel by kernel, it is rounded
+    assert found["launched_secs"] >= least > found["bound_secs"] > 0
 
 
 @pytest.mark.parametrize("target_name", ["v5e:1x1", "h100:8"])

@@ -8,12 +8,16 @@ loops and branches to each collective, and from there to the products that read 
     activations  depends on the examples, and is an operand of a product after that
     other        scalars and metrics: at most SCALARS numbers
 
-A collective may stand in a fusion (a TPU's reduce-scatter) or be wrapped as asynchronous.
+A collective may stand in a fusion (a TPU's reduce-scatter), in several (asynchronous ones), or in a
+computation of its own.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
+
+import jax
 
 from experiments.plan.hlo import COLLECTIVES, TYPE, Line, Module, elements, type_bytes
 
@@ -45,6 +49,7 @@ class Flow:
         self.leaves: dict[str, int] = {}  # the bits of parameters, by path
         self.passed: dict[str, int] = {}  # those of collectives, by name
         self.found: dict[str, Travel] = {}
+        self.first: dict[str, str] = {}  # the instruction that begins it
         self.given: dict[str, int] = {}  # to a collective
         self.read = 0  # by products
         self._run(self.module.entry, None, 1)
@@ -80,9 +85,8 @@ class Flow:
         if kind == "parameter":
             if line.place.startswith(("batch", "seeds", "indices")):
                 return EXAMPLES
-            path = "/".join(re.findall(r"'([^']*)'", line.place))
             weights = line.place.startswith(("state.params", "frozen"))
-            return self._bit(self.leaves, path) if weights else 0
+            return self._bit(self.leaves, _path(line.place)) if weights else 0
         if kind == "tuple":
             return tuple(operands)
         if kind == "get-tuple-element":
@@ -120,10 +124,15 @@ class Flow:
             types = types[len(types) // 2 :]
         elif line.kind == "collective-permute-start":
             types = types[1:2]
-        bit, sizes = self._bit(self.passed, line.name), [elements(text) for text in types]
+        # A TPU's compiler writes one into each kernel that runs meanwhile: its channel is the same.
+        channel = re.search(r"channel_id=(\d+)", line.rest)
+        name = channel[0] if channel else line.name
+        bit, sizes = self._bit(self.passed, name), [elements(text) for text in types]
         new = Travel(kind, line.place, max(sizes, default=0), sum(map(type_bytes, types)))
-        self.found.setdefault(line.name, new).times += times
-        self.given[line.name] = self.given.get(line.name, 0) | _flat(operands)
+        first, travel = self.first.setdefault(name, line.name), self.found.setdefault(name, new)
+        if first == line.name:
+            travel.times += times
+            self.given[name] = self.given.get(name, 0) | _flat(operands)
         if len(operands) > 1 and kind != "collective-permute":
             return tuple(_flat([operand]) | bit for operand in operands)
         return _flat(operands) | bit
@@ -150,3 +159,20 @@ def totals(travels: list[Travel]) -> dict[str, dict[str, int]]:
         found[travel.carries]["count"] += travel.times
         found[travel.carries]["bytes"] += travel.times * travel.result_bytes
     return found
+
+
+def gathers(travels: list[Travel], networks: Any) -> float:
+    """How often that parameter of the networks travels whole that does so most."""
+    moved: dict[str, int] = {}
+    for travel in travels:
+        for path in travel.leaves:
+            moved[path] = moved.get(path, 0) + travel.times * travel.size
+    sizes = {
+        _path(jax.tree_util.keystr(path)): math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(networks)
+    }
+    return max((count / sizes[path] for path, count in moved.items()), default=0.0)
+
+
+def _path(text: str) -> str:
+    return "/".join(re.findall(r"'([^']*)'", text))

@@ -5,7 +5,7 @@
 Cells are compiled in the order of CELLS, which is that of their worth and cost; one that is there
 is not compiled again, and none is begun when the budget is spent (0: none). Then the table is
 printed; a cell that was not compiled says so. bfloat16 throughout; eight devices have the config's
-batch, one that of ONE.
+batch, one that of ONE; a program that samples (`+sample`) makes the config's `sample.batch_size`.
 """
 
 import importlib
@@ -33,9 +33,12 @@ ONE = {  # examples on one device
     "ddpm_celebahq256": 8,
     "stable_diffusion:v1,controlnet": 16,
 }
-CELLS: list[tuple[str, str, int | None]] = [
+Cell = tuple[str, str, int | None]
+SAMPLED = ("ddpm_cifar10", "ldm_imagenet256:f4", "stable_diffusion:v1")  # +sample: as `--sample`
+CELLS: list[Cell] = [
     *(("ddpm_cifar10", "h100:1", batch) for batch in (512, 128)),
     *((name, "h100:1", batch) for name, batch in ONE.items() if batch != 512),
+    *((f"{name}+sample", "h100:1", None) for name in SAMPLED),
     ("ddpm_cifar10", "v5e:1x1", 128),
     *((name, "h100:8", None) for name in ONE),
     *((name, kind, None) for kind in ("v5e:2x4", "v6e:2x4") for name in ONE),
@@ -43,7 +46,7 @@ CELLS: list[tuple[str, str, int | None]] = [
 
 
 def config_of(name: str, batch: int | None) -> ConfigDict:
-    module, _, argument = name.partition(":")
+    module, _, argument = name.removesuffix("+sample").partition(":")
     config = importlib.import_module(f"configs.{module}").get_config(argument or None).unlock()
     config.model.dtype = "bfloat16"
     config.train.batch_size = batch or config.train.batch_size
@@ -52,7 +55,7 @@ def config_of(name: str, batch: int | None) -> ConfigDict:
 
 def path_of(out: pathlib.Path, name: str, aim: str, batch: int | None) -> pathlib.Path:
     words = [name, aim, str(batch or "config")]
-    return out / ("_".join(words).replace(":", "-").replace(",", "-") + ".json")
+    return out / ("_".join(words).translate(str.maketrans(":,+", "---")) + ".json")
 
 
 def compile_cells(out: pathlib.Path, budget_secs: float) -> None:
@@ -64,7 +67,8 @@ def compile_cells(out: pathlib.Path, budget_secs: float) -> None:
         if time.monotonic() - started >= budget_secs:
             return
         try:
-            found = target.planned(config_of(name, batch), aim)
+            sample = name.endswith("+sample")
+            found = target.planned(config_of(name, batch), aim, sample=sample)
         except ValueError as error:
             print(f"{name} on {aim}: {error}", file=sys.stderr, flush=True)
             continue

@@ -75,8 +75,10 @@ def compiled(config: ConfigDict, topology: Topology, sample: bool = False) -> di
     found |= {"temporary_bytes": int(memory.temp_size_in_bytes)}
     found |= {"program_bytes": int(memory.generated_code_size_in_bytes)}
     found |= hlo.summary(text, chip.flops, chip.bandwidth, LAUNCH_SECS if topology.gpu else 0)
-    found["collectives"] = provenance.totals(provenance.Flow(text).travels())
-    return found
+    travels = provenance.Flow(text).travels()
+    found["collectives"] = provenance.totals(travels)
+    networks = arguments[0] if sample else {**arguments[0].params, **arguments[2]}
+    return found | {"gathers_a_weight": provenance.gathers(travels, networks)}
 
 
 # -- the command's side --------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_a_target_that_is_none_is_refused(argv, words, capsys):
     ("name", "words"),
     [
         ("digits_autoencoder.py:smoke", "task='autoencoder' samples nothing"),
-        ("flow_cifar10.py", "sample.sampler='dopri5' takes as many as its error asks"),
+        ("flow_cifar10.py:rf", "sample.sampler='dopri5' takes as many as its error asks"),
     ],
 )
 def test_what_has_no_steps_to_sample_by_is_refused(name, words, capsys):

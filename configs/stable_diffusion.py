@@ -9,7 +9,7 @@
 `v1` (default): U-Net of 859,520,964, CLIP ViT-L/14's text encoder. `v2`: 865,910,724, OpenCLIP
 ViT-H/14's, velocity as `v` (768-v-ema; `--config.process.prediction=eps` for 2-base). `xl`: SDXL's
 base (https://arxiv.org/abs/2307.01952), 2,567,463,684, CLIP ViT-L/14's and OpenCLIP ViT-bigG/14's,
-1024 pixels, told of an uncropped original of that size; a dropped caption is zeros. `lora`: the
+1024 pixels, told of each picture's own size and crop; a dropped caption is zeros. `lora`: the
 U-Net is frozen, and low-rank updates of its attention are trained. Latents and the text encoder's
 outputs are made once, by encode_latents (experiments/results/speed has the gain). `online`: they
 are made while training, and nothing is stored:

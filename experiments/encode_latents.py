@@ -100,6 +100,8 @@ def _fields(config: ConfigDict, words: Any) -> dict[str, tuple[str, tuple[int, .
         fields["tokens"] = ("int16" if words.vocabulary_size < 2**15 else "int32", (length,))
         if config.latents.contexts:
             fields["context"] = ("float16", (length, config.model.text_encoder.width))
+    if data.sized(config):
+        fields["sizes"] = ("int32", (6,))
     if build.null_label(config) is not None:
         fields["label"] = ("int32", ())
     if config.conditioning.layout:

@@ -35,11 +35,13 @@ RESIZES = ("bicubic", "lanczos", "opencv", "box")
 class How:
     """resize: a name above. shorter_side: pixels that it is made to have before the crop, 0: those
     of the crop. whole: nothing is cut off, for crops that are drawn (`transforms.RandomCrop`).
+    sized: `sizes` of each picture are given beside it.
     """
 
     resize: str = "bicubic"
     shorter_side: int = 0
     whole: bool = False
+    sized: bool = False
 
     def __post_init__(self):
         if self.resize not in RESIZES:
@@ -66,10 +68,26 @@ def fit(image: Image.Image, image_size: int, how: How = CENTRE) -> Image.Image:
     if how.resize == "box":
         while min(image.size) >= 2 * side:
             image = image.resize((image.width // 2, image.height // 2), BOX)
-    scale = side / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    image = _resized(image, size, how.resize)
+    image = _resized(image, whole_size(image.size, side, how.resize), how.resize)
     return image if how.whole else centre(image, image_size)
+
+
+def whole_size(size: tuple[int, int], side: int, resize: str) -> tuple[int, int]:
+    """(width, height) that a picture of `size` has before it is cut, its shorter side `side`."""
+    while resize == "box" and min(size) >= 2 * side:
+        size = size[0] // 2, size[1] // 2
+    scale = side / min(size)
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def sizes(size: tuple[int, int], image_size: int, how: How) -> np.ndarray:
+    """What Stable Diffusion XL is told of a picture of `size` (width, height) that was fitted:
+    int32, its height and width, top and left of the square in what it was resized to, and the
+    square's height and width, in pixels (https://arxiv.org/abs/2307.01952, section 2.2). Of a
+    square that is still to be drawn (`how.whole`) top and left are 0."""
+    whole = whole_size(size, how.side(image_size), how.resize)
+    left, top = (0, 0) if how.whole else ((n - image_size) // 2 for n in whole)
+    return np.array([size[1], size[0], top, left, image_size, image_size], np.int32)
 
 
 def centre(image: Image.Image, side: int) -> Image.Image:

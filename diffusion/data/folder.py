@@ -15,7 +15,7 @@ import numpy as np
 from diffusion import files
 from diffusion.data.builders.local_files import folders
 from diffusion.data.fitting import CENTRE, How
-from diffusion.data.images import NO_IMAGE, decode_image, open_image
+from diffusion.data.images import NO_IMAGE, decode_images, open_image
 from diffusion.data.sources import Batch
 
 DECODERS = 4  # threads, each with an image of at most `images.MAX_PIXELS`
@@ -56,8 +56,9 @@ class FolderSource:
     def batch(self, indices: np.ndarray) -> Batch:
         rows = [self.rows[i] for i in np.asarray(indices).tolist()]
         given = self.channels, self.image_size, self.how
-        images = [decode_image(row["path"].read_bytes(), *given) for row in rows]
-        batch: Batch = {"image": images if self.how.whole else np.stack(images)}
+        batch: Batch = decode_images((row["path"].read_bytes() for row in rows), *given)
+        if not self.how.whole:
+            batch["image"] = np.stack(batch["image"])
         if "caption" in rows[0]:
             batch["caption"] = [row["caption"] for row in rows]
         if "label" in rows[0]:

@@ -11,6 +11,7 @@ import io
 import pathlib
 import struct
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,28 @@ def decode_image(
 
     One of `NO_IMAGE` where it is none.
     """
-    image = open_image(io.BytesIO(data), channels)
+    return _fitted(open_image(io.BytesIO(data), channels), channels, image_size, how)
+
+
+def decode_images(
+    encoded: Iterable[bytes],
+    channels: int,
+    image_size: int | None,
+    how: fitting.How = fitting.CENTRE,
+) -> dict[str, Any]:
+    """Several, as a list "image"; with `how.sized` and "sizes", int32 (batch, 6)."""
+    found, sizes = [], []
+    for data in encoded:
+        image = open_image(io.BytesIO(data), channels)
+        found.append(_fitted(image, channels, image_size, how))
+        if how.sized and image_size is not None:
+            sizes.append(fitting.sizes(image.size, image_size, how))
+    return {"image": found, **({"sizes": np.stack(sizes)} if sizes else {})}
+
+
+def _fitted(
+    image: Image.Image, channels: int, image_size: int | None, how: fitting.How
+) -> np.ndarray:
     if image_size is not None:
         image = fitting.fit(image, image_size, how)
     pixels = np.asarray(image)

@@ -15,7 +15,7 @@ import numpy as np
 
 from diffusion.data import provenance
 from diffusion.data.fitting import CENTRE, How
-from diffusion.data.images import decode_image
+from diffusion.data.images import decode_images
 
 Batch = dict[str, Any]  # arrays with a leading batch axis, or lists as long; see `loader`
 
@@ -78,13 +78,14 @@ class RecordSource:
     def batch(self, indices: np.ndarray) -> Batch:
         rows = self.records.__getitems__(np.asarray(indices).tolist())
         given = self.channels, self.image_size, self.how
-        images = [decode_image(row["image"], *given) for row in rows]
+        batch: Batch = decode_images((row["image"] for row in rows), *given)
+        images = batch["image"]
         if not self.how.whole and len({image.shape for image in images}) > 1:
             raise ValueError(
                 "data.image_size=None, but the images have several sizes "
                 f"({', '.join(map(str, sorted({i.shape[:2] for i in images})[:3]))}, ...): set it"
             )
-        batch: Batch = {"image": images if self.how.whole else np.stack(images)}
+        batch["image"] = images if self.how.whole else np.stack(images)
         if "label" in rows[0]:
             batch["label"] = np.array([row["label"] for row in rows], np.int32)
         if "caption" in rows[0]:

@@ -46,10 +46,13 @@ class Prior:
         prior = batch["position"] % 2 == 1
         key = (self.seed, PICTURE, batch["epoch"], batch["index"])
         drawn = counter.below(len(self.source), *key)
-        image, told = np.array(batch["image"]), list(batch["caption"])
+        told = list(batch["caption"])
+        found = {name: np.array(batch[name]) for name in ("image", "sizes") if name in batch}
         if prior.any():
-            image[prior] = self.source.batch(drawn[prior])["image"]
+            theirs = self.source.batch(drawn[prior])
+            for name, column in found.items():
+                column[prior] = theirs[name]
         of_class = Prompts(self.prompts, self.seed + 1)(batch)["caption"]
         told = [b if at else a for a, b, at in zip(told, of_class, prior)]
         weight = np.where(prior, 2 * self.weight, 2.0).astype(np.float32)
-        return {**batch, "image": image, "caption": told, "weight": weight}
+        return {**batch, **found, "caption": told, "weight": weight}

@@ -113,7 +113,7 @@ class Keep:
 @dataclasses.dataclass(frozen=True)
 class RandomCrop:
     """Of images that nothing was cut off (a list), a square of `image_size` a side, drawn uniformly
-    for each example of each epoch by `seed`."""
+    for each example of each epoch by `seed`; its place is put into "sizes" where there are any."""
 
     image_size: int
     seed: int
@@ -121,12 +121,16 @@ class RandomCrop:
     def __call__(self, batch: Batch) -> Batch:
         keys = zip(batch["epoch"].tolist(), batch["index"].tolist())
         drawn = [Draws((self.seed, CROP_PURPOSE, *key)) for key in keys]
-        images = [self._of(image, draws) for image, draws in zip(batch["image"], drawn)]
-        return {**batch, "image": np.stack(images)}
-
-    def _of(self, image: np.ndarray, draws: Draws) -> np.ndarray:
-        top, left = (draws.below(side - self.image_size + 1) for side in image.shape[:2])
-        return image[top : top + self.image_size, left : left + self.image_size]
+        size, found = self.image_size, {"image": [], "sizes": []}
+        for image, draws in zip(batch["image"], drawn):
+            top, left = (draws.below(side - size + 1) for side in image.shape[:2])
+            found["image"].append(image[top : top + size, left : left + size])
+            found["sizes"].append((top, left))
+        made = {**batch, "image": np.stack(found["image"])}
+        if "sizes" in batch:
+            made["sizes"] = batch["sizes"].copy()
+            made["sizes"][:, 2:4] = found["sizes"]
+        return made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,9 +33,9 @@ class PooledText(Text):
 @dataclasses.dataclass(frozen=True)
 class SizedText(PooledText):
     """Stable Diffusion XL's (arXiv:2307.01952, section 2.2): the pooled caption is a vector, with
-    `size_dim` sinusoids each of the original height and width, the
-    crop's top and left, and the target height and width, in pixels: a column "sizes" (batch, 6);
-    without one, those of an uncropped picture of `size`.
+    `size_dim` sinusoids each of the original height and width, the crop's top and left, and the
+    target height and width, in pixels: a column "sizes" (batch, 6), as data have it
+    (`fitting.sizes`); without one, those of an uncropped picture of `size`.
     """
 
     size: tuple[int, int] = (1024, 1024)

@@ -26,7 +26,8 @@ from diffusion.training.state import TrainState
 from experiments.host import cli
 from experiments.run import build, checks, data, fits, folders, given, networks, tasks
 
-JOINED = ("small", "mask", "segments", "past")  # what joins x_t's channels
+# What joins x_t's channels, and what Stable Diffusion XL is told of a picture.
+TOLD = ("small", "mask", "segments", "past", "sizes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _ends(config: ConfigDict, tokenizer: Tokenizer | None, length: int) -> list:
         ends.append(build.choose(kinds, config.conditioning.control, "conditioning.control"))
     if config.task == "denoiser":
         ends.extend(given.joined(config))
-    return [*ends, transforms.Keep(("image", "label", "tokens", "hint", "weight", *JOINED))]
+    return [*ends, transforms.Keep(("image", "label", "tokens", "hint", "weight", *TOLD))]
 
 
 def _check_hints(config: ConfigDict) -> None:
@@ -185,7 +186,7 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
                 shutil.copytree(directory / "first_stage", copy, dirs_exist_ok=True)
 
     context = ("context",) if config.latents.contexts else ()
-    names = ("mean", "logvar", "tokens", *context, "label", "masked", *JOINED)
+    names = ("mean", "logvar", "tokens", *context, "label", "masked", *TOLD)
     stream = source, [transforms.Keep(names)]
     scaling = {"latent_shift": source.shift, "latent_scale": source.scale}
     return Run(
@@ -210,7 +211,7 @@ def latent_identity(config: ConfigDict, begun: networks.Beginning) -> dict[str, 
         "image_size": config.data.image_size,
         "autoencoder": config.model.autoencoder.to_dict(),
     }
-    made_from |= fits.changed(config)
+    made_from |= fits.changed(config) | ({"sizes": True} if data.sized(config) else {})
     if config.data.prompts:
         made_from["prompts"] = list(config.data.prompts)
     if config.task == "denoiser" and given.reads(config):

@@ -51,8 +51,15 @@ def how(config: ConfigDict, split: str) -> fitting.How:
     drawn = build.choose({"centre": False, "random": True}, data.crop, "data.crop")
     if data.fit == "pad":
         return fitting.CENTRE
-    found = fitting.How(data.resize, data.shorter_side, drawn and split == "train")
+    found = fitting.How(
+        data.resize, data.shorter_side, drawn and split == "train", "text_encoder_2" in config.model
+    )
     found.side(side(config))
+    if found.sized and drawn and data.flip:
+        raise ValueError(
+            "data.flip=True mirrors a picture once its crop is drawn, whose place Stable Diffusion "
+            "XL is told of: set data.flip=False, or data.crop='centre'"
+        )
     if (drawn or data.shorter_side) and (data.boxes or data.segments):
         raise ValueError(
             f"data.crop={data.crop!r} with data.shorter_side={data.shorter_side} would not crop "

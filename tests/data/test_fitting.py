@@ -77,6 +77,34 @@ def test_each_name_is_its_papers():
     np.testing.assert_array_equal(inner, np.asarray(whole)[6:22, 10:26])
 
 
+def test_sizes_are_of_the_whole_picture_and_of_the_square_in_it(tmp_path):
+    """As Diffusers' train_text_to_image_sdxl.py has them: the size before, the place after."""
+    (tmp_path / "train").mkdir()
+    image = picture(90, 70)
+    exif = image.getexif()
+    exif[0x0112] = 6  # upright it is 70 wide and 90 high
+    image.save(tmp_path / "train/0.png", exif=exif)
+    for given, at in {
+        ("box", 28): (10, 6),
+        ("opencv", 20): (5, 2),
+        ("bicubic", 0): (2, 0),
+        ("bicubic", 16): (2, 0),
+    }.items():
+        how = fitting.How(*given, sized=True)
+        batch = folder.open_folder(tmp_path, "train", 16, how=how).batch(np.array([0]))
+        assert batch["sizes"].tolist() == [[90, 70, *at, 16, 16]], given
+    drawn = fitting.How("bicubic", 28, whole=True, sized=True)
+    source = folder.open_folder(tmp_path, "train", 16, how=drawn)
+    (whole,) = source.batch(np.array([0]))["image"]
+    for epoch in range(3):
+        steps = [transforms.RandomCrop(16, 5)]
+        batch = loader.fetch(source, *(np.array([n]) for n in (0, epoch, 0)), steps)
+        (height, width, top, left, *target), (found,) = batch["sizes"][0], batch["image"]
+        np.testing.assert_array_equal(found, whole[top : top + 16, left : left + 16])
+        assert (height, width, *target) == (90, 70, 16, 16) and top + left > 0
+    assert "sizes" not in folder.open_folder(tmp_path, "train", 16).batch(np.array([0]))
+
+
 def test_crops_are_drawn_for_each_epoch_and_lie_anywhere(tmp_path):
     for i in range(3):
         (tmp_path / "train").mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """Stable Diffusion XL at reduced width, whole, beside Diffusers' pipeline from the same noise."""
 
 import copy
+import pathlib
 import re
 import warnings
 
@@ -8,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from configs import stable_diffusion
 from diffusion.files import read_json, write_json
 from diffusion.interop import compvis, compvis_ldm, load_embeddings, load_unet
 from diffusion.sampling import added
 from diffusion.sampling.pipeline import Pipeline
-from experiments import sample
+from experiments import encode_latents, sample
 from experiments.convert import __main__ as convert
 from experiments.convert import single
-from experiments.run import generate, networks, workdir
+from experiments.run import assemble, generate, networks, workdir
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -163,6 +166,56 @@ def test_the_command_tells_of_sizes(sd, xl, tmp_path, capsys):
     for wrong in ("--crop=1", "--target_size=-1,2"):
         assert sd.command(sample, f"--workdir={xl[2]}", wrong) == 2
         assert wrong.split("=")[0][2:] in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def trained(xl, tmp_path_factory):
+    """A function from "online" or "" to the config that trains the pipeline on two pictures."""
+    root, own = tmp_path_factory.mktemp("pictures"), workdir.read_config(xl[2])
+    for i, size in enumerate(((40, 30), (16, 64))):
+        Image.new("RGB", size, (90 * i, 8, 9)).save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text("a fox")
+
+    def made(switch):
+        config = stable_diffusion.get_config(f"xl,{switch},smoke".replace(",,", ","))
+        config.model, config.data.image_size, config.init_from = own.model, 16, str(xl[2])
+        config.conditioning.size_dim = own.conditioning.size_dim
+        config.parallel.data, config.train.batch_size = 1, 2
+        if "latents" in config:
+            config.latents.update({"first_stage": str(xl[2]), "data_dir": str(root)})
+            config.data.dir = str(root / "latents")
+        else:
+            config.data.dir = str(root)
+        return config
+
+    return made
+
+
+def test_training_tells_of_each_pictures_own_size(trained, monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    wanted = [[30, 40, 0, 2, 16, 16], [64, 16, 24, 0, 16, 16]]
+    run = assemble.build_run(trained("online").lock())
+    batch = next(iter(run.train_batches()))
+    assert sorted(batch["sizes"].tolist()) == wanted
+    params = run.start | run.frozen
+    tokens = {key: jnp.asarray(batch[key]) for key in ("tokens", "sizes")}
+    vectors = run.task.conditions["text"].encode(params, tokens)["vector"]
+    assert np.abs(vectors[0] - vectors[1]).max() > 0.1  # of one caption
+    config = trained("").lock()
+    encode_latents.encode(config)
+    stored = next(iter(assemble.build_run(config).train_batches()))
+    assert sorted(stored["sizes"].tolist()) == wanted
+    path = pathlib.Path(config.data.dir) / "provenance.json"
+    known = read_json(path, "")
+    del known["made_from"]["sizes"]  # as latents were stored before there were any
+    write_json(path, known)
+    with pytest.raises(ValueError, match="sizes"):
+        assemble.build_run(config)
+    config = trained("online")
+    config.data.update(crop="random", shorter_side=20, flip=True)
+    with pytest.raises(ValueError, match=r"data\.flip=True"):
+        assemble.build_run(config.lock())
 
 
 def test_what_is_written_diffusers_loads(sd, xl, tmp_path):

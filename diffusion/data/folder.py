@@ -104,7 +104,9 @@ def open_folder(
         such = next(iter(bad))
         print(f"note: {len(bad)} of {len(rows)} files are no image, such as {such}", flush=True)
     kept = [row for row, why in zip(rows, reasons) if not why]
-    classes = sorted({row["label"] for row in kept if isinstance(row.get("label"), str)})
+    # Of all splits, and of files that were left out: a class has one number whatever is read.
+    labels = {row.get("label") for rows in listed.values() for row in rows}
+    classes = sorted(label for label in labels if isinstance(label, str))
     kept = [{**row, "label": classes.index(row["label"])} if classes else row for row in kept]
     made_from = {"name": "folder", "directory": str(root), "split": split, "images": len(kept)}
     made_from["sha256"] = files.digest({"rows": [_identity(root, row) for row in kept]})

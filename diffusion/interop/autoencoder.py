@@ -14,6 +14,7 @@ names:
 does not scale, so they are read apart (`load_scaling`) and written on request.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from diffusion.interop.files import (
     require,
     to_params,
     to_tensors,
+    whole_numbers,
     write_directory,
 )
 from diffusion.interop.weight_files import read_weights
@@ -73,6 +75,9 @@ OTHERS = {
 }
 
 
+SIZES = ("in_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+
+
 def load_autoencoder(
     directory: str | os.PathLike, dtype: Any = None
 ) -> tuple[AutoencoderKL | VQModel, dict[str, Any]]:
@@ -100,8 +105,14 @@ def described(
 
 def load_scaling(directory: str | os.PathLike) -> tuple[float, float]:
     """(scale, shift): a diffusion model of this first stage sees (z - shift) * scale."""
-    config = read_config(directory, CLASSES)
-    return config.get("scaling_factor") or 0.18215, config.get("shift_factor") or 0.0
+    config = {"scaling_factor": 0.18215, **read_config(directory, CLASSES)}
+    scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+    for key, value, least in (("scaling_factor", scale, 0.0), ("shift_factor", shift, -math.inf)):
+        if type(value) not in (int, float) or not least < value < math.inf:
+            raise ValueError(
+                f"{directory}/config.json: {key}={value!r} is no number: fetch it again"
+            )
+    return scale, shift
 
 
 def save_autoencoder(
@@ -131,6 +142,10 @@ def _module(config: dict[str, Any], source: object, dtype: Any) -> AutoencoderKL
     pairs = {"out_channels": (image_channels,), "use_post_quant_conv": (quant_conv,)}
     require({"out_channels": 3} | config, SUPPORTED | pairs, source)
     refuse_unknown(config, SUPPORTED.keys() | OTHERS, source)
+    whole_numbers(config, SIZES, source)
+    size = config.get("sample_size", 32)
+    for side in size if isinstance(size, list) and size else [size] * (not quantised):
+        whole_numbers({"sample_size": side}, ("sample_size",), source)
     if any(width % widths[0] for width in widths):
         raise ValueError(
             f"{source}: block_out_channels={list(widths)} must be multiples of the first"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.files import read_json
-from diffusion.interop.files import Rules, read_config, require, to_params
+from diffusion.interop.files import Rules, read_config, require, to_params, whole_numbers
 from diffusion.interop.text_encoder import STEM, load_text_encoder, multiple
 from diffusion.interop.weight_files import read_weights
 from diffusion.models.clip import MEAN, STD, ImageTransformer
@@ -83,10 +83,17 @@ def load_image_encoder(
     return module, to_params(weights, shapes, RULES)
 
 
+SIZES = (
+    *("hidden_size", "intermediate_size", "image_size", "patch_size", "projection_dim"),
+    *("num_hidden_layers", "num_attention_heads"),
+)
+
+
 def _module(config: dict[str, Any], source: object, dtype: Any) -> ImageTransformer:
     """Defaults are those of `CLIPVisionConfig`, which older files leave out."""
     width, inner = config.get("hidden_size", 768), config.get("intermediate_size", 3072)
     require(config, {"hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,)}, source)
+    whole_numbers(config, SIZES, source)
     return ImageTransformer(
         image_size=config.get("image_size", 224),
         patch=config.get("patch_size", 32),

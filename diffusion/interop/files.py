@@ -114,6 +114,15 @@ def refuse_unknown(config: Mapping[str, Any], known: Iterable[str], source: obje
         )
 
 
+def whole_numbers(config: Mapping[str, Any], keys: Iterable[str], source: object) -> None:
+    """ValueError naming a size that is none, as `true` and 8.5 are; what is left out is."""
+    for key in keys:
+        if type(value := config.get(key, 1)) is not int or value < 1:
+            raise ValueError(
+                f"{source}: {key}={value!r} must be a whole number of at least 1: fetch it again"
+            )
+
+
 @contextlib.contextmanager
 def naming(source: object) -> Iterator[None]:
     """What goes wrong with a config's values, as a ValueError that names its file."""

@@ -71,6 +71,12 @@ REFUSED = {
     r"\.hada_": "an update of the kind LoHa, which is not read: give one of the kind LoRA",
     r"\.lokr_": "an update of the kind LoKr, which is not read: give one of the kind LoRA",
     r"\.(oft_|boft_)": "an update of the kind OFT, which is not read: give one of the kind LoRA",
+    r"\.(on_input|a1\.weight|b1\.weight)$": "an update of the kind IA3 or GLoRA, which is not "
+    "read: give one of the kind LoRA",
+    r"^base_model\.": "as PEFT names it, whose alpha stands in adapter_config.json: save it by "
+    "Diffusers' save_lora_weights",
+    r"^bundle_emb\.": "a learned word beside the updates: save it as a file of its own, for "
+    "--embedding",
     r"\.(diff|diff_b|w_norm|b_norm|bias)$": "an update of whole weights or biases, "
     "which is not read: give a file of low-rank updates alone",
     SECOND: "for a second text encoder (Stable Diffusion XL's), which "
@@ -229,12 +235,18 @@ def _take(
         )
     if alpha is None and said is not None:
         alpha = said(rank)
-    factor = 1.0 if alpha is None else np.asarray(alpha, np.float32).item() / rank
+    factor = _number(alpha, f"{path}: {name}.alpha") / rank if alpha is not None else 1.0
     found = {
         "down": jnp.asarray(np.moveaxis(down.reshape(wide), (0, 1), (-1, -2))),
         "up": jnp.asarray(up.reshape(out, rank).T * np.float32(factor)),
     }
     return found | _magnitude(tensors, name, out, path)
+
+
+def _number(value: Any, what: str) -> float:
+    if np.size(value) != 1:
+        raise ValueError(f"{what} has {np.size(value)} values, not one: fetch it again")
+    return np.asarray(value, np.float32).item()
 
 
 def _magnitude(

@@ -59,6 +59,8 @@ def load_t5(directory: str | os.PathLike, dtype: Any = None) -> tuple[T5Encoder,
     files.require(config, {**same, **WHOLE}, path)
     known = (theirs for theirs, _ in NUMBERS.values())
     files.refuse_unknown(config, {"feed_forward_proj", *same, *WHOLE, *FREE, *known}, path)
+    numbers = [theirs for theirs, default in NUMBERS.values() if isinstance(default, int)]
+    files.whole_numbers(config, numbers, path)
     sizes = {ours: config.get(theirs, value) for ours, (theirs, value) in NUMBERS.items()}
     module = T5Encoder(**sizes, activation=activation, gated=gated, dtype=dtype)
     tokens = jnp.zeros((1, 1), jnp.int32)

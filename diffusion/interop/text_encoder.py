@@ -26,6 +26,7 @@ from diffusion.interop.files import (
     require,
     to_params,
     to_tensors,
+    whole_numbers,
     write_directory,
 )
 from diffusion.interop.weight_files import read_weights
@@ -52,9 +53,9 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "quantization_config": (None,),
 }
-READ = {
+SIZES = {
     *("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"),
-    *("num_hidden_layers", "num_attention_heads", "layer_norm_eps"),
+    *("num_hidden_layers", "num_attention_heads"),
 }
 # What changes no hidden state without dropout: how to begin, to project, to pool, to generate, and
 # what Transformers notes of every model.
@@ -132,7 +133,8 @@ def _module(config: dict[str, Any], source: object, dtype: Any) -> TextTransform
     """Defaults are those of `CLIPTextConfig`, which older files leave out."""
     width, inner = config.get("hidden_size", 512), config.get("intermediate_size", 2048)
     require(config, SUPPORTED, source)
-    refuse_unknown(config, {*SUPPORTED, *READ, *FREE}, source)
+    refuse_unknown(config, {*SUPPORTED, *SIZES, "layer_norm_eps", *FREE}, source)
+    whole_numbers(config, SIZES, source)
     return TextTransformer(
         vocab_size=config.get("vocab_size", 49408),
         max_length=config.get("max_position_embeddings", 77),

@@ -132,23 +132,24 @@ def updates(draw, folder, change):
     }
     rng = np.random.default_rng(draw.randrange(2**31))
     chosen = draw.sample(sorted(kernels), draw.randrange(1, 6))
-    style, tensors, wanted = draw.choice(("kohya", "peft", "old")), {}, {}
+    style, tensors, made = draw.choice(("kohya", "peft", "old")), {}, {}
+    stored = draw.choice(("f4", "f2"))
     for weight in chosen:
         path, leaf = kernels[weight]
         *window, width, out = leaf.shape
         rank, name = draw.randrange(1, 4), weight.removesuffix(".weight")
-        down = rng.normal(size=(rank, width, *window)).astype("f4")
-        up = rng.normal(size=(out, rank, *(1 for _ in window))).astype("f4")
-        alpha = draw.choice((None, 0.5, 2.0)) if style == "kohya" else None
+        down = rng.normal(size=(rank, width, *window)).astype(stored)
+        up = rng.normal(size=(out, rank, *(1 for _ in window))).astype(stored)
         key = "lora_unet_" + name.replace(".", "_") if style == "kohya" else f"unet.{name}"
         ends = {"kohya": ("lora_down", "lora_up"), "peft": ("lora_A", "lora_B")}
         ends["old"] = ("lora.down", "lora.up")
         tensors[f"{key}.{ends[style][0]}.weight"] = down
         tensors[f"{key}.{ends[style][1]}.weight"] = up
-        if alpha is not None:
+        if style == "kohya" and (alpha := draw.choice((None, 0.5, 2.0))):
             tensors[f"{key}.alpha"] = np.array(alpha, "f4")
-        delta = np.einsum("or,ri...->oi...", up.reshape(out, rank), down)
-        wanted[path[:-1]] = np.moveaxis(delta, (0, 1), (-1, -2)) * (alpha or rank) / rank
+        down, up = down.astype("f4"), up.astype("f4").reshape(out, rank)
+        delta = np.moveaxis(np.einsum("or,ri...->oi...", up, down), (0, 1), (-1, -2))
+        made[path[:-1]] = delta / rank, f"{key}.alpha", rank
     said = f"{style} of {chosen}, changed: {_spoilt_updates(tensors, draw) if change else None}"
     path = folder / "x.safetensors"
     save_file(tensors, path)
@@ -164,10 +165,11 @@ def updates(draw, folder, change):
     pairs = {}
     for at, leaf in flatten_dict(found["unet"]).items():
         pairs.setdefault(at[:-1], {})[at[-1]] = np.asarray(leaf)
-    assert pairs.keys() == wanted.keys(), said
-    for at, pair in pairs.items():
-        product = pair["down"] @ pair["up"]
-        assert np.allclose(product, wanted[at], atol=1e-5), f"{said}: {at}"
+    assert pairs.keys() == made.keys(), said
+    for at, (delta, alpha, rank) in made.items():  # without an alpha it is the rank
+        wanted = delta * np.float32(tensors.get(alpha, rank)).item()
+        product = pairs[at]["down"] @ pairs[at]["up"]
+        assert np.allclose(product, wanted, atol=1e-5), f"{said}: {at}"
     return "same"
 
 
@@ -177,66 +179,134 @@ def _spoilt_updates(tensors, draw):
     if kind == "missing":
         del tensors[name]
     elif kind == "renamed":
-        end = draw.choice(("hada_w1_a", "diff", "of_tomorrow"))
+        ends = (
+            "hada_w1_a",
+            "diff",
+            "of_tomorrow",
+            "oft_blocks",
+            "on_input",
+            "lokr_w1_a",
+            "a1.weight",
+        )
+        end = draw.choice(ends)
         tensors[f"{name.split('.')[0]}.{end}"] = tensors.pop(name)
     elif kind == "wide":
         tensors[name] = np.repeat(np.atleast_1d(tensors[name]), 3, axis=-1)
     elif kind == "flat":
         tensors[name] = tensors[name].reshape(-1)
     else:
-        tensors["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = np.zeros((1, 2))
+        odd = (
+            "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+            "bundle_emb.x.string",
+        )
+        odd += (
+            "base_model.model.conv_in.lora_A.weight",
+            "transformer.x.lora_A.weight",
+            "emb_params",
+        )
+        tensors[draw.choice(odd)] = np.zeros((1, 2), "f4")
     return f"{kind} of {name}"
 
 
 # -- folders ---------------------------------------------------------------------------------------
 
 
+def _saved(draw, path, level):
+    """A picture whose upper half is of `level` and lower of 100 more, in one of the ways to write
+    it: (size, whether it is refused)."""
+    size = (2 * draw.randrange(1, 8),) * 2
+    grey = np.full(size[::-1], level, np.uint8)
+    grey[size[0] // 2 :] += 100
+    image = Image.fromarray(grey)
+    way = draw.choice(WAYS[path.suffix])
+    if way == "turned":
+        image = image.transpose(Image.Transpose.ROTATE_180)
+        exif = image.getexif()
+        exif[0x0112] = 3
+        image.convert("RGB").save(path, exif=exif, **LOSSLESS)
+    elif way == "deep":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    elif way == "moving":
+        image.save(path, save_all=True, append_images=[Image.fromarray(255 - grey)])
+    elif way == "float":
+        Image.fromarray(grey.astype(np.float32)).save(path)
+    elif way == "clear":
+        Image.fromarray(np.stack([*[grey] * 3, 200 - 0 * grey], -1)).save(path, **LOSSLESS)
+    elif way == "opaque":
+        Image.fromarray(np.stack([*[grey] * 3, 255 + 0 * grey], -1)).save(path, **LOSSLESS)
+    else:
+        image.convert(way).save(path, **LOSSLESS)
+    return way in ("moving", "float", "clear")
+
+
+LOSSLESS = {"quality": 100, "lossless": True}
+WAYS = {
+    ".png": ("RGB", "L", "P", "turned", "deep", "opaque", "RGB", "moving", "clear"),
+    ".jpg": ("RGB", "L", "CMYK", "YCbCr", "turned"),
+    ".webp": ("RGB", "turned", "opaque", "RGB", "RGB", "moving", "clear"),
+    ".bmp": ("RGB", "L", "P"),
+    ".tif": ("RGB", "L", "P", "CMYK", "turned", "deep", "RGB", "float", "moving"),
+    ".gif": ("RGB", "L", "P", "L", "RGB", "moving"),
+}
+
+
 def images(draw, folder, change):
-    """Pictures whose number, captions and classes are known as they are written."""
+    """Pictures whose number, pixels, captions and classes are known as they are written."""
     kind = draw.choice(("plain", "classes", "txt", "jsonl", "csv"))
-    root = folder / draw.choice((".", "train"))
-    wanted, suffix = [], draw.choice((".png", ".jpg", ".webp", ".bmp", ".tif"))
+    root = folder / draw.choice((".", "train", "training"))
+    wanted, suffix, bad = [], draw.choice(sorted(WAYS)), False
     for i in range(draw.randrange(1, 5)):
         inside = f"{'cab'[i % 3]}/" if kind == "classes" else draw.choice(("", "b/"))
         path = root / inside / f"{i}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (draw.randrange(1, 20), draw.randrange(1, 20)), (9 * i,) * 3).save(path)
-        wanted.append((path, inside[:1] if kind == "classes" else f'caption {i}, "ö"'))
-    if kind == "txt":
-        for path, text in wanted:
-            path.with_suffix(".txt").write_text(text, encoding="utf-8")
-    names = [{"file_name": p.relative_to(root).as_posix(), "text": t} for p, t in wanted]
-    if kind == "jsonl":
-        lines = "".join(json.dumps(row) + "\n" for row in names)
-        (root / "metadata.jsonl").write_text(lines)
-    elif kind == "csv":
-        quoted = ['"' + row["text"].replace('"', '""') + '"' for row in names]
-        lines = [f"{row['file_name']},{text}" for row, text in zip(names, quoted)]
-        (root / "metadata.csv").write_text("\n".join(["file_name,text", *lines]), "utf-8")
+        bad |= _saved(draw, path, 20 * i)
+        more = draw.choice(('"ö"', "two\nlines", "", "{}", "a; b, c"))
+        wanted.append((path, inside[:1] if kind == "classes" else f"caption {i}, {more}".strip()))
+    _captioned(draw, root, kind, wanted)
     if draw.random() < 0.3:
         (root / ".ipynb_checkpoints").mkdir()
         Image.new("RGB", (4, 4)).save(root / ".ipynb_checkpoints/a.png")
+    if (root / "b").is_dir() and draw.random() < 0.3:  # a folder that lies elsewhere
+        (root / "b").rename(folder.parent / f"{folder.name}_b")
+        (root / "b").symlink_to(folder.parent / f"{folder.name}_b")
     spoilt = _spoilt_images(draw, root, kind, wanted) if change else None
-    said = f"{kind}{suffix} of {len(wanted)} in {root.name}, changed: {spoilt}"
+    said = f"{kind}{suffix} of {len(wanted)} in {root.name}, bad: {bad}, changed: {spoilt}"
     try:
         source = folders.open_folder(folder, "train", 8)
     except ValueError as error:
-        assert change, f"{said}: {error}"
+        assert change or bad, f"{said}: {error}"
         return refused(error, folder, said)
     except Exception as error:
         raise AssertionError(f"{said}: {type(error).__name__}: {error}") from error
-    if spoilt in ("an empty caption", "a strange file", None):
-        assert len(source) == len(wanted), said
-        by = {row["path"]: row for row in source.rows}
-        classes = sorted({label for _, label in wanted})
-        for i, (path, text) in enumerate(wanted):
-            row, pixels = by[path], source.batch(np.array([source.rows.index(by[path])]))["image"]
-            assert abs(int(pixels.mean()) - 9 * i) <= 2, said
-            found = row.get("label", row.get("caption"))
-            if spoilt is None and kind != "plain":
-                assert found == (classes.index(text) if kind == "classes" else text), said
-        return "same"
-    raise AssertionError(f"{said}: taken")
+    assert not bad and spoilt in ("a strange file", None), f"{said}: taken"
+    assert len(source) == len(wanted), said
+    by = {row["path"]: i for i, row in enumerate(source.rows)}
+    classes = sorted({label for _, label in wanted})
+    for i, (path, text) in enumerate(wanted):
+        row, pixels = source.rows[by[path]], source.batch(np.array([by[path]]))["image"][0]
+        edges = [int(edge.mean()) - 20 * i for edge in (pixels[0], pixels[-1])]
+        assert np.abs(np.subtract(edges, (0, 100))).max() < 12, f"{said}: {path.name} {edges}"
+        found = row.get("label", row.get("caption"))
+        if kind != "plain":
+            assert found == (classes.index(text) if kind == "classes" else text), said
+    return "same"
+
+
+def _captioned(draw, root, kind, wanted):
+    """Captions beside the pictures or in a table, maybe after a byte-order mark."""
+    mark, end = draw.choice(("", "\ufeff")), draw.choice(("\n", "\r\n"))
+    if kind == "txt":
+        for path, text in wanted:
+            path.with_suffix(".txt").write_text(f"{mark}{text}{draw.choice(('', end))}", "utf-8")
+    names = [{"file_name": p.relative_to(root).as_posix(), "text": t} for p, t in wanted]
+    if kind == "jsonl":
+        lines = "".join(json.dumps(row) + end for row in names)
+        (root / "metadata.jsonl").write_text(mark + lines, "utf-8", newline="")
+    elif kind == "csv":
+        quoted = ['"' + row["text"].replace('"', '""') + '"' for row in names]
+        lines = [f"{row['file_name']},{text}" for row, text in zip(names, quoted)]
+        text = mark + end.join(["file_name,text", *lines])
+        (root / "metadata.csv").write_text(text, "utf-8", newline="")
 
 
 def _spoilt_images(draw, root, kind, wanted):
@@ -247,11 +317,24 @@ def _spoilt_images(draw, root, kind, wanted):
             return "a caption missing"
         path.with_suffix(".txt").write_bytes(b"\xff\xff\xff")
         return "a caption that is no text"
-    if kind == "jsonl" and draw.random() < 0.5:
-        with (root / "metadata.jsonl").open("a") as file:
-            file.write(draw.choice(('{"file_name": "none.png", "text": "a"}\n', "{\n", "[1]\n")))
+    if kind in ("jsonl", "csv") and draw.random() < 0.5:
+        lines = ('{"file_name": "none.png", "text": "a"}\n', "{\n", "[1]\n")
+        lines = lines if kind == "jsonl" else (f"\n{path.name},a, b", "\nnone.png,a", '\n"')
+        with (root / f"metadata.{kind}").open("a") as file:
+            file.write(draw.choice(lines))
         return "a line that is wrong"
-    if draw.random() < 0.5:
+    way = draw.choice(("truncated", "loop", "strange", "broken link", "no picture"))
+    if way == "loop":
+        (root / "back").symlink_to(root.resolve())
+        return "a link that leads back"
+    if way == "broken link":
+        path.unlink()
+        path.symlink_to(root / "nowhere")
+        return "a broken link"
+    if way == "no picture":
+        path.write_bytes(b"<html>")
+        return "an error page"
+    if way == "truncated":
         path.write_bytes(path.read_bytes()[:20])
         return "a truncated image"
     (root / "notes.md").write_text("x")

@@ -1,9 +1,10 @@
 """What a folder of images holds: pictures, their captions or classes, and what is left out and why.
 
 It is read as Hugging Face's ImageFolder reads it: images under the folder, or under its `train`,
-`validation` and `test`; captions of metadata.jsonl, .csv or .parquet (`file_name`, below the folder
-of the metadata, and `text`), which may stand at the root or in a split; else of a .txt or .caption
-file of the same stem beside each image; else classes, where every image lies in a sub-folder of
+`validation` and `test` (SPLITS), through links; captions of metadata.jsonl, .csv or .parquet
+(`file_name`, below the folder of the metadata, and `text`; of several captions of an image each is
+an example), which may stand at the root or in a split; else of a .txt or .caption file of the same
+stem beside each image; else classes, where every image lies in a sub-folder of
 the first level; else images alone. Hidden files and folders are none of it. Where there are no
 images but tars, they are WebDataset's (`tars.py`), of the split whose folder or name they have.
 """
@@ -13,6 +14,7 @@ import collections
 import csv
 import io
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -22,8 +24,11 @@ from diffusion import files
 from diffusion.data import images
 from diffusion.data.builders.local_files import tars
 
-SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
-SHARD_SPLITS = SPLITS | {"valid": "validation", "dev": "validation"}  # words of names of tars
+SPLITS = {  # Hugging Face's words for them
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")  # of the same stem as an image
 COLUMNS = ("text", "caption", "prompt")  # of metadata, the first that is there
@@ -39,11 +44,15 @@ def list_folder(root: pathlib.Path) -> dict[str, list[Row]]:
     Raises ValueError, naming the file, for no images, a broken line of metadata, or captions for
     some images only.
     """
-    found = [p for p in sorted(root.rglob("*")) if not _hidden(p.relative_to(root))]
-    held = [path for path in found if path.is_file()]
-    folders = {p.name: p for p in found if p.parent == root and p.is_dir() and p.name in SPLITS}
+    held = sorted(_files(root))
+    names = {path.relative_to(root).parts[0] for path in held if path.parent != root}
+    folders = {name: root / name for name in sorted(names & SPLITS.keys())}
     metadata = [path for path in held if path.name in METADATA]
-    captions = {row["path"]: row["caption"] for path in metadata for row in _metadata(path)}
+    captions: dict[pathlib.Path, list[str]] = {}
+    for row in (row for path in metadata for row in _metadata(path)):
+        told = captions.setdefault(row["path"], [])
+        if row["caption"] not in told:  # a root's and a split's metadata may say the same
+            told.append(row["caption"])
     pictures = [path for path in held if path.suffix.lower() in images.SUFFIXES]
     if not pictures and any(path.suffix == ".tar" for path in held):
         return _shards(root, held)
@@ -65,6 +74,17 @@ def list_folder(root: pathlib.Path) -> dict[str, list[Row]]:
     return listed
 
 
+def _files(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """What is not hidden, links to folders followed. ValueError for one that leads back."""
+    for at, names, held in os.walk(root, followlinks=True):
+        folder = pathlib.Path(at)
+        names[:] = [name for name in names if not _hidden(name)]
+        for link in (folder / name for name in names if (folder / name).is_symlink()):
+            if folder.resolve().is_relative_to(link.resolve()):
+                raise ValueError(f"{link} leads back to a folder that it is in: remove the link")
+        yield from (folder / name for name in held if not _hidden(name))
+
+
 def _check_alike(root: pathlib.Path, listed: dict[str, list[Row]]) -> None:
     keys = {tuple(sorted(set(row) - {"path"})) for rows in listed.values() for row in rows}
     if len(keys) > 1:
@@ -79,7 +99,7 @@ def _shards(root: pathlib.Path, held: list[pathlib.Path]) -> dict[str, list[Row]
     rest: list[Any] = [path for path in held if path.suffix != ".tar"]
     for path in (path for path in held if path.suffix == ".tar"):
         words = re.split(r"[-_./]", path.relative_to(root).as_posix())
-        named = {SHARD_SPLITS[word] for word in words if word in SHARD_SPLITS} or {"train"}
+        named = {SPLITS[word] for word in words if word in SPLITS} or {"train"}
         if len(named) > 1:
             raise ValueError(f"{path} names the splits {' and '.join(sorted(named))}: rename it")
         (split,) = named
@@ -91,19 +111,19 @@ def _shards(root: pathlib.Path, held: list[pathlib.Path]) -> dict[str, list[Row]
     return listed
 
 
-def _hidden(path: pathlib.Path) -> bool:
-    return any(part.startswith(".") or part in RUBBISH for part in path.parts)
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in RUBBISH
 
 
 def _rows(
     folder: pathlib.Path,
     pictures: list[pathlib.Path],
-    captions: dict[pathlib.Path, str],
+    captions: dict[pathlib.Path, list[str]],
     metadata: list[pathlib.Path],
 ) -> list[Row]:
     """Of one split."""
     if any(path in captions for path in pictures):  # those without are left out, as there
-        return [{"path": p, "caption": captions[p]} for p in pictures if p in captions]
+        return [{"path": p, "caption": text} for p in pictures for text in captions.get(p, ())]
     if metadata and any(m.is_relative_to(folder) for m in metadata):
         raise ValueError(f"{metadata[0]} names none of the images of {folder}: mend or remove it")
     beside = [next(filter(pathlib.Path.is_file, _candidates(path)), None) for path in pictures]
@@ -132,7 +152,8 @@ def _said(
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in listed.items())
     parts = [f"{root}: {len(rows)} images ({counts})"]
     if "caption" in rows[0]:
-        parts.append(f"{len(rows)} captions")
+        empty = sum(not row["caption"] for row in rows)
+        parts.append(f"{len(rows)} captions" + (f", {empty} of them empty" if empty else ""))
     classes = sorted({row["label"] for row in rows if "label" in row})
     if classes:
         more = ", ..." if len(classes) > 10 else ""
@@ -161,6 +182,8 @@ def _metadata(path: pathlib.Path) -> Iterator[Row]:
         try:
             if not isinstance(row, dict):
                 raise TypeError(f"{row!r:.80}")
+            if None in row:  # the csv module's name for what is beyond the columns
+                raise ValueError(f"it has {row.pop(None)} beyond its columns: quote commas")
             column = next((name for name in COLUMNS if name in row), "text")
             yield {"path": _inside(path.parent, row["file_name"]), "caption": _caption(row[column])}
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion.interop.files import refuse_unknown, require
+from diffusion.interop.files import refuse_unknown, require, whole_numbers
 from diffusion.models.unet import UNet
 
 PLAIN, CONDITIONAL = "UNet2DModel", "UNet2DConditionModel"
@@ -26,8 +26,7 @@ BLOCKS = {
 NAMES = {
     ("none", "conv"): ("DownBlock2D", "UpBlock2D"),
     ("none", "resnet"): ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
-    ("self", "conv"): ("AttnDownBlock2D", "AttnUpBlock2D"),
-    ("self", "resnet"): ("AttnDownBlock2D", "AttnUpBlock2D"),
+    **dict.fromkeys((("self", "conv"), ("self", "resnet")), ("AttnDownBlock2D", "AttnUpBlock2D")),
     ("cross", "conv"): ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"),
 }
 
@@ -185,17 +184,20 @@ def _block(name: str, resampling: str, source: Path) -> tuple[str, str]:
 
 def _check_rest(config: Mapping[str, Any], conditional: bool, source: Path) -> None:
     """What depends on other keys."""
-    mid = "UNetMidBlock2DCrossAttn" if conditional else "UNetMidBlock2D"
     groups, width = config["norm_num_groups"], 4 * config["block_out_channels"][0]
     # Without attn_norm_num_groups a scale-shift U-Net has no norm before the middle's attention.
-    plain = not conditional and config["add_attention"]
-    shifted = config.get("resnet_time_scale_shift") == "scale_shift"
+    shifted = not conditional and config.get("resnet_time_scale_shift") == "scale_shift"
     supported = {
-        "mid_block_type": (mid,),
+        "mid_block_type": ("UNetMidBlock2D" + "CrossAttn" * conditional,),
         "time_embedding_dim": (None, width),
-        "attn_norm_num_groups": (groups,) if plain and shifted else (None, groups),
+        "attn_norm_num_groups": (groups,)
+        if shifted and config["add_attention"]
+        else (None, groups),
     }
     require({"attn_norm_num_groups": None, **config}, supported, source)
+    for key in ("attention_head_dim", "transformer_layers_per_block") * conditional:
+        last = config[key][-1] if isinstance(config[key], list) else config[key]  # the middle's
+        whole_numbers({key: last}, (key,), source)
 
 
 def unet_config(module: UNet, params: Mapping[str, Any]) -> dict[str, Any]:

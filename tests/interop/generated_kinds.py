@@ -1,4 +1,4 @@
-"""Random tokenizer files, low-rank updates and folders of images: for `test_generated_files.py`.
+"""Random tokenizer files and low-rank updates, for `test_generated_files.py`.
 
 Each kind is a function (draw, folder, change) that writes files, one thing of them changed where
 `change`, and returns "same" or "refused"; AssertionError for a difference or an untrue refusal.
@@ -9,11 +9,9 @@ import warnings
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from PIL import Image
 from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
-from diffusion.data import folder as folders
 from diffusion.data import tokenizer_files
 from diffusion.interop import files, load_lora, unet
 
@@ -208,137 +206,4 @@ def _spoilt_updates(tensors, draw):
     return f"{kind} of {name}"
 
 
-# -- folders ---------------------------------------------------------------------------------------
-
-
-def _saved(draw, path, level):
-    """A picture whose upper half is of `level` and lower of 100 more, in one of the ways to write
-    it: (size, whether it is refused)."""
-    size = (2 * draw.randrange(1, 8),) * 2
-    grey = np.full(size[::-1], level, np.uint8)
-    grey[size[0] // 2 :] += 100
-    image = Image.fromarray(grey)
-    way = draw.choice(WAYS[path.suffix])
-    if way == "turned":
-        image = image.transpose(Image.Transpose.ROTATE_180)
-        exif = image.getexif()
-        exif[0x0112] = 3
-        image.convert("RGB").save(path, exif=exif, **LOSSLESS)
-    elif way == "deep":
-        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
-    elif way == "moving":
-        image.save(path, save_all=True, append_images=[Image.fromarray(255 - grey)])
-    elif way == "float":
-        Image.fromarray(grey.astype(np.float32)).save(path)
-    elif way == "clear":
-        Image.fromarray(np.stack([*[grey] * 3, 200 - 0 * grey], -1)).save(path, **LOSSLESS)
-    elif way == "opaque":
-        Image.fromarray(np.stack([*[grey] * 3, 255 + 0 * grey], -1)).save(path, **LOSSLESS)
-    else:
-        image.convert(way).save(path, **LOSSLESS)
-    return way in ("moving", "float", "clear")
-
-
-LOSSLESS = {"quality": 100, "lossless": True}
-WAYS = {
-    ".png": ("RGB", "L", "P", "turned", "deep", "opaque", "RGB", "moving", "clear"),
-    ".jpg": ("RGB", "L", "CMYK", "YCbCr", "turned"),
-    ".webp": ("RGB", "turned", "opaque", "RGB", "RGB", "moving", "clear"),
-    ".bmp": ("RGB", "L", "P"),
-    ".tif": ("RGB", "L", "P", "CMYK", "turned", "deep", "RGB", "float", "moving"),
-    ".gif": ("RGB", "L", "P", "L", "RGB", "moving"),
-}
-
-
-def images(draw, folder, change):
-    """Pictures whose number, pixels, captions and classes are known as they are written."""
-    kind = draw.choice(("plain", "classes", "txt", "jsonl", "csv"))
-    root = folder / draw.choice((".", "train", "training"))
-    wanted, suffix, bad = [], draw.choice(sorted(WAYS)), False
-    for i in range(draw.randrange(1, 5)):
-        inside = f"{'cab'[i % 3]}/" if kind == "classes" else draw.choice(("", "b/"))
-        path = root / inside / f"{i}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bad |= _saved(draw, path, 20 * i)
-        more = draw.choice(('"ö"', "two\nlines", "", "{}", "a; b, c"))
-        wanted.append((path, inside[:1] if kind == "classes" else f"caption {i}, {more}".strip()))
-    _captioned(draw, root, kind, wanted)
-    if draw.random() < 0.3:
-        (root / ".ipynb_checkpoints").mkdir()
-        Image.new("RGB", (4, 4)).save(root / ".ipynb_checkpoints/a.png")
-    if (root / "b").is_dir() and draw.random() < 0.3:  # a folder that lies elsewhere
-        (root / "b").rename(folder.parent / f"{folder.name}_b")
-        (root / "b").symlink_to(folder.parent / f"{folder.name}_b")
-    spoilt = _spoilt_images(draw, root, kind, wanted) if change else None
-    said = f"{kind}{suffix} of {len(wanted)} in {root.name}, bad: {bad}, changed: {spoilt}"
-    try:
-        source = folders.open_folder(folder, "train", 8)
-    except ValueError as error:
-        assert change or bad, f"{said}: {error}"
-        return refused(error, folder, said)
-    except Exception as error:
-        raise AssertionError(f"{said}: {type(error).__name__}: {error}") from error
-    assert not bad and spoilt in ("a strange file", None), f"{said}: taken"
-    assert len(source) == len(wanted), said
-    by = {row["path"]: i for i, row in enumerate(source.rows)}
-    classes = sorted({label for _, label in wanted})
-    for i, (path, text) in enumerate(wanted):
-        row, pixels = source.rows[by[path]], source.batch(np.array([by[path]]))["image"][0]
-        edges = [int(edge.mean()) - 20 * i for edge in (pixels[0], pixels[-1])]
-        assert np.abs(np.subtract(edges, (0, 100))).max() < 12, f"{said}: {path.name} {edges}"
-        found = row.get("label", row.get("caption"))
-        if kind != "plain":
-            assert found == (classes.index(text) if kind == "classes" else text), said
-    return "same"
-
-
-def _captioned(draw, root, kind, wanted):
-    """Captions beside the pictures or in a table, maybe after a byte-order mark."""
-    mark, end = draw.choice(("", "\ufeff")), draw.choice(("\n", "\r\n"))
-    if kind == "txt":
-        for path, text in wanted:
-            path.with_suffix(".txt").write_text(f"{mark}{text}{draw.choice(('', end))}", "utf-8")
-    names = [{"file_name": p.relative_to(root).as_posix(), "text": t} for p, t in wanted]
-    if kind == "jsonl":
-        lines = "".join(json.dumps(row) + end for row in names)
-        (root / "metadata.jsonl").write_text(mark + lines, "utf-8", newline="")
-    elif kind == "csv":
-        quoted = ['"' + row["text"].replace('"', '""') + '"' for row in names]
-        lines = [f"{row['file_name']},{text}" for row, text in zip(names, quoted)]
-        text = mark + end.join(["file_name,text", *lines])
-        (root / "metadata.csv").write_text(text, "utf-8", newline="")
-
-
-def _spoilt_images(draw, root, kind, wanted):
-    path, _ = wanted[0]
-    if kind == "txt" and draw.random() < 0.5:
-        if len(wanted) > 1 and draw.random() < 0.5:
-            path.with_suffix(".txt").unlink()
-            return "a caption missing"
-        path.with_suffix(".txt").write_bytes(b"\xff\xff\xff")
-        return "a caption that is no text"
-    if kind in ("jsonl", "csv") and draw.random() < 0.5:
-        lines = ('{"file_name": "none.png", "text": "a"}\n', "{\n", "[1]\n")
-        lines = lines if kind == "jsonl" else (f"\n{path.name},a, b", "\nnone.png,a", '\n"')
-        with (root / f"metadata.{kind}").open("a") as file:
-            file.write(draw.choice(lines))
-        return "a line that is wrong"
-    way = draw.choice(("truncated", "loop", "strange", "broken link", "no picture"))
-    if way == "loop":
-        (root / "back").symlink_to(root.resolve())
-        return "a link that leads back"
-    if way == "broken link":
-        path.unlink()
-        path.symlink_to(root / "nowhere")
-        return "a broken link"
-    if way == "no picture":
-        path.write_bytes(b"<html>")
-        return "an error page"
-    if way == "truncated":
-        path.write_bytes(path.read_bytes()[:20])
-        return "a truncated image"
-    (root / "notes.md").write_text("x")
-    return "a strange file"
-
-
-KINDS = {"words": tokenizer, "lora": updates, "folder": images}
+KINDS = {"words": tokenizer, "lora": updates}

@@ -6,8 +6,12 @@ the names and shapes that ours has; a scheduler file gives their final latents o
 network. What is refused is refused by a sentence that names the file. A refusal of an unchanged
 case is a fault, and so is anything but a ValueError.
 
-Tokenizer files, low-rank updates and folders of images are `generated_kinds.py`'s. Fifty cases by
-seed here; the slow suite has 2,000, of which 280 run a network.
+Tokenizer files and low-rank updates are `generated_kinds.py`'s, folders of images
+`generated_folders.py`'s. Fifty cases by seed here. Of the slow suite's 2,000, 280 run a network:
+
+    python -m pytest -m slow tests/interop/test_generated_files.py
+
+and write their counts into runs/generated_files, a file a kind (so `-k sched` redoes one).
 """
 
 import contextlib
@@ -41,7 +45,9 @@ def beside(name):
     return module
 
 
-parity, more = beside("test_scheduler_parity"), beside("generated_kinds")
+RESULTS = pathlib.Path("runs/generated_files")  # counts of the slow suite
+parity, more = beside("test_scheduler_parity"), beside("generated_kinds").KINDS
+more = {**more, "folder": beside("generated_folders").images}
 
 
 # -- valid files -----------------------------------------------------------------------------------
@@ -184,10 +190,10 @@ def latents(config, folder, steps):
 def judge(kind, seed, folder):
     """'same' or 'refused'; AssertionError for a difference, a traceback, an untrue refusal."""
     draw = random.Random(seed)
-    if kind in more.KINDS:
+    if kind in more:
         folder = folder / str(seed)
         folder.mkdir()
-        return more.KINDS[kind](draw, folder, draw.random() < 0.5)
+        return more[kind](draw, folder, draw.random() < 0.5)
     valid = VALID[kind](draw)
     config, key = changed(valid, draw) if draw.random() < 0.5 else (valid, None)
     said = f"{kind} {seed}: {config}, changed: {key}"
@@ -225,7 +231,16 @@ def test_fifty_files(kind, tmp_path):
 @pytest.mark.slow  # 2,000 files
 @pytest.mark.parametrize("kind", COUNTS)
 def test_two_thousand_files(kind, tmp_path):
+    """Each kind's counts go into RESULTS, whatever they are."""
+    found = {"exact": 0, "refused": 0, "wrong": []}
     for seed in range(1000, 1000 + 40 * COUNTS[kind]):
-        judge(kind, seed, tmp_path)
+        try:
+            outcome = judge(kind, seed, tmp_path)
+            found["exact" if outcome == "same" else "refused"] += 1
+        except AssertionError as error:
+            found["wrong"].append(str(error)[:2000])
         if seed % 50 == 0:
             jax.clear_caches()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{kind}.json").write_text(json.dumps(found, indent=1))
+    assert not found["wrong"], found["wrong"][0]

@@ -9,6 +9,7 @@ A layer NAME of network NET has two tensors, A^T (rank, in) and B^T (out, rank) 
     NET....processor.to_q_lora.down.weight, ...              the first ones
     lora_unet_NA_ME.lora_down.weight, ...lora_up.weight      kohya-ss/sd-scripts, with alpha; of
                                                              SDXL, NA_ME is CompVis's
+    diffusion_model.NAME.lora_down.weight, ...               ComfyUI; NAME is CompVis's
 
 DoRA adds a magnitude, lora_magnitude_vector or, in kohya's and LyCORIS' files, dora_scale.
 
@@ -165,6 +166,7 @@ def _layers(
             name = _module_name(path, RULES[network])
             names = [prefix + name for prefix in DOTTED[network]]
             joined = [name, _module_name(path, compvis)] if module else [name]
+            names += ["diffusion_model." + one for one in joined[1:]]
             joined = [one.replace(".", "_") for one in joined]
             names += [prefix + one for prefix in JOINED[network] for one in joined]
             found.append((path[:-1], tuple(leaf.shape), names))

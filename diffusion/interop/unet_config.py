@@ -190,9 +190,7 @@ def _check_rest(config: Mapping[str, Any], conditional: bool, source: Path) -> N
     supported = {
         "mid_block_type": ("UNetMidBlock2D" + "CrossAttn" * conditional,),
         "time_embedding_dim": (None, width),
-        "attn_norm_num_groups": (groups,)
-        if shifted and config["add_attention"]
-        else (None, groups),
+        "attn_norm_num_groups": (None, groups)[shifted and config["add_attention"] :],
     }
     require({"attn_norm_num_groups": None, **config}, supported, source)
     for key in ("attention_head_dim", "transformer_layers_per_block") * conditional:

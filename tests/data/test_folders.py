@@ -126,3 +126,42 @@ def test_what_is_stored_is_upright_when_it_is_read(tmp_path):
     from diffusion.data import images
 
     assert images.decode_image(example["image"], 3, None).shape == (8, 4, 3)
+
+
+def test_a_class_has_one_number_whatever_is_read(tmp_path):
+    """As Hugging Face's: of all splits together, and with those whose pictures are broken."""
+    for name in ("train/ant", "train/bee", "train/cat", "dev/bee"):
+        picture(tmp_path / name / "a.png")
+    assert folder.open_folder(tmp_path, "validation", 8).rows[0]["label"] == 1
+    (tmp_path / "train/ant/a.png").write_bytes(b"x")
+    found = folder.open_folder(tmp_path, "train", 8, max_bad_images=1)
+    assert [row["label"] for row in found.rows] == [1, 2]
+
+
+def test_links_to_folders_are_followed_and_not_in_circles(tmp_path):
+    picture(tmp_path / "elsewhere" / "a.png")
+    for name in ("bee", "ant"):
+        picture(tmp_path / "set" / name / "a.png")
+    (tmp_path / "set" / "aaa").symlink_to(tmp_path / "elsewhere")
+    rows = folders.list_folder(tmp_path / "set")["train"]
+    assert [row["label"] for row in rows] == ["aaa", "ant", "bee"]
+    (tmp_path / "set" / "bee" / "up").symlink_to(tmp_path / "set")
+    with pytest.raises(ValueError, match="bee/up leads back"):
+        folders.list_folder(tmp_path / "set")
+    (tmp_path / "set" / "bee" / "up").unlink()
+    (tmp_path / "set" / "bee" / "b.png").symlink_to("nowhere.png")
+    with pytest.raises(ValueError, match=r"b\.png is no image"):
+        folder.open_folder(tmp_path / "set", "train", 8)
+
+
+def test_every_caption_of_a_picture_is_an_example(tmp_path, capsys):
+    picture(tmp_path / "train" / "a.png")
+    rows = [{"file_name": "a.png", "text": text} for text in ("a fox", "", "a fox")]
+    write_metadata(tmp_path / "train" / "metadata.csv", rows)
+    write_metadata(tmp_path / "metadata.jsonl", [{"file_name": "train/a.png", "text": "a fox"}])
+    listed = folders.list_folder(tmp_path)["train"]
+    assert [row["caption"] for row in listed] == ["a fox", ""]  # not twice what is said twice
+    assert "2 captions, 1 of them empty" in capsys.readouterr().out
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\na.png,red, a fox\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 2, .*quote commas"):
+        folders.list_folder(tmp_path)

@@ -193,9 +193,9 @@ def _check_rest(config: Mapping[str, Any], conditional: bool, source: Path) -> N
         "attn_norm_num_groups": (None, groups)[shifted and config["add_attention"] :],
     }
     require({"attn_norm_num_groups": None, **config}, supported, source)
-    for key in ("attention_head_dim", "transformer_layers_per_block") * conditional:
-        last = config[key][-1] if isinstance(config[key], list) else config[key]  # the middle's
-        whole_numbers({key: last}, (key,), source)
+    last = {k: v[-1] if isinstance(v, list) and v else v for k, v in config.items()}  # the middle's
+    keys = ("attention_head_dim", "transformer_layers_per_block") * conditional
+    whole_numbers(last, ("in_channels", "out_channels", *keys), source)
 
 
 def unet_config(module: UNet, params: Mapping[str, Any]) -> dict[str, Any]:

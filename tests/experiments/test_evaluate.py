@@ -529,3 +529,17 @@ def test_presets_fit_their_configs(name):
     assert set(preset.metrics) <= METRICS.keys()
     given = {"fid", "inception_score", "precision", "recall"}
     assert preset.published.keys() <= given and all(v > 0 for v in preset.published.values())
+
+
+@pytest.mark.parametrize("given", [("--classifier_scale=3.5",), ()])
+def test_a_flag_goes_before_a_preset(monkeypatch, tmp_path, given):
+    monkeypatch.setattr(presets, "check", lambda *_: None)
+    monkeypatch.setattr(Run, "image_config", None)
+    declared, preset = cli.Flags(), presets.PRESETS["adm_imagenet256_guided"]
+    evaluate.define(declared)
+    argv = (f"--workdir={tmp_path}", "--guidance_classifier=DIR", "--steps=7", *given)
+    declared.values(["command", *argv])
+    run = evaluate.subject_of(declared.values, preset).samples.run
+    wanted = {"classifier_scale": 3.5 if given else 1.0, "guidance_classifier": "DIR"}
+    assert run.sample == {**preset.sample, **wanted}
+    assert run.options["steps"] == 7

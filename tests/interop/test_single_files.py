@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from diffusion.interop import compvis_ldm, controlnet, files, load_controlnet, openai
 from diffusion.interop.files import Weights, to_tensors
@@ -21,6 +22,7 @@ from diffusion.interop.unet import unet_shapes
 from diffusion.models.unet import UNet
 from experiments import sample
 from experiments.convert import __main__ as convert
+from experiments.convert.openai import from_openai
 from experiments.host import cli
 from experiments.run import generate
 
@@ -178,6 +180,12 @@ def test_an_upsampler_is_told_a_small_picture(tmp_path, monkeypatch):
     }
     assert {key: told[key] for key in wanted} == wanted
     same(generate.load(tmp_path / "run").pipeline.params["denoiser"], params)
+    config = ConfigDict(json.loads((tmp_path / "run" / "config.json").read_text()))
+    config.conditioning.update(degradation="bsr_light", enlarge="cubic")  # as another's would be
+    monkeypatch.setattr(openai, "PUBLISHED", {})
+    own = from_openai(source, config, None)  # of an architecture that nobody published
+    assert {key: own.config.conditioning[key] for key in wanted} == wanted
+    same(own.params["denoiser"], params)
     x = np.arange(12).reshape(1, 2, 2, 3)
     concat = generate.load(tmp_path / "run").pipeline.concat
     large = concat.encode({}, {"small": np.uint8(20 * x)})["concat"]

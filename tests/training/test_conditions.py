@@ -5,11 +5,17 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffusion.models.embedders import ClassEmbedder
+from diffusion.models.lora import Lora
+from diffusion.process import keys as ks
 from diffusion.training import conditions
 from diffusion.training.conditions import Concat, Hints, Label, Text
+from diffusion.training.denoiser import Denoiser
+from diffusion.training.ema import Ema
+from diffusion.training.state import Optimizer
 
 NULL = (7, 0, 0)
 TOKENS = jnp.array([[1, 2, 0], [3, 0, 0]], jnp.int32)
@@ -115,3 +121,60 @@ def test_a_small_picture_is_enlarged_to_the_size_of_x():
     found = Concat("low_resolution", (8, 8, 1), 2).encode({}, {"small": small})["concat"]
     assert found.shape == (1, 8, 8, 1)
     np.testing.assert_allclose(found.mean(), same.mean(), atol=1e-2)
+
+
+class Matrix:
+    """A network of one dense layer, which says what else it was given."""
+
+    guidance_width = 8
+
+    def __init__(self):
+        self.given = {}
+
+    def apply(self, variables, x, t, *hint, keys=None, **given):
+        self.given = given
+        return [x] if hint else x @ variables["params"]["to_q"]["kernel"]
+
+
+def denoiser(**fields):
+    return Denoiser(
+        network=Matrix(),
+        sample_shape=(2,),
+        draw=lambda key, x0, step: (jnp.ones(1), x0),
+        optimizer=Optimizer({"denoiser": optax.identity()}, lambda step: 0.0),
+        ema=Ema(0.0),
+        **fields,
+    )
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_teacher_under_low_rank_updates_has_none(own):
+    """Its updates are the student's: the teacher is the network that they are added to, or one of
+    its own."""
+    found = []
+
+    def objective(network, x0, t, noise):
+        found.extend(network(x0, t, teacher=teacher) for teacher in (False, True))
+        return jnp.zeros(1), {}
+
+    task = denoiser(
+        objective=objective, lora=Lora(1, 1.0, ("to_q",)), teacher=Matrix() if own else None
+    )
+    params = {"denoiser": {"to_q": {"kernel": jnp.eye(2)}}}
+    params |= {"lora": {"to_q": {"down": jnp.ones((2, 1)), "up": jnp.ones((1, 2))}}}
+    params |= {"teacher": {"to_q": {"kernel": 5 * jnp.eye(2)}}}
+    keys = ks.example_keys(jax.random.key_data(jax.random.key(0)), jnp.int32(0), jnp.arange(1))
+    task.loss(params, {}, {"image": jnp.full((1, 2), 255, jnp.uint8)}, keys, train=False)
+    student, teacher = (float(out[0, 0]) for out in found)
+    assert (student, teacher) == (3.0, 5.0 if own else 1.0)
+
+
+def test_a_controlnet_beside_a_network_that_is_told_guidance():
+    """Only the network is told it; a ControlNet is told the rest."""
+    control = Matrix()
+    task = denoiser(objective=print, controlnets=(control,))
+    given = {"guidance": jnp.ones(1), "context": jnp.ones((1, 1, 2)), "hints": (jnp.ones((1, 2)),)}
+    params = {"denoiser": {"to_q": {"kernel": jnp.eye(2)}}, "controlnet": {}}
+    task.predict(params, jnp.ones((1, 2)), jnp.ones(1), given)
+    assert set(control.given) == {"context"}
+    assert set(task.network.given) == {"context", "guidance", "residuals"}

@@ -189,7 +189,7 @@ def open_images(config: ConfigDict, split: str) -> tuple[sources.Source, list]:
 def sized(config: ConfigDict) -> bool:
     """Whether pictures come with the sizes that Stable Diffusion XL is told of."""
     cut = known(images_config(config).data.name).open in (_records, folders.opened)
-    return "text_encoder_2" in config.model and cut and config.data.fit == "crop"
+    return fits.sized(config) and cut and config.data.fit == "crop"
 
 
 CARD = """# Model card

@@ -45,15 +45,19 @@ def check(config: ConfigDict, fitted: bool) -> None:
     )
 
 
+def sized(config: ConfigDict) -> bool:
+    """Whether what reads captions is Stable Diffusion XL's, which is told of pictures' sizes."""
+    return "text_encoder_2" in config.model and "text_encoder_3" not in config.model
+
+
 def how(config: ConfigDict, split: str) -> fitting.How:
     """Crops are drawn of the training split alone. ValueError for what cannot be."""
     data = config.data
     drawn = build.choose({"centre": False, "random": True}, data.crop, "data.crop")
     if data.fit == "pad":
         return fitting.CENTRE
-    found = fitting.How(
-        data.resize, data.shorter_side, drawn and split == "train", "text_encoder_2" in config.model
-    )
+    whole = drawn and split == "train"
+    found = fitting.How(data.resize, data.shorter_side, whole, sized(config))
     found.side(side(config))
     if found.sized and drawn and data.flip:
         raise ValueError(

@@ -32,10 +32,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diffusion.files import write_tensors
 from diffusion.interop import compvis_ldm, files, text_encoder, unet
-from diffusion.interop.weight_files import read_safetensors
+from diffusion.interop.weight_files import read_tensors
 from diffusion.models.unet import UNet
 
-FILE = "pytorch_lora_weights.safetensors"
+FILE, OLD_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
 HEADER = "lora_adapter_metadata"
 RULES: Mapping[str, files.Rules] = {
     "unet": unet.RULES,
@@ -74,8 +74,9 @@ REFUSED = {
     r"\.(oft_|boft_)": "an update of the kind OFT, which is not read: give one of the kind LoRA",
     r"\.(on_input|a1\.weight|b1\.weight)$": "an update of the kind IA3 or GLoRA, which is not "
     "read: give one of the kind LoRA",
-    r"^base_model\.": "as PEFT names it, whose alpha stands in adapter_config.json: save it by "
-    "Diffusers' save_lora_weights",
+    r"^base_model\.|\.lora_[AB]\.\w+\.weight$": "as PEFT names it, whose alpha stands in "
+    "adapter_config.json: save it by Diffusers' save_lora_weights",
+    r"\.lora_B\.weight$": "without the lora_A that belongs to it: fetch it again",
     r"^bundle_emb\.": "a learned word beside the updates: save it as a file of its own, for "
     "--embedding",
     r"\.(diff|diff_b|w_norm|b_norm|bias)$": "an update of whole weights or biases, "
@@ -96,19 +97,24 @@ def load_lora(
     names count; without it they are not known. ValueError naming the file for one that is
     broken, that updates layers the networks lack, or with other shapes.
     """
-    path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    tensors = {_rename(k): v for k, v in read_safetensors(path).items()}
-    header = _header(path)
+    path = Path(path)
+    if path.is_dir():
+        path = next((p for p in (path / FILE, path / OLD_FILE) if p.is_file()), path / FILE)
+    tensors = {_rename(k): v for k, v in read_tensors(path).items()}
+    header = _header(path) if path.suffix == ".safetensors" else {}
     found: dict[str, Any] = {}
     for network in RULES:
         own = module if network == "unet" and isinstance(module, UNet) else None
         layers = _layers(network, params[network], own) if network in params else []
         flat: dict[tuple[str, ...], Any] = {}
         for module_path, shape, names in layers:
-            name = next((n for n in names if f"{n}.lora_A.weight" in tensors), None)
-            if name is not None:
-                alpha = _alpha(header, network, names[0].removeprefix(DOTTED[network][0]))
-                update = _take(tensors, name, shape, path, alpha)
+            held = [name for name in names if f"{name}.lora_A.weight" in tensors]
+            if len(held) > 1:
+                raise ValueError(f"{path} updates one layer as {' and as '.join(held)}: leave one")
+            if held:
+                with files.naming(path):
+                    alpha = _alpha(header, network, names[0].removeprefix(DOTTED[network][0]))
+                    update = _take(tensors, held[0], shape, path, alpha)
                 flat |= {(*module_path, key): value for key, value in update.items()}
         if flat:
             found[network] = unflatten_dict(flat)
@@ -194,8 +200,11 @@ def _alpha(header: Mapping[str, Any], network: str, layer: str) -> Callable[[int
     value = said("lora_alpha")
     if value is None:
         return None
-    for pattern, other in (said("alpha_pattern") or {}).items():
-        value = other if re.match(rf"(.*\.)?({pattern})$", layer) else value
+    try:
+        for pattern, other in (said("alpha_pattern") or {}).items():
+            value = other if re.match(rf"(.*\.)?({pattern})$", layer) else value
+    except re.error as error:
+        raise ValueError(f"{HEADER} has a broken alpha_pattern ({error})") from error
     # Rank-stabilised LoRA (arXiv:2312.03732) divides alpha by the rank's root.
     return lambda rank: float(value) * (math.sqrt(rank) if said("use_rslora") else 1.0)
 
@@ -227,6 +236,8 @@ def _take(
         down = np.einsum("rs...,si->ri...", np.float32(mid), down.reshape(down.shape[:2]))
     *window, width, out = shape
     rank = len(down)
+    if not rank or not (np.isfinite(down).all() and np.isfinite(up).all()):
+        raise ValueError(f"{path}: {name} is of rank {rank}, or not finite: fetch it again")
     wide = (rank, width, *window)
     fits = up.size == out * rank and up.shape[:2] == (out, rank)
     if down.shape[:2] != wide[:2] or down.size != math.prod(wide) or not fits:
@@ -248,7 +259,9 @@ def _take(
 def _number(value: Any, what: str) -> float:
     if np.size(value) != 1:
         raise ValueError(f"{what} has {np.size(value)} values, not one: fetch it again")
-    return np.asarray(value, np.float32).item()
+    if not math.isfinite(number := np.asarray(value, np.float32).item()):
+        raise ValueError(f"{what}={number} is not finite: fetch it again")
+    return number
 
 
 def _magnitude(

@@ -278,7 +278,7 @@ def _cut(flat: np.ndarray, tensor: Tensor) -> np.ndarray:
         return np.zeros(size, flat.dtype)
     if last >= flat.size:
         raise ValueError("a tensor reaches beyond its storage")
-    view = np.lib.stride_tricks.as_strided(
-        flat[tensor.offset :], size, [s * flat.itemsize for s in stride], writeable=False
-    )
-    return np.ascontiguousarray(view).reshape(size)
+    items = flat[tensor.offset :].view(f"V{flat.itemsize}")  # float8 has no name that NumPy reads
+    strides = [s * flat.itemsize for s in stride]
+    view = np.lib.stride_tricks.as_strided(items, size, strides, writeable=False)
+    return np.ascontiguousarray(view).view(flat.dtype).reshape(size)

@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from diffusion.files import read_json
@@ -27,6 +28,7 @@ STEMS = {
     ".bin": {"model": "pytorch_model"},
     ".msgpack": {"model": "flax_model", "diffusion_pytorch_model": "diffusion_flax_model"},
 }
+FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 # Flax modules in lists: down_blocks_0 is PyTorch's down_blocks.0.
 _LISTS = "down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers"
 FLAX: Rules = ((rf"/({_LISTS}|to_out|net|blocks|controlnet_down_blocks)_(\d+)(?=/)", r"/\1/\2"),)
@@ -99,14 +101,20 @@ def _shards(index: Path) -> list[tuple[Path, set[str]]]:
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Every tensor of one file as it is stored, bfloat16 included. ValueError names the file."""
-    from safetensors import SafetensorError, safe_open
+    """Every tensor of one file as it is stored, float8 too. ValueError names the file."""
+    from safetensors import SafetensorError, deserialize, safe_open
 
     if not Path(path).is_file():
         raise ValueError(f"{path} is missing: fetch it again")
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+            found = {n: file.get_tensor(n) for n, kind in kinds.items() if kind not in FLOAT8}
+        if FLOAT8.keys() & set(kinds.values()):  # which safetensors' NumPy half does not know
+            for name, held in deserialize(Path(path).read_bytes()):
+                if dtype := FLOAT8.get(held["dtype"]):
+                    found[name] = np.frombuffer(held["data"], dtype).reshape(held["shape"])
+        return found
     except (SafetensorError, OSError, TypeError) as error:
         raise ValueError(
             f"{path} is truncated or no safetensors file ({error}): fetch it again"

@@ -1,5 +1,6 @@
 """Files of low-rank updates as people have them: by Diffusers' own loader, else B A by hand."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -18,6 +19,7 @@ with warnings.catch_warnings():
     import torch
     from diffusers import UNet2DConditionModel
     from safetensors.numpy import save_file
+    from safetensors.torch import save_file as torch_save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
 TOLERANCE = 1e-5
@@ -245,3 +247,55 @@ def test_what_is_not_read_is_named(made, tmp_path, name, shape, words):
     with pytest.raises(ValueError, match=words) as caught:
         load_lora(tmp_path / "x.safetensors", {"unet": params})
     assert "x.safetensors" in str(caught.value)
+
+
+ONE = {"unet": {"mid_attn": {"proj_in": {"kernel": np.zeros((8, 8), "f4")}}}}
+PLACE = "mid_block.attentions.0.proj_in"
+HALVES = DRAW(size=(2, 8)).astype("f4"), DRAW(size=(8, 2)).astype("f4")
+ENDS = ("lora_A.weight", "lora_B.weight")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("name", ["x.safetensors", "pytorch_lora_weights.bin"])
+def test_a_layer_as_it_is_stored(tmp_path, dtype, name):
+    """By the values that torch reads of it; a folder's .bin is Diffusers' from before 0.18."""
+    halves = [torch.from_numpy(half).to(getattr(torch, dtype)) for half in HALVES]
+    tensors = {f"unet.{PLACE}.{end}": half for end, half in zip(ENDS, halves)}
+    if name.endswith(".bin"):
+        torch.save(tensors, tmp_path / name)
+    else:
+        torch_save_file(tensors, tmp_path / name)
+    found = load_lora(tmp_path if name.endswith(".bin") else tmp_path / name, ONE)
+    pair = found["unet"]["mid_attn"]["proj_in"]
+    for ours, theirs in zip((pair["down"], pair["up"]), halves):
+        np.testing.assert_array_equal(ours, theirs.float().numpy().T)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(f"unet.{PLACE}.lora_A.weight"), "without the lora_A"),
+        (lambda t: t.update({f"unet.{PLACE}.alpha": np.float32([np.nan])}), "not finite"),
+        (lambda t: t.update({f"unet.{PLACE}.alpha": np.ones(3, "f4")}), "3 values, not one"),
+        (lambda t: t.update({f"unet.{PLACE}.lora_B.weight": HALVES[1] * np.nan}), "not finite"),
+        (lambda t: t.update({f"{PLACE}.{e}": h for e, h in zip(ENDS, HALVES)}), "leave one"),
+        (lambda t: t.update({"base_model.model.x.lora_A.weight": HALVES[0]}), "adapter_config"),
+        (lambda t: t.update({"bundle_emb.cat.emb": HALVES[0]}), "--embedding"),
+        (lambda t: t.update({f"unet.{PLACE}.on_input": HALVES[0]}), "IA3"),
+    ],
+)
+def test_a_file_that_says_it_twice_or_by_half_is_named(tmp_path, change, words):
+    tensors = {f"unet.{PLACE}.{end}": half for end, half in zip(ENDS, HALVES)}
+    change(tensors)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=words) as caught:
+        load_lora(tmp_path / "x.safetensors", ONE)
+    assert "x.safetensors" in str(caught.value)
+
+
+def test_a_broken_pattern_of_alphas_is_named(tmp_path):
+    tensors = {f"unet.{PLACE}.{end}": half for end, half in zip(ENDS, HALVES)}
+    said = json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 3}})
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": said})
+    with pytest.raises(ValueError, match=r"x\.safetensors: .*broken alpha_pattern"):
+        load_lora(tmp_path / "x.safetensors", ONE)

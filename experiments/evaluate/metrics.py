@@ -51,7 +51,7 @@ METRICS: dict[str, Metric] = {
         "attributes",
     ),
     "accuracy": Metric(
-        "how often a sample is taken for its class", scores.accuracy, "samples", "judge", axes=2
+        "how often a sample is taken for its class", scores.accuracy, "samples", "class", axes=2
     ),
     "fid": _distance(f"{_FRECHET}, on Inception", distances.frechet, inception=True),
     "sfid": _distance(

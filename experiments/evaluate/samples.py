@@ -185,7 +185,7 @@ class Subject:
 
     strict: refuse what would be singular (`frechet.sample_count_warning`). needs, reference: what
     the metrics asked for use, filled in by `metrics.prepare`: of `rows`, "features", "attributes",
-    "clip"; of the reference, "pool", "spatial", "vectors"; the "model", the "judge" by itself, and
+    "class", "clip"; of the reference, "pool", "spatial", "vectors"; the "model", the "judge" by itself, and
     "stage features" of a first stage's pictures.
     """
 
@@ -235,6 +235,7 @@ class Subject:
         networks = {
             "features": lambda images, _: self.network.run(images),
             "attributes": lambda images, _: attributes(images, self.judge),
+            "class": lambda images, _: {"seen": self.judge(images)[0]},
             "clip": lambda images, index: {  # image i is of the prompt whose turn it was
                 "score": scorer.clip.scores(images, [prompts[i % len(prompts)] for i in index])
             },
@@ -269,7 +270,9 @@ class Subject:
         """What the numbers depend on, of the parts that `needs` says were used."""
         tools, found = self.tools, {}
         seen = "features" in self.needs or ("stage features" in self.needs and tools.chosen)
-        if self.needs & {"attributes", "judge"} or (seen and tools.feature_name == "classifier"):
+        if self.needs & {"attributes", "class", "judge"} or (
+            seen and tools.feature_name == "classifier"
+        ):
             found["classifier"] = tools.judge.hash
         if seen:
             found["features"] = tools.network.identity()

@@ -185,8 +185,8 @@ class Subject:
 
     strict: refuse what would be singular (`frechet.sample_count_warning`). needs, reference: what
     the metrics asked for use, filled in by `metrics.prepare`: of `rows`, "features", "attributes",
-    "class", "clip"; of the reference, "pool", "spatial", "vectors"; the "model", the "judge" by itself, and
-    "stage features" of a first stage's pictures.
+    "class", "clip"; of the reference, "pool", "spatial", "vectors"; the "model", the "judge" by
+    itself, and "stage features" of a first stage's pictures.
     """
 
     samples: Samples

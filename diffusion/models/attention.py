@@ -26,8 +26,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from diffusion.models import target
+from diffusion.models.gated import GatedDense, geglu
 from diffusion.models.group_norm import GroupNorm
-from diffusion.models.layers import Conv, Dense, GatedDense, default_init, zero_init
+from diffusion.models.layers import Conv, Dense, default_init, zero_init
 from diffusion.models.positions import rotate
 from diffusion.models.tpu import tpu_applies, tpu_attention
 
@@ -167,7 +168,7 @@ class FeedForward(nn.Module):
         width, inner = x.shape[-1], int(x.shape[-1] * self.mult)
         if gated:
             h, gate = GatedDense(inner, self.dtype, name="proj_in")(x)
-            h = h * ACTIVATIONS["gelu"](gate) if self.activation == "geglu" else nn.silu(h) * gate
+            h = geglu(h, gate) if self.activation == "geglu" else nn.silu(h) * gate
         else:
             h = ACTIVATIONS[self.activation](Dense(inner, dtype=self.dtype, name="proj_in")(x))
         return Dense(width, dtype=self.dtype, name="proj_out")(h)

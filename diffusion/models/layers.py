@@ -29,7 +29,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key, Num
 
-from diffusion.models import convolution, target
+from diffusion.models import convolution
 from diffusion.models.group_norm import GroupNorm
 
 Padding = int | tuple[int, int] | None
@@ -75,27 +75,6 @@ class Conv(nn.Module):
     def _padding(self) -> tuple[int, int]:
         padding = self.kernel_size // 2 if self.padding is None else self.padding
         return (padding, padding) if isinstance(padding, int) else padding
-
-
-class GatedDense(nn.Module):
-    """The two halves of a dense layer of 2 `features`: [a, g] of `attention.FeedForward`.
-
-    For GPUs two products and not one that is split: that one's gradient is the halves' written side
-    by side, once more as much memory as the layer itself.
-    """
-
-    features: int
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> tuple[Array, Array]:
-        kernel = self.param("kernel", default_init, (x.shape[-1], 2 * self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (2 * self.features,), jnp.float32)
-        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        if target.current().platform == "gpu":
-            kernels, biases = jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2)
-            return tuple(x @ w + b[None, None] for w, b in zip(kernels, biases))  # pyright: ignore
-        return tuple(jnp.split(x @ kernel + bias[None, None], 2, axis=-1))  # pyright: ignore
 
 
 class Dropout(nn.Module):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffusion.models import attention, target
+from diffusion.models.gated import geglu
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -238,3 +239,22 @@ def test_a_gpu_computes_gated_layers_in_halves(activation):
         text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, x))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gpu, plain)
     assert "f32[2,5,64]" not in text
+
+
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-6), ("bfloat16", 4e-3)])
+def test_a_gpu_keeps_of_geglu_what_it_is_given(dtype, within):
+    """Two arrays for the way back; the numbers are those of autodiff, or nearer in bfloat16."""
+    h, gate, dz = (
+        jax.random.normal(key, (64, 32)) for key in jax.random.split(jax.random.key(0), 3)
+    )
+    true, back = jax.vjp(geglu, h, gate)
+    narrow = [x.astype(dtype) for x in (h, gate)]
+    with target.handed(target.Target("gpu")):
+        found, of_gpu = jax.vjp(geglu, *narrow)
+        with target.forward_mode():
+            jax.jvp(geglu, narrow, narrow)
+    assert len(jax.tree.leaves(of_gpu)) == 2 < len(jax.tree.leaves(back))
+    pairs = zip((found, *of_gpu(dz.astype(dtype))), (true, *back(dz)))
+    for a, b in pairs:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) < within * np.linalg.norm(b)

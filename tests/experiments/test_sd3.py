@@ -4,14 +4,18 @@ import inspect
 import json
 import warnings
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from PIL import Image
 
 from diffusion.files import read_json, write_json
 from diffusion.interop import scheduler, scheduler_keys
 from diffusion.sampling.pipeline import Pipeline
+from experiments import train
 from experiments.convert import __main__ as convert
-from experiments.run import build, generate
+from experiments.run import build, generate, workdir
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -154,6 +158,29 @@ def test_what_is_written_diffusers_loads(sd, sd3, tmp_path):
         warnings.simplefilter("ignore")
         pictures = [pipe(prompts, **given).images for pipe in (back, sd3[0])]
     np.testing.assert_allclose(*pictures, atol=1e-5)
+
+
+@of("with_t5")
+def test_it_is_tuned_on_a_folder(sd3, tmp_path):
+    """Its own config trains on: the denoiser alone, latents scaled and shifted as they were."""
+    for i in range(8):
+        Image.new("RGB", (16, 16), (30 * i, 9, 99)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("the fox, the sea"[: 2 * i + 1])
+    config = ConfigDict(workdir.read_config(sd3[2]).to_dict())
+    config.init_from, config.data.dir = str(sd3[2]), str(tmp_path)
+    config.process.times = "logit_normal"
+    config.conditioning.drop = 0.5
+    config.train.update(steps=1, batch_size=8, save_every_steps=1, tensorboard=False)
+    config.wandb.mode = "disabled"
+    assert train.train(config.lock(), tmp_path / "run")
+    old, new = (generate.load(run, "raw").pipeline for run in (sd3[2], tmp_path / "run"))
+    assert new.extra["latent_shift"][0] == np.float32(0.0609)
+    moved = {
+        name: not all(map(np.array_equal, *(jax.tree.leaves(p.params[name]) for p in (old, new))))
+        for name in old.params
+    }
+    assert moved == {"denoiser": True, "autoencoder": False, "text_encoder": False}
+    assert new.tokenizer.serialised == old.tokenizer.serialised
 
 
 # What is refused by its name, of which file.

@@ -77,6 +77,7 @@ REFUSED = {
     r"^base_model\.|\.lora_[AB]\.\w+\.weight$": "as PEFT names it, whose alpha stands in "
     "adapter_config.json: save it by Diffusers' save_lora_weights",
     r"\.lora_B\.weight$": "without the lora_A that belongs to it: fetch it again",
+    r"text_projection\.": "an update of the text projection, which is not read: leave it out",
     r"^bundle_emb\.": "a learned word beside the updates: save it as a file of its own, for "
     "--embedding",
     r"\.(diff|diff_b|w_norm|b_norm|bias)$": "an update of whole weights or biases, "

@@ -281,6 +281,7 @@ def test_a_layer_as_it_is_stored(tmp_path, dtype, name):
         (lambda t: t.update({f"{PLACE}.{e}": h for e, h in zip(ENDS, HALVES)}), "leave one"),
         (lambda t: t.update({"base_model.model.x.lora_A.weight": HALVES[0]}), "adapter_config"),
         (lambda t: t.update({"bundle_emb.cat.emb": HALVES[0]}), "--embedding"),
+        (lambda t: t.update({"lora_te2_text_projection.alpha": HALVES[0]}), "text projection"),
         (lambda t: t.update({f"unet.{PLACE}.on_input": HALVES[0]}), "IA3"),
     ],
 )

@@ -122,6 +122,12 @@ def _check(config: Mapping[str, Any], path: Path) -> None:
     betas, total = config.get("trained_betas"), config["num_train_timesteps"]
     if betas and len(betas) != total:
         wrong = f"trained_betas has {len(betas)} entries, and num_train_timesteps={total}"
+    ends = [config["beta_start"], config["beta_end"]]
+    used = betas or ends * (config["beta_schedule"] != "squaredcos_cap_v2")  # which has none
+    if not all(0 < beta <= 1 for beta in used):
+        wrong = f"beta_start={ends[0]}, beta_end={ends[1]} and trained_betas must lie in (0, 1]"
+    if not 0 <= config["steps_offset"] < total:
+        wrong = f"steps_offset={config['steps_offset']} is not below num_train_timesteps={total}"
     last = spacing == "trailing" or (spacing == "leading" and config["steps_offset"])
     if config.get("variance_type") == "fixed_large" and named == "DDPMScheduler" and last:
         wrong = f"variance_type='fixed_large' with timestep_spacing={spacing!r} ends with noise"
@@ -168,9 +174,7 @@ def _between(config: Mapping[str, Any], sampler: str) -> dict[str, str]:
     key = _by_level(config)
     if sampler == "dpm2" or (key and sampler in LEVEL):
         return {"between": "log"}
-    if not key:
-        return {}
-    return {"between": "log_round"}
+    return {"between": "log_round"} if key else {}
 
 
 def _options(config: Mapping[str, Any], sampler: str, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,7 +295,6 @@ def _written_betas(schedule: Mapping[str, Any]) -> dict[str, Any]:
     if schedule["name"] == "betas":
         betas = schedule["betas"]
         return {"trained_betas": betas, "num_train_timesteps": len(betas)}
-    if schedule["name"] == "cosine":  # which has no ends
-        return {}
-    ends = {"ddpm_linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}[schedule["name"]]
+    ends = {"ddpm_linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
+    ends = ends.get(schedule["name"], ())  # cosine has none
     return {key: schedule.get(key, end) for key, end in zip(("beta_start", "beta_end"), ends)}

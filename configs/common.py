@@ -146,6 +146,10 @@ def denoiser() -> ConfigDict:
     config.conditioning.degradation = "bicubic"  # how it is made small, "area" or "bsr_light"
     config.conditioning.enlarge = "cubic"  # how it is made x_t's size again, or "linear"
     config.conditioning.masks = "lama"  # what "inpaint*" hides: "lama", or "half" of the picture
+    # REPA (diffusion/training/alignment.py): weight of a transformer's block's alignment to what
+    # `model.features`, frozen, sees in the picture, 0: none; the block, from 1; the projection's
+    # width; the folder of the frozen weights: a classifier's run, or Transformers' Dinov2Model
+    config.align = ConfigDict({"weight": 0.0, "block": 8, "width": 2048, "features": ""})
     config.init_networks = ()  # which of its networks to take; (): all that it has
     config.init_from = ""  # workdir whose networks the run starts from or keeps frozen; "": none
     config.sample = ConfigDict()

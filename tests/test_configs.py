@@ -191,6 +191,19 @@ PARAMETERS = {
         "text_encoder": 186_154_682,
         "autoencoder": VQ_F4,
     },
+    # SiT's, a projection, and DINOv2's less its mask token (published: 86,580,480)
+    "repa:imagenet256": {
+        "denoiser": 674_816_272,
+        "projector": 8_131_328,
+        "features": 86_580_480 - 768,
+        "autoencoder": KL_F8,
+    },
+    "repa:digits": {
+        **DIGITS,
+        "denoiser": DIGITS_TRANSFORMER,
+        "projector": 123_488,
+        "features": 75_104,
+    },
     "signal_ddpm": {"denoiser": 726_305},
     "stable_diffusion:v1": V1,
     "stable_diffusion:v2": V2,
@@ -249,10 +262,13 @@ def test_every_argument_stands_in_the_table(name):
 
 # The same networks as another's, in another combination; ten seconds of tracing each.
 COMBINED = (
+    "repa:imagenet256",
     "stable_diffusion:online",
     "stable_diffusion:dreambooth",
     "stable_diffusion:v2,lora",
     "stable_diffusion:v2,controlnet",
+    "stable_diffusion_3:medium_35",
+    "stable_diffusion_3:large_35",
 )
 
 

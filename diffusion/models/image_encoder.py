@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
@@ -67,10 +68,24 @@ class DigitClassifier(nn.Module):
     def features(
         self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch feature_dim"]:
-        h = 2 * attend(contrast(x), self.window)[..., None] - 1 if self.window else x
+        h = self._convolved(
+            2 * attend(contrast(x), self.window)[..., None] - 1 if self.window else x
+        )
+        return nn.relu(self.hidden(h.reshape(h.shape[0], -1)))
+
+    def feature_map(
+        self, x: Float[Array, "batch height width channels"], grid: tuple[int, int]
+    ) -> Float[Array, "batch rows columns features"]:
+        """The last convolution's of the whole picture, not of its window: what is where. Resized
+        (linear) where the strides do not give `grid`."""
+        h = self._convolved(2 * contrast(x)[..., None] - 1 if self.window else x)
+        shape = (len(h), *grid, h.shape[-1])
+        return h if h.shape == shape else jax.image.resize(h, shape, "linear")
+
+    def _convolved(self, h: Array) -> Array:
         for convolution, norm in zip(self.convolutions, self.norms):
             h = nn.relu(norm(convolution(h)))
-        return nn.relu(self.hidden(h.reshape(h.shape[0], -1)))
+        return h
 
 
 def contrast(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width"]:

@@ -24,7 +24,7 @@ from diffusion.interop.perceptual import SOURCES, load_lpips
 from diffusion.training.parallel import Parallel, check_batch, make_mesh
 from diffusion.training.state import TrainState
 from experiments.host import cli
-from experiments.run import build, checks, data, fits, folders, given, networks, tasks
+from experiments.run import aligned, build, checks, data, fits, folders, given, networks, tasks
 
 # What joins x_t's channels, and what Stable Diffusion XL is told of a picture.
 TOLD = ("small", "mask", "segments", "past", "sizes")
@@ -91,7 +91,7 @@ def _begun(config: ConfigDict) -> networks.Beginning:
 
 def _image_run(config: ConfigDict, placed: Parallel) -> Run:
     begun = _begun(config)
-    frozen = {**begun.frozen, **perceptual_weights(config)}
+    frozen = {**begun.frozen, **perceptual_weights(config), **aligned.frozen(config)}
     source, steps = data.open_images(config, "train")
     steps = [*steps, *folders.prior(config)]
     tokenizer, tokens, extra = None, (), begun.extra

@@ -209,6 +209,7 @@ def trained(config: ConfigDict) -> tuple[str, ...]:
         return adapters
     text = "text_encoder" in config.model and config.conditioning.train_text_encoder
     own = tuple(name for name in ("class_embedder", "rescaler") if name in config.model)
+    own += ("projector",) * bool(config.align.weight)
     return (*own, *("text_encoder",) * text, "denoiser")
 
 

@@ -21,7 +21,7 @@ from diffusion.training.adversarial import Adversary
 from diffusion.training.autoencoder import Autoencoder
 from diffusion.training.classifier import Classifier
 from diffusion.training.denoiser import Denoiser
-from experiments.run import build, given
+from experiments.run import aligned, build, given
 
 INITIALISATIONS = {"ddpm": lambda key, params: params, "torch": torch_defaults}
 
@@ -49,7 +49,7 @@ def denoiser(config: ConfigDict, null_tokens: tuple[int, ...] = ()) -> Denoiser:
     build.settings(
         config
     )  # a sampler that the schedule cannot serve is refused now, not after training
-    return Denoiser(
+    return aligned.denoiser(config)(
         network=build.denoiser_network(config),
         sample_shape=shape,
         objective=objective,

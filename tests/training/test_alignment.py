@@ -35,10 +35,9 @@ def task():
     """Tiny; and parameters of every network, those that start at zero too."""
     config = config_of()
     made = tasks.task(config)
-    leaves, tree = jax.tree.flatten(made.networks_init(jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    random = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
-    return config, made, tree.unflatten(random)
+    shapes, rng = jax.eval_shape(made.networks_init, jax.random.key(0)), np.random.default_rng(1)
+    random = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)  # noqa: E731
+    return config, made, jax.tree.map(random, shapes)
 
 
 def test_the_cosine_is_that_of_each_token():

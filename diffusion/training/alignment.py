@@ -53,7 +53,8 @@ class Watched:
     """A network that remembers the tokens which its block puts out."""
 
     def __init__(self, network: Any, block: str):
-        self.network, self.block, self.tokens = network, block, None
+        self.network, self.block = network, block
+        self.tokens: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.network, name)
@@ -133,5 +134,5 @@ class Aligned(Denoiser):
         y = self.features.apply(frozen, x, self.grid, method="feature_map")
         y = jax.lax.stop_gradient(y).reshape(len(y), -1, y.shape[-1])
         tokens = network.tokens[:, -y.shape[1] :]  # registers and labels are before the patches
-        z = self._projector(y.shape[-1]).apply({"params": params["projector"]}, tokens)
+        z: Any = self._projector(y.shape[-1]).apply({"params": params["projector"]}, tokens)
         return loss - self.weight * cosine(z, y), aux

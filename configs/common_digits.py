@@ -32,6 +32,12 @@ def fashion_first_stage() -> ConfigDict:
     return ConfigDict({**digits_first_stage(), "image_channels": 1, "channels": 64, "groups": 16})
 
 
+def video_first_stage() -> ConfigDict:
+    """8x16x16x1 to 2x4x4x8, in the same way on three axes."""
+    sizes = {"image_channels": 1, "channels": 64, "groups": 16, "z_channels": 8}
+    return ConfigDict({**digits_first_stage(), **sizes})
+
+
 def digits_stored(data_name: str, steps: int) -> ConfigDict:
     """A denoiser on the default job's latents of pictures of digits, and how it is trained."""
     config = denoiser()
@@ -146,6 +152,14 @@ def digits_transformer() -> dict:
         "activation": "swiglu",
         "mult": 8 / 3,
     }
+
+
+def sit(config: ConfigDict) -> None:
+    """SiT's linear path and velocity, t drawn uniformly, sampled by 50 steps of Euler's method."""
+    config.process.schedule = {"name": "flow"}
+    config.process.prediction = "velocity"
+    config.process.objective = {"norm": "l2", "weighting": "simple"}
+    config.sample.update(sampler="euler", steps=50)
 
 
 def digits_teacher(config: ConfigDict) -> ConfigDict:

@@ -23,10 +23,7 @@ def get_config(arg=None):
     if which == "sit":
         config.model.denoiser = common_digits.digits_transformer()
         config.model.denoiser.update({"cross": False, "pool_context": False})
-        config.process.schedule = {"name": "flow"}
-        config.process.prediction = "velocity"
-        config.process.objective = {"norm": "l2", "weighting": "simple"}
-        config.sample.sampler = "euler"
+        common_digits.sit(config)
     config.model.denoiser.num_classes = 11  # the last is the null one
     config.sample.steps = 50
     config.sample.guidance_scale = 1.5

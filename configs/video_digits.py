@@ -1,21 +1,25 @@
-"""DDPM on three axes: eight frames of a handwritten digit that moves along a line; `unet` (default)
-or `transformer`.
+"""DDPM on three axes: eight frames of a handwritten digit that moves along a line; `unet`
+(default), `transformer`, or `latent`.
 
     python -m experiments.prepare_data --config=configs/video_digits.py
     python -m experiments.train --config=configs/video_digits.py --workdir=DIR
 
 `unet`: the same U-Net, loss and trainer as for images (arXiv:2006.11239), its convolutions and
 attention over (frame, row, column). `transformer`: SiT (arXiv:2401.08740) on patches of 2 frames by
-4 x 4 pixels, all of which look at each other, told which digit. The data is described in
-`diffusion/data/synthetic.py`. Minutes on a CPU; pictures, the straightness of the motion and how
-many frames a classifier reads: experiments/results/axes/.
+4 x 4 pixels, all of which look at each other, told which digit. `latent`: the same on latents of
+configs/video_autoencoder.py, patches of one place, 4 frames by 4 x 4 pixels; `encode_latents` comes
+before it. The data is described in `diffusion/data/synthetic.py`. Minutes on a CPU; pictures, the
+straightness of the motion and how many frames a classifier reads: experiments/results/axes/.
 """
 
-from configs import common, common_ddpm
+from configs import common, common_ddpm, common_digits
 
 
 def get_config(arg=None):
-    which, smoke = common.parse(arg, ("unet", "transformer"))
+    which, smoke = common.parse(arg, ("unet", "transformer", "latent"))
+    if which == "latent":
+        config = _latent()
+        return common_digits.smoke_stored(config) if smoke else config
     config = common.denoiser()
     config.data.update(name="moving_digits", dir="runs/data")
     del config.data.image_size  # a number, of images
@@ -70,3 +74,31 @@ def _transformer(config):
     config.optim.update(name="adamw", decay="cosine", decay_steps=4000, b2=0.99)
     config.ema.decay = 0.999
     config.sample.update(sampler="euler", guidance_scale=2.0)
+
+
+def _latent():
+    steps = 5000
+    config = common_digits.digits_stored("moving_digits", steps)
+    config.latents.update({"first_stage": "runs/video_autoencoder", "epochs": 8})
+    config.data.channels = 1
+    del config.data.image_size  # a number, of images
+    config.data.image_size = (8, 16, 16)
+    config.model.dtype = "float32"
+    config.model.autoencoder = common_digits.video_first_stage()
+    config.model.denoiser = {
+        **common_digits.digits_transformer(),
+        "out_channels": 8,
+        "size": (2, 4, 4),
+        "patch": 1,
+        "width": 144,
+        "heads": 6,  # 24 channels each, as above
+        "cross": False,
+        "pool_context": False,
+        "num_classes": 11,
+        "condition_std": None,
+    }
+    config.conditioning.drop = 0.1
+    common_digits.sit(config)
+    config.optim.learning_rate = 2e-3
+    config.sample.guidance_scale = 2.0
+    return config

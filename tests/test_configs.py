@@ -221,7 +221,9 @@ PARAMETERS = {
     "stable_diffusion:v1,lcm,lora": {**V1, "lora": 23_937_024},
     "stable_diffusion:v1,controlnet": {**V1, "controlnet": 361_279_120},
     "stable_diffusion:v2,controlnet": {**V2, "controlnet": 364_228_240},
+    "video_autoencoder": {"autoencoder": 1_371_304},
     "video_digits:unet": {"denoiser": 732_337},
+    "video_digits:latent": {"denoiser": 2_359_448, "autoencoder": 1_371_304},
     "video_digits:transformer": {"denoiser": 2_366_384},
 }
 

@@ -207,7 +207,8 @@ class FirstStage(Evaluator):
         x = codec.signed(image)
         z = self.run.task.network.apply(params, x, method="encode").mean
         decoded = codec.to_uint8(self.run.task.network.apply(params, z, method="decode"))
-        return {"images": image, "reconstructions": to_host(decoded)}
+        pictures = {"images": image, "reconstructions": to_host(decoded)}
+        return {name: sheets.as_images(value) for name, value in pictures.items()}
 
 
 @dataclasses.dataclass

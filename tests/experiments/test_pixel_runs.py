@@ -204,6 +204,18 @@ def test_a_video_trains_samples_and_is_measured(job, tmp_path):
     assert found["samples"]["straightness"] < 0.9
 
 
+def test_a_videos_first_stage_previews_its_frames_side_by_side(job, tmp_path):
+    config = importlib.import_module("configs.video_autoencoder").get_config("smoke")
+    config.model.autoencoder.update({"channels": 8, "groups": 4})
+    config.data.dir = str(job / "data")
+    config.train.steps = config.evaluation.every_steps = 2
+    config.evaluation.examples = 8
+    train.train(config.lock(), tmp_path)
+    for name in ("images", "reconstructions"):
+        with Image.open(tmp_path / "previews" / f"{name}-00000002.png") as picture:
+            assert picture.size == (2 * (8 * 16 + 2) + 2, 2 * (16 + 2) + 2), name  # four videos
+
+
 def test_frames_are_read_as_the_class_that_was_asked_for(monkeypatch):
     """Two videos of three frames: of the classes 1 and 2 five are read right, of 1 and 1 three."""
     videos, seen = np.random.default_rng(0).integers(0, 255, (2, 3, 4, 4, 1)).astype(np.uint8), []

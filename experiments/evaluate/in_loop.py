@@ -204,8 +204,7 @@ class FirstStage(Evaluator):
             return {}
         image = next(self.run.eval_batches())["image"][: self.run.config.evaluation.preview]
         params = {"params": state.inference_params["autoencoder"]}
-        x = codec.signed(image)
-        z = self.run.task.network.apply(params, x, method="encode").mean
+        z = self.run.task.network.apply(params, codec.signed(image), method="encode").mean
         decoded = codec.to_uint8(self.run.task.network.apply(params, z, method="decode"))
         pictures = {"images": image, "reconstructions": to_host(decoded)}
         return {name: sheets.as_images(value) for name, value in pictures.items()}

@@ -55,3 +55,30 @@ def load_weights(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated or no weights ({error}): {remedy}") from error
     return flax.traverse_util.unflatten_dict(flat, sep="/"), config, files.hash_file(path)
+
+
+def check_same(directory: pathlib.Path, params: Any, of: str) -> None:
+    """ValueError where `directory` has other weights than `params`, which `of` has now.
+
+    One tensor is in memory at a time. A folder without weights passes.
+    """
+    import safetensors
+
+    if not (directory / WEIGHTS).exists():
+        return
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    try:
+        with safetensors.safe_open(directory / WEIGHTS, "numpy") as kept:
+            same = {*kept.keys()} == {*flat} and all(
+                np.array_equal(kept.get_tensor(name), leaf, equal_nan=leaf.dtype.kind == "f")
+                for name, leaf in flat.items()
+            )
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{directory / WEIGHTS} is truncated or no weights ({error}): restore it from a copy"
+        ) from error
+    if not same:
+        raise ValueError(
+            f"{directory} keeps what the run was begun with, but {of} has other weights now: "
+            "give that again, or use another --workdir"
+        )

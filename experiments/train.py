@@ -54,7 +54,7 @@ def _train(config, directory: pathlib.Path, stop: StopOnSignal) -> dict[str, flo
     def check_and_build() -> assemble.Run:
         workdir.check(directory, config)
         in_loop.check(config)
-        return assemble.build_run(config)
+        return assemble.build_run(config, directory)
 
     run = cluster.together(check_and_build)
     key = jax.random.key(config.seed)

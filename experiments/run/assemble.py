@@ -36,7 +36,9 @@ class Run:
 
     data, held_out: a source and the transforms that make batches of it; of the training split, and
     a function to those of the evaluation split.
-    arguments: of the task's `init`. start: parameters from `init_from`, by network.
+    arguments: of the task's `init`. start: parameters from `init_from`, by network. check_files:
+    ValueError where a workdir keeps other networks, or another tokenizer, than are given now;
+    write_files writes what it does not keep yet.
     """
 
     config: ConfigDict
@@ -47,6 +49,7 @@ class Run:
     frozen: dict[str, Any]
     arguments: dict[str, Any]
     start: dict[str, Any]
+    check_files: Callable[[pathlib.Path], None]
     write_files: Callable[[pathlib.Path], None]
 
     def init(self, key: jax.Array) -> TrainState:
@@ -72,13 +75,17 @@ def parallel(config: ConfigDict) -> Parallel:
     return made
 
 
-def build_run(config: ConfigDict) -> Run:
-    """Opens the data and makes the task. Raises ValueError for whatever does not fit."""
+def build_run(config: ConfigDict, directory: pathlib.Path | None = None) -> Run:
+    """Opens the data and makes the task. Raises ValueError for whatever does not fit, what the
+    workdir `directory` keeps already included."""
     checks.check(config)
     try:
         placed = parallel(config)
         make = _latent_run if config.data.name == "latents" else _image_run
-        return make(config, placed)
+        run = make(config, placed)
+        if directory is not None:
+            run.check_files(directory)
+        return run
     except (ValueError, OSError):
         raise
     except Exception as error:  # of a network, a schedule, ... that no check of ours foresaw
@@ -115,13 +122,29 @@ def _image_run(config: ConfigDict, placed: Parallel) -> Run:
     if config.evaluation.every_steps:
         held_out()  # a split that is missing is refused now, not after thousands of steps
 
+    def check_files(directory: pathlib.Path) -> None:
+        begun.check(config, directory)
+        _check_tokenizer(directory, tokenizer, config)
+
     def write_files(directory: pathlib.Path) -> None:
         begun.write(config, directory)
         if tokenizer is not None and not (directory / "tokenizer.json").exists():
             tokenizer.save(directory / "tokenizer.json")
 
     stream = source, [*steps, *ends]
-    return Run(config, made, placed, stream, held_out, frozen, extra, begun.start, write_files)
+    of_files = check_files, write_files
+    return Run(config, made, placed, stream, held_out, frozen, extra, begun.start, *of_files)
+
+
+def _check_tokenizer(
+    directory: pathlib.Path, tokenizer: Tokenizer | None, config: ConfigDict
+) -> None:
+    path = directory / "tokenizer.json"
+    if tokenizer is not None and path.exists() and Tokenizer.load(path).sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{path} is the tokenizer that the run was begun with, but data.dir={config.data.dir} "
+            "has another now: give data of the same captions, or use another --workdir"
+        )
 
 
 def perceptual_weights(config: ConfigDict) -> dict[str, Any]:
@@ -170,17 +193,25 @@ def _check_hints(config: ConfigDict) -> None:
 def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
     if "controlnet" in config.model:
         raise ValueError("model.controlnet is given images, but data.name='latents' has none")
-    begun, tokens = _begun(config), ()
+    begun, tokenizer, tokens = _begun(config), None, ()
     source = latents.LatentSource(config.data.dir, latent_identity(config, begun))
     directory = pathlib.Path(config.data.dir)
     if build.reads_captions(config):
-        tokens = data.null_tokens(config, Tokenizer.load(directory / "tokenizer.json"))
+        tokenizer = Tokenizer.load(directory / "tokenizer.json")
+        tokens = data.null_tokens(config, tokenizer)
     made = tasks.task(config, **({"null_tokens": tokens} if tokens else {}))
+
+    def check_files(workdir: pathlib.Path) -> None:
+        begun.check(config, workdir)
+        _check_tokenizer(workdir, tokenizer, config)
+        if (workdir / "first_stage" / weights.WEIGHTS).exists():
+            params, _, _ = weights.load_weights(directory / "first_stage")
+            weights.check_same(workdir / "first_stage", params, f"data.dir={directory}")
 
     def write_files(workdir: pathlib.Path) -> None:
         begun.write(config, workdir)
-        if tokens and not (workdir / "tokenizer.json").exists():
-            Tokenizer.load(directory / "tokenizer.json").save(workdir / "tokenizer.json")
+        if tokenizer is not None and not (workdir / "tokenizer.json").exists():
+            tokenizer.save(workdir / "tokenizer.json")
         if not (workdir / "first_stage" / weights.WEIGHTS).exists():
             with files.whole_folder(workdir / "first_stage", weights.FILES) as copy:
                 shutil.copytree(directory / "first_stage", copy, dirs_exist_ok=True)
@@ -198,6 +229,7 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
         begun.frozen,
         scaling,
         begun.start,
+        check_files,
         write_files,
     )
 

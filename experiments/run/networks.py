@@ -1,8 +1,9 @@
 """The networks of a workdir: what sampling loads, and what another run starts from or keeps frozen.
 
 A workdir has trained networks in checkpoints/, and each frozen one as a folder of its own beside
-them: first_stage/ (the autoencoder), text_encoder/, denoiser/ (under LoRA or a ControlNet). A run
-with `init_from` copies what it keeps frozen into its own workdir, which is then whole by itself.
+them: first_stage/ (the autoencoder), text_encoder/, teacher/, denoiser/ (under LoRA or a
+ControlNet). A run with `init_from` copies what it keeps frozen into its own workdir, which is then
+whole by itself.
 """
 
 import dataclasses
@@ -130,8 +131,9 @@ def _profile(
 
 def folder(directory: pathlib.Path, name: str) -> pathlib.Path:
     """Where a workdir keeps a frozen network."""
-    former = directory / FORMER.get(name, FOLDERS[name])
-    return former if former.is_dir() else directory / FOLDERS[name]
+    today = directory / FOLDERS.get(name, name)
+    former = directory / FORMER.get(name, today.name)
+    return former if former.is_dir() else today
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +179,14 @@ class Beginning:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
 
+    def check(self, config: ConfigDict, directory: pathlib.Path) -> None:
+        """ValueError where the run's own folder keeps others."""
+        for name, params in self.frozen.items():
+            weights.check_same(folder(directory, name), params, f"init_from={config.init_from}")
+
     def write(self, config: ConfigDict, directory: pathlib.Path) -> None:
-        """The frozen networks and the tokenizer, into the run's own folder, once."""
-        for name in FOLDERS.keys() & self.frozen.keys():
-            params = self.frozen[name]
+        """The frozen networks into the run's own folder, once."""
+        for name, params in self.frozen.items():
             path = folder(directory, name)
             if not (path / weights.WEIGHTS).exists():
                 weights.save_weights(path, params, config.model[name].to_dict())

@@ -4,7 +4,7 @@ DIR/config.json     the resolved config
 DIR/metrics.jsonl   one object a logged step
 DIR/checkpoints/    see diffusion/checkpoint.py
 DIR/first_stage/    the frozen autoencoder of a latent run, copied from its latents
-DIR/text_encoder/, DIR/denoiser/   networks that the run keeps frozen
+DIR/text_encoder/, DIR/denoiser/, DIR/teacher/   networks that the run keeps frozen
 DIR/tokenizer.json  of a run that reads captions
 DIR/previews/       pictures of the run in progress, NAME-STEP.png (`evaluate/in_loop.py`)
 DIR/profile/        a trace of `train.profile_steps` (`host/profile.py`)

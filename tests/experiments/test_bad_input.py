@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+import safetensors.numpy
 
 from configs import digits_pixel
 from experiments import encode_latents, prepare_data, sample, train
@@ -180,6 +181,30 @@ def test_latents_of_another_first_stage_are_refused(job, tmp_path, capsys):
     assert run("train", config, *argv, "--config.model.autoencoder.channels=48") == 2
     refused(capsys, "channels", "48", "96")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_the_first_stage_and_the_tokenizer_that_it_was_begun_with(
+    job, tmp_path, capsys
+):
+    workdir = shutil.copytree(job / "ldm", tmp_path / "ldm")
+    argv = ("--config=configs/digits_ldm.py:smoke", f"--workdir={workdir}")
+    argv += (f"--config.data.dir={job}/latents", f"--config.latents.first_stage={job}/autoencoder")
+    argv += (f"--config.latents.data_dir={job}/data",)
+    assert run("train", *argv) == 0  # finished
+    capsys.readouterr()
+    path = workdir / "first_stage" / "weights.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    next(iter(tensors.values())).flat[0] += 1
+    safetensors.numpy.save_file(tensors, path)
+    before = contents(workdir)
+    assert run("train", *argv) == 2
+    refused(capsys, f"{workdir}/first_stage", "latents has other weights")
+    shutil.copy(job / "ldm" / "first_stage" / path.name, path)
+    tokenizer = workdir / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"black"', '"night"'))
+    assert run("train", *argv) == 2
+    refused(capsys, str(tokenizer), "another --workdir")
+    assert contents(workdir).keys() == before.keys()
 
 
 @pytest.mark.parametrize(

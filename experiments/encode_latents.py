@@ -38,6 +38,8 @@ def encode(config: ConfigDict) -> dict:
         raise ValueError("latents.data_dir is empty: give --config.latents.data_dir=IMAGES")
     scaling = latents.Scaling(section.scaling, section.scale, section.scaling_examples)
     stage, begun = find_first_stage(config), networks.begin(config)
+    if cluster.is_first():
+        print(f"first stage: {config.latents.first_stage}, {stage.step:,} steps", flush=True)
     identity = assemble.latent_identity(config, begun)["made_from"]
     source, steps = data.open_images(data.images_config(config), "train")
     words = _words(config, begun, source, steps)

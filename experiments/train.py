@@ -120,7 +120,7 @@ def _say_where(parallel: Parallel, abstract: Any) -> None:
     if not cluster.is_first():
         return
     print(
-        f"{jax.process_count()} processes, {parallel.devices} devices "
+        f"compiling for {jax.process_count()} processes, {parallel.devices} devices "
         f"({jax.devices()[0].device_kind}), {parallel.mode}, mesh {dict(parallel.mesh.shape)}",
         flush=True,
     )

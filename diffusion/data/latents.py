@@ -34,7 +34,7 @@ from diffusion.data.sources import Batch
 
 PLAN = "plan.json"
 REMEDY = "run `python -m experiments.encode_latents` with the same --config again, to go on"
-ANOTHER = "encode again, name another folder, or ask for what it holds"
+ANOTHER = "delete it to encode anew, name another folder, or ask for what it holds"
 # Whole groups are read and decompressed at once: groups of one make random access exact, and noise
 # does not compress.
 OPTIONS = "group_size:1,uncompressed"

@@ -42,6 +42,9 @@ CONFIG = '''"""What experiments.quickstart chose for {images}; yours to keep and
 
 The stages by hand, in turn:
 {commands}
+
+What is trained stays as it is. Edited, it is made anew where its folder is deleted ({stages}, and
+what comes after it) and the command that made this file is run again.
 """
 
 from configs import common_folder
@@ -51,8 +54,8 @@ CHOSEN = {chosen}
 
 def get_config(arg=None):
     config = common_folder.get_config(arg, **CHOSEN)
-    if config.task == "denoiser":  # any other key, such as config.sample.guidance_scale = 5.0
-        pass
+    if config.task == "denoiser":  # any other key, such as config.conditioning.drop = 0.2; what
+        pass  # begins with `sample` are defaults of runs begun later: `sample --guidance_scale=5`
     return config
 '''
 
@@ -180,7 +183,10 @@ def with_steps(
     chosen = {**chosen, **{name: {**chosen[name], "steps": 1000} for name in parts}}
     which = {"first_stage": "autoencoder", "denoiser": "ldm" if len(parts) > 1 else "pixel"}
     configs = {n: common_folder.get_config(which[n], **chosen).lock() for n in parts}
-    found = {n: time_step(config) for n, config in configs.items()}
+    found = {}
+    for n, config in configs.items():
+        print(f"compiling and timing a step: {which[n]}", flush=True)
+        found[n] = time_step(config)
     judging = matcher.time_step(chosen["image_size"]) if chosen["text"] or chosen["classes"] else ()
     again = sum(compiling for compiling, _ in found.values())  # each is compiled for its run
     last = evaluation_secs(configs["denoiser"], found["denoiser"][1], samples, *judging)
@@ -193,10 +199,13 @@ def with_steps(
         step = 1.05 * found[name][1]  # and what lies between steps
         steps = int(shares[name] * left / step)
         if steps < FEWEST_STEPS:
+            fewest = max(1.05 * FEWEST_STEPS * found[n][1] / shares[n] for n in parts)
             raise ValueError(
-                f"--minutes={secs / 60:g} leave time for {max(steps, 0)} steps of "
-                f"{step * 1e3:.0f} ms for the {which[name]}, and {FEWEST_STEPS} are the fewest: "
-                "give more"
+                f"--minutes={secs / 60:g} are too few: beside the trainings' steps about "
+                f"{wording.duration(secs - left)} are needed here (looking, compiling, measuring, "
+                f"evaluation), and {wording.duration(fewest)} for {FEWEST_STEPS} steps of each: "
+                f"give --minutes={math.ceil((secs - left + fewest) / 60) + 1} or more, better "
+                "several times as many"
             )
         most = -(-MOST_EPOCHS * pictures // chosen[name]["batch_size"])
         chosen[name]["steps"] = steps = max(min(steps, most), FEWEST_STEPS)
@@ -254,6 +263,7 @@ def write(path: pathlib.Path, found: Found, chosen: Choices, why: Sequence[str])
     text = CONFIG.format(
         images=str(found.directory).replace("\\", "/").replace('"""', "'''"),
         why="\n".join(f"- {line}" for line in why),
+        stages=", ".join((stages[0], "latents", "ldm") if len(stages) > 1 else stages),
         commands="\n".join(f"    {line}" for line in commands),
         chosen=_literal(chosen),
     )

@@ -139,7 +139,7 @@ def train(pixels: np.ndarray, captions: Sequence[str], seed: int = 0) -> Matcher
     has = indicators(captions, words).astype(np.float32)
     network, params, optimizer, step = _training(pixels.shape[1], len(words), seed)
     state, rng = optimizer.init(params), np.random.default_rng(seed)
-    progress = wording.Progress("matcher", STEPS)
+    progress = wording.Progress("a small network learns to read captions", STEPS)
     for number in range(STEPS):
         rows = rng.integers(0, len(pixels), BATCH)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), BATCH)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from diffusion import files, pictures, writers
 from diffusion.pictures import Panel, logged
+from experiments.run import workdir
 from experiments.train import INTERRUPTED, train
 
 
@@ -69,6 +70,12 @@ class Job:
 
 def train_stage(config: ConfigDict, directory: pathlib.Path) -> None:
     """Trains, or goes on. Raises Stopped where a signal ended it."""
+    try:
+        workdir.check(directory, config)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; or delete {directory} and what was made of it, to train it anew"
+        ) from error
     if train(config, directory) is None:
         raise Stopped(str(directory))
 

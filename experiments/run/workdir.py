@@ -85,7 +85,9 @@ def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:
     """The resolved config of a run. Raises ValueError for a folder that holds none."""
     path = workdir / "config.json"
     if not path.is_file():
-        raise ValueError(f"{flag}={workdir} holds no run (no config.json): train one first")
+        within = sorted(path.parent.name for path in workdir.glob("*/config.json"))
+        remedy = f"name one of those in it ({', '.join(within)})" if within else "train one first"
+        raise ValueError(f"{flag}={workdir} holds no run (no config.json): {remedy}")
     found = files.read_json(path, "restore it from a copy")
     known = json.loads(to_json(_known(found)))
     return ConfigDict(_renamed(_completed(found, known))).lock()

@@ -164,7 +164,7 @@ def test_steps_follow_from_the_time_and_the_pictures(tmp_path, monkeypatch):
     assert why[2] == "evaluation: 500 samples and their numbers, about 2 min 15 s"
     few, _ = choose.with_steps(chosen, 36, secs=900, spent_secs=60, samples=500)
     assert few["denoiser"]["steps"] == 400 * 36 // 16
-    with pytest.raises(ValueError, match=r"--minutes=1\.5 leave time for .* give more"):
+    with pytest.raises(ValueError, match=r"--minutes=1\.5 are too few: .* give --minutes="):
         choose.with_steps(chosen, 10**6, secs=90, spent_secs=20, samples=8)
 
 

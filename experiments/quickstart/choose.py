@@ -54,8 +54,10 @@ CHOSEN = {chosen}
 
 def get_config(arg=None):
     config = common_folder.get_config(arg, **CHOSEN)
-    if config.task == "denoiser":  # any other key, such as config.conditioning.drop = 0.2; what
-        pass  # begins with `sample` are defaults of runs begun later: `sample --guidance_scale=5`
+    if config.task == "denoiser":
+        # any other key, such as config.sample.guidance_scale = 5.0 (which `sample` follows once
+        # this was run again; or at once by its flag --guidance_scale=5)
+        pass
     return config
 '''
 

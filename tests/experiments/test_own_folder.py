@@ -363,7 +363,7 @@ WRONG = [
     (captions_alone, "holds no images"),
     (huge, "2500000000 pixels"),
     (a_file, "is a file: name a folder"),
-    (circle, "holds no images"),
+    (circle, "leads back to a folder that it is in"),
     (link_to_itself, "does not exist"),
     (half_captioned, "some images have captions or labels and some have none"),
     (broken_metadata, "is no JSON object"),

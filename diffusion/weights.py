@@ -66,7 +66,7 @@ def check_same(directory: pathlib.Path, params: Any, of: str) -> None:
 
     if not (directory / WEIGHTS).exists():
         return
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat: Any = flax.traverse_util.flatten_dict(params, sep="/")
     try:
         with safetensors.safe_open(directory / WEIGHTS, "numpy") as kept:
             same = {*kept.keys()} == {*flat} and all(

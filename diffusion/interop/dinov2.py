@@ -68,10 +68,19 @@ def load_dinov2(directory: str | os.PathLike, dtype: Any = None) -> tuple[DinoV2
     files.require(config, SUPPORTED, path)
     known = (theirs for theirs, _ in NUMBERS.values())
     files.refuse_unknown(config, {*SUPPORTED, *FREE, *known}, path)
+    whole = (theirs for ours, (theirs, _) in NUMBERS.items() if ours not in ("mult", "epsilon"))
+    files.whole_numbers(config, whole, path)
     sizes = {ours: config.get(theirs, value) for ours, (theirs, value) in NUMBERS.items()}
-    module = DinoV2(**sizes, dtype=dtype)
-    image = jnp.zeros((1, module.image_size, module.image_size, 3))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    if sizes["width"] % sizes["heads"] or sizes["image_size"] % sizes["patch"]:
+        raise ValueError(
+            f"{path}: hidden_size={sizes['width']} must be a multiple of num_attention_heads="
+            f"{sizes['heads']}, and image_size={sizes['image_size']} of patch_size="
+            f"{sizes['patch']}: fetch it again"
+        )
+    with files.naming(path):
+        module = DinoV2(**sizes, dtype=dtype)
+        image = jnp.zeros((1, module.image_size, module.image_size, 3))
+        shapes = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
     weights = read_weights(directory, STEM).without(r"mask_token$|^classifier\.")
     weights = weights.renamed([(r"^dinov2\.", ""), *LEAVES])
     tensors = dict(weights.tensors)

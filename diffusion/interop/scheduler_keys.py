@@ -183,7 +183,13 @@ CLASSES: dict[str, dict[str, tuple[Any, tuple | None]]] = {
 
 def flow_schedule(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rectified flow of `FLOW_MATCH_KEYS`, as `process/schedules.py` has it."""
-    return {"name": "flow", "time_scale": config["num_train_timesteps"], "shift": config["shift"]}
+    scale, shift = config["num_train_timesteps"], config["shift"]
+    if not scale >= 2 or not 0 < shift < float("inf"):
+        raise ValueError(
+            f"num_train_timesteps={scale} must be at least 2 and shift={shift} above 0: fetch it "
+            "again"
+        )
+    return {"name": "flow", "time_scale": scale, "shift": shift}
 
 
 def flow_config(schedule: Mapping[str, Any], prediction: str, clip: bool) -> dict[str, Any]:

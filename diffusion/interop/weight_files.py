@@ -115,6 +115,11 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 if dtype := FLOAT8.get(held["dtype"]):
                     found[name] = np.frombuffer(held["data"], dtype).reshape(held["shape"])
         return found
+    except AttributeError as error:  # of a kind that NumPy has no name for, as F8_E8M0
+        raise ValueError(
+            f"{path} holds tensors of {', '.join(sorted(set(kinds.values())))}, of which one is "
+            "not read here: fetch it in another precision"
+        ) from error
     except (SafetensorError, OSError, TypeError) as error:
         raise ValueError(
             f"{path} is truncated or no safetensors file ({error}): fetch it again"

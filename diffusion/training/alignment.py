@@ -84,6 +84,8 @@ class Aligned(Denoiser):
     def __post_init__(self):
         super().__post_init__()
         depth = getattr(self.network, "depth", 0)
+        if self.projector_width < 1:
+            raise ValueError(f"projector_width={self.projector_width} must be at least 1")
         if not 1 <= self.block <= depth or len(self.sample_shape) != 3:
             raise ValueError(
                 f"block={self.block} must be one of the 1..{depth} of a transformer on two axes, "

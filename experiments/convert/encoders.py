@@ -40,7 +40,7 @@ def several(
     for name, word in zip(needed[2:], words):
         path = source / name / "tokenizer_config.json"
         said = (read_json(path, REMEDY) if path.exists() else {}).get("model_max_length", length)
-        if said < length or word.encode([""], 3)[0, 1] != end:
+        if not isinstance(said, (int, float)) or said < length or word.encode([""], 3)[0, 1] != end:
             raise ValueError(
                 f"{path}: model_max_length={said} and the end token must be the text encoders' "
                 f"{length} and {end}: fetch both again"

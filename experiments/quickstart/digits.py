@@ -10,6 +10,7 @@ import os
 import pathlib
 from concurrent import futures
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -61,8 +62,13 @@ def quickstart(root: pathlib.Path, smoke: bool = False, seed: int = 0, setup_sec
         prepare("captioned_digits", root / "data")
     judge = "the classifier that will judge the samples"
     with job.stage("autoencoder, classifier", "first stage: a KL autoencoder, 32x32x3 to 8x8x4"):
-        with beside("classifier", judge, _command("classifier", made["classifier"], root, smoke)):
+        if jax.default_backend() == "cpu":
+            command = _command("classifier", made["classifier"], root, smoke)
+            with beside("classifier", judge, command):
+                train_stage(made["autoencoder"], root / "autoencoder")
+        else:  # an accelerator is one process's
             train_stage(made["autoencoder"], root / "autoencoder")
+            train_stage(made["classifier"], root / "classifier")
     with job.stage("encode_latents", "latents, encoded once"):
         encode(made["ldm"])
     with job.stage("ldm", "latent diffusion: text encoder and U-Net, jointly"):

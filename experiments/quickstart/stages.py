@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from diffusion import files, pictures, writers
 from diffusion.pictures import Panel, logged
+from experiments.host.guards import SIGNALS
 from experiments.run import workdir
 from experiments.train import INTERRUPTED, train
 
@@ -92,7 +93,7 @@ def beside(name: str, what: str, command: Sequence[str]) -> Iterator[None]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if cache := jax.config.values.get("jax_compilation_cache_dir"):
         environment["JAX_COMPILATION_CACHE_DIR"] = cache
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, _stop) for number in (*SIGNALS, signal.SIGHUP)}
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         stdout=subprocess.PIPE,

@@ -7,19 +7,25 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffusion import interop, weights
+from diffusion import files, interop, weights
 from diffusion.models.dinov2 import DinoV2
 from diffusion.models.image_encoder import DigitClassifier
 from diffusion.training.alignment import Aligned
 from diffusion.training.denoiser import Denoiser
 from experiments.run import build, networks
 
+KEPT = "features.json"  # in a workdir: the hash of what its features were begun with
 FEATURES: dict[str, Any] = {"digits": DigitClassifier, "dinov2": DinoV2}
 
 
 def denoiser(config: ConfigDict) -> Callable[..., Denoiser]:
     """The task's constructor: `Denoiser`, or with `align.weight` an `Aligned` one."""
     told = config.align
+    if not told.weight and told.features:
+        raise ValueError(
+            f"align.features={told.features!r} with align.weight=0, which aligns nothing: set the "
+            "weight (0.5 in the paper), or no features"
+        )
     if not told.weight:
         return Denoiser
     wrong = {
@@ -90,5 +96,22 @@ def frozen(config: ConfigDict) -> dict[str, Any]:
             f"align.features={place} has {field}={there}, but model.features.{field}={here}: use "
             "the same network in both"
         )
-    print(f"features: {weights.params_hash(params)[:16]}, of {place}", flush=True)
     return {"features": params}
+
+
+def identity(frozen: dict[str, Any]) -> dict[str, str]:
+    """The hash of the features' network among frozen ones; {} where there is none."""
+    return {"sha256": weights.params_hash(frozen["features"])} if "features" in frozen else {}
+
+
+def check_kept(config: ConfigDict, directory: pathlib.Path, now: dict[str, str]) -> None:
+    """ValueError where the run in `directory` was begun with other features."""
+    if not now:
+        return
+    print(f"features: {now['sha256'][:16]}, of {config.align.features}", flush=True)
+    kept = directory / KEPT
+    if kept.exists() and files.read_json(kept, "delete it") != now:
+        raise ValueError(
+            f"{kept} is of the features that the run was begun with, but align.features="
+            f"{config.align.features} holds others now: give those, or use another --workdir"
+        )

@@ -122,28 +122,32 @@ def _image_run(config: ConfigDict, placed: Parallel) -> Run:
     if config.evaluation.every_steps:
         held_out()  # a split that is missing is refused now, not after thousands of steps
 
+    features = aligned.identity(frozen)
+
     def check_files(directory: pathlib.Path) -> None:
         begun.check(config, directory)
-        _check_tokenizer(directory, tokenizer, config)
+        aligned.check_kept(config, directory, features)
+        given_by = f"init_from={config.init_from}" if begun.tokenizer else None
+        _check_tokenizer(directory, tokenizer, given_by or f"data.dir={config.data.dir}")
 
     def write_files(directory: pathlib.Path) -> None:
         begun.write(config, directory)
         if tokenizer is not None and not (directory / "tokenizer.json").exists():
             tokenizer.save(directory / "tokenizer.json")
+        if features:
+            files.write_json(directory / aligned.KEPT, features)
 
     stream = source, [*steps, *ends]
     of_files = check_files, write_files
     return Run(config, made, placed, stream, held_out, frozen, extra, begun.start, *of_files)
 
 
-def _check_tokenizer(
-    directory: pathlib.Path, tokenizer: Tokenizer | None, config: ConfigDict
-) -> None:
+def _check_tokenizer(directory: pathlib.Path, tokenizer: Tokenizer | None, of: str) -> None:
     path = directory / "tokenizer.json"
     if tokenizer is not None and path.exists() and Tokenizer.load(path).sha256 != tokenizer.sha256:
         raise ValueError(
-            f"{path} is the tokenizer that the run was begun with, but data.dir={config.data.dir} "
-            "has another now: give data of the same captions, or use another --workdir"
+            f"{path} is the tokenizer that the run was begun with, but {of} has another now: give "
+            "that again, or use another --workdir"
         )
 
 
@@ -203,7 +207,7 @@ def _latent_run(config: ConfigDict, placed: Parallel) -> Run:
 
     def check_files(workdir: pathlib.Path) -> None:
         begun.check(config, workdir)
-        _check_tokenizer(workdir, tokenizer, config)
+        _check_tokenizer(workdir, tokenizer, f"data.dir={directory}")
         if (workdir / "first_stage" / weights.WEIGHTS).exists():
             params, _, _ = weights.load_weights(directory / "first_stage")
             weights.check_same(workdir / "first_stage", params, f"data.dir={directory}")

@@ -24,8 +24,9 @@ from experiments.run import build, data, workdir
 
 FOLDERS = {"autoencoder": "first_stage", "text_encoder": "text_encoder", "denoiser": "denoiser"}
 FORMER = {"denoiser": "unet"}  # the folder in workdirs made before a denoiser was called so
-# Fields of a network that its parameters do not depend on.
+# Fields of a network that its parameters do not depend on, or in their first values alone.
 FREE = ("dtype", "remat", "dropout", "embedding_dropout", "parent", "name")
+FREE += ("embedding_std", "condition_std")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ DIR/checkpoints/    see diffusion/checkpoint.py
 DIR/first_stage/    the frozen autoencoder of a latent run, copied from its latents
 DIR/text_encoder/, DIR/denoiser/, DIR/teacher/   networks that the run keeps frozen
 DIR/tokenizer.json  of a run that reads captions
+DIR/features.json   of what a run is aligned to, its hash
 DIR/previews/       pictures of the run in progress, NAME-STEP.png (`evaluate/in_loop.py`)
 DIR/profile/        a trace of `train.profile_steps` (`host/profile.py`)
 DIR/devices.json    what it ran on, last
@@ -85,10 +86,14 @@ def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:
     """The resolved config of a run. Raises ValueError for a folder that holds none."""
     path = workdir / "config.json"
     if not path.is_file():
-        within = sorted(path.parent.name for path in workdir.glob("*/config.json"))
-        remedy = f"name one of those in it ({', '.join(within)})" if within else "train one first"
+        runs = sorted(
+            p.parent.name for p in workdir.glob("*/config.json") if '"task"' in p.read_text()
+        )
+        remedy = f"name one of those in it ({', '.join(runs)})" if runs else "train one first"
         raise ValueError(f"{flag}={workdir} holds no run (no config.json): {remedy}")
     found = files.read_json(path, "restore it from a copy")
+    if "task" not in found:
+        raise ValueError(f"{flag}={workdir} holds no run (no task in its config.json): name one")
     known = json.loads(to_json(_known(found)))
     return ConfigDict(_renamed(_completed(found, known))).lock()
 

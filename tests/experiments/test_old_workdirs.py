@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion import manifest
+from diffusion import manifest, weights
 from diffusion.checkpoint import Checkpoints, restore_params
+from diffusion.models.text_encoder import TextTransformer
 from experiments import train
 from experiments.run import generate, networks, workdir
 
@@ -66,6 +67,37 @@ def test_an_old_run_goes_on_to_the_same_bits(job, old, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, ours[item], theirs[item])
     jax.tree.map(np.testing.assert_array_equal, ours["ema"]["denoiser"], theirs["ema"]["denoiser"])
     assert json.loads((old / "config.json").read_text())["model"]["denoiser"]["kind"] == "unet"
+
+
+def test_where_parameters_begin_is_no_difference_between_networks():
+    sizes = {"vocab_size": 8, "width": 8, "layers": 1, "heads": 1, "max_length": 4}
+    old, new = (TextTransformer(**sizes, embedding_std=std) for std in (0.02, 1.0))
+    assert networks.difference(old, new) is None
+    wider = TextTransformer(**sizes | {"width": 16})
+    assert networks.difference(old, wider) == ("width", 8, 16)
+
+
+def test_weights_are_the_same_but_for_rounding(tmp_path):
+    params = {"a": {"kernel": np.linspace(-1, 1, 8, dtype=np.float32)}, "b": np.arange(3)}
+    weights.check_same(tmp_path / "none", params, "x")
+    weights.save_weights(tmp_path / "kept", params, {})
+    weights.check_same(tmp_path / "kept", params, "x")
+    rounded = {**params, "a": {"kernel": np.nextafter(params["a"]["kernel"], np.float32(2))}}
+    weights.check_same(tmp_path / "kept", rounded, "x")
+    trained = {**params, "a": {"kernel": params["a"]["kernel"] + np.float32(1e-3)}}
+    for other in (trained, {**params, "b": np.arange(4)}, {"a": params["a"]}):
+        with pytest.raises(ValueError, match="x has other weights now"):
+            weights.check_same(tmp_path / "kept", other, "x")
+
+
+def test_a_folder_of_runs_names_them_and_somebody_elses_config_is_none(tmp_path):
+    for name, held in (("ldm", {"task": "denoiser"}), ("vae", {"_class_name": "AutoencoderKL"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(held))
+    with pytest.raises(ValueError, match=r"name one of those in it \(ldm\)"):
+        workdir.read_config(tmp_path)
+    with pytest.raises(ValueError, match="vae holds no run"):
+        workdir.read_config(tmp_path / "vae")
 
 
 def test_the_folder_of_an_old_frozen_denoiser_is_read(tmp_path):

@@ -244,3 +244,8 @@ def test_every_key_of_flow_matching_is_in_its_table(tmp_path):
         (tmp_path / "scheduler_config.json").write_text(json.dumps(named))
         with pytest.raises(ValueError, match=f"{key}=True"):
             scheduler.read_scheduler(tmp_path)
+    for key, value in (("num_train_timesteps", 0), ("shift", 0.0), ("shift", float("nan"))):
+        named = {"_class_name": scheduler_keys.FLOW_MATCH, key: value}
+        (tmp_path / "scheduler_config.json").write_text(json.dumps(named))
+        with pytest.raises(ValueError, match=rf"scheduler_config\.json.*{key}={value}"):
+            scheduler.read_scheduler(tmp_path)

@@ -60,7 +60,11 @@ def test_every_key_is_honoured_or_named(model, tmp_path):
     )
     assert not {key for key in mine if key[0] != "_"} - known - {"self", "kwargs", "args"}
     config = json.loads((model[1] / "config.json").read_text())
-    for change in ({"use_swiglu_ffn": True}, {"qkv_bias": False}, {"num_register_tokens": 4}):
+    changes = [{"use_swiglu_ffn": True}, {"qkv_bias": False}, {"num_register_tokens": 4}]
+    changes += [{"num_attention_heads": 0}, {"hidden_size": "16"}, {"image_size": 30}]
+    changes += [{"num_attention_heads": 5}, {"layer_norm_eps": "a"}]
+    for change in changes:
         (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=next(iter(change))):
+        named = "config.json" if "layer_norm_eps" in change else next(iter(change))
+        with pytest.raises(ValueError, match=named):
             load_dinov2(tmp_path)

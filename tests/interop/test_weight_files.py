@@ -203,3 +203,11 @@ def test_tensors_that_are_no_plain_array_are_named(tmp_path, kind):
     torch.save({"w": torch.ones(1), "x": odd[kind]()}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"w\.pt holds a tensor that is no plain array"):
         weight_files.read_tensors(tmp_path / "w.pt")
+
+
+def test_a_kind_that_numpy_cannot_name_is_named(tmp_path):
+    header = json.dumps({"w": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match=r"w\.safetensors holds tensors of F8_E8M0"):
+        weight_files.read_safetensors(path)

@@ -1,6 +1,7 @@
 """REPA's alignment: its loss in closed form, its task, and a run of it."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,8 @@ def test_mmdits_tokens_are_its_patches():
     [
         ("align", {"block": 3}, r"align\.block=3 must be one of the 1\.\.2"),
         ("data", {"name": "latents"}, "data.name='latents', which has no pictures"),
+        ("align", {"width": 0, "block": 1}, r"projector_width=0|align\.width=0"),
+        ("align", {"weight": 0.0, "features": "runs/x"}, "align.weight=0, which aligns nothing"),
         ("align", {"weight": -1.0}, r"align\.weight=-1\.0 with nothing else amiss"),
         ("model", {"denoiser": {"kind": "unet", "out_channels": 3}}, "kind='unet', which has no"),
         ("process", {"method": "meanflow"}, "process.method='meanflow'"),
@@ -138,6 +141,10 @@ def test_a_run_learns_the_projection_and_keeps_the_features_frozen(tmp_path):
     assert train.train(config.lock(), tmp_path / "run")
     params = networks.load(tmp_path / "run", "raw").params
     assert params.keys() == {"denoiser", "projector"}
+    kept = tmp_path / "run" / aligned.KEPT
+    kept.write_text(json.dumps({"sha256": "0" * 64}))
+    with pytest.raises(ValueError, match=r"features\.json is of the features .* holds others now"):
+        train.train(config.lock(), tmp_path / "run")
     assert np.abs(params["projector"]["layer_2"]["bias"]).max() > 0  # it began at zero
     images = list(generate.load(tmp_path / "run").pipeline.images({}, 2))
     assert images[0].shape == (2, 8, 8, 3)

@@ -24,9 +24,9 @@ between the schedule's ends, or those of the spacing that is ``span``.
 
 On continuous schedules linspace and uniform are those lines without rounding, and trailing is
 uniform; rectified flow then shifts them, and its even is linspace(1, s, n) with s = 1/1000 (1 over
-``time_scale``) shifted, as Diffusers' flow-matching Euler has it. The final level is ``clean``
-(alpha = 1, sigma = 0; Diffusers' set_alpha_to_one), ``first`` (the schedule's least noise, as LDM's
-alpha_bar[0] and DPM-Solver's t_0), or a time.
+``time_scale``, where that is 100 at least) shifted, as Diffusers' flow-matching Euler has it. The
+final level is ``clean`` (alpha = 1, sigma = 0; Diffusers' set_alpha_to_one), ``first`` (the
+schedule's least noise, as LDM's alpha_bar[0] and DPM-Solver's t_0), or a time.
 """
 
 import dataclasses
@@ -184,7 +184,8 @@ def _spaced(schedule: Schedule, steps: int, spacing: str, offset: int) -> np.nda
         )
     low, high = schedule.time_range
     if spacing == "even" and isinstance(schedule, Flow):
-        low = schedule.shifted(1 / schedule.time_scale)
+        # A small time scale counts no steps: as of Diffusers' usual thousand there.
+        low = schedule.shifted(1 / (schedule.time_scale if schedule.time_scale >= 100 else 1000))
     points = steps if spacing in ("linspace", "even") else steps + 1
     times = np.linspace(high, low, points)[:steps]
     return np.asarray(schedule.shifted(times)) if isinstance(schedule, Flow) else times

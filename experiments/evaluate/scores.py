@@ -94,7 +94,7 @@ def plot_rate_distortion(path: pathlib.Path, curve: Mapping[str, list[float]]) -
     rate, distortion = curve["rate"], curve["distortion"]
     done = len(rate) - 1 - np.arange(len(rate))
     across = {"xlabel": "reverse steps"}, {"xlabel": "rate, bits/dim"}
-    error = {"ylabel": "distortion, root mean square of 0 to 255"}
+    error = {"ylabel": "distortion (RMSE, 0 to 255)"}
     panels = [
         Panel([Line(done, distortion)], across[0] | error),
         Panel([Line(done, rate)], across[0] | {"ylabel": "rate, bits/dim"}),

@@ -28,7 +28,8 @@ class FolderSource:
     """Images decoded as they are asked for, and fitted.
 
     Attributes:
-      rows: "path" of each image (or `tars.Member`), and "caption" or "label" (int).
+      rows: "path" of each image (or `tars.Member`), and "caption" or "label" (int); a row for
+        each caption of an image.
       bad: files that are no image and were left out.
       how: images are fitted; where that cuts nothing off, "image" is a list.
     """
@@ -87,28 +88,30 @@ def open_folder(
     if split not in listed:
         raise ValueError(f"data.dir={str(root)!r} has no split {split!r}: it has {[*listed]}")
     rows = listed[split]
+    paths = list(dict.fromkeys(row["path"] for row in rows))  # of several captions one
     with concurrent.futures.ThreadPoolExecutor(DECODERS) as pool:  # bounds memory as well
-        reasons = list(pool.map(lambda row: _why_not(row["path"]), rows))
-    bad = {row["path"]: reason for row, reason in zip(rows, reasons) if reason}
+        reasons = pool.map(_why_not, paths)
+        bad = {path: reason for path, reason in zip(paths, reasons) if reason}
     for number, (path, reason) in enumerate(bad.items(), 1):
-        log.warning("%s is no image (%s): skipped (%d of %d)", path, reason, number, len(rows))
+        log.warning("%s is no image (%s): skipped (%d of %d)", path, reason, number, len(paths))
     if len(bad) > max_bad_images:
         (path, reason), *_ = bad.items()
         raise ValueError(
-            f"{path} is no image ({reason}), one of {len(bad)} of {len(rows)}, more than "
+            f"{path} is no image ({reason}), one of {len(bad)} of {len(paths)}, more than "
             f"data.max_bad_images={max_bad_images}: remove them, or raise the limit"
         )
-    if len(bad) == len(rows):
+    if len(bad) == len(paths):
         raise ValueError(f"{root} holds no file that is an image: give a folder of images")
     if bad:
         such = next(iter(bad))
-        print(f"note: {len(bad)} of {len(rows)} files are no image, such as {such}", flush=True)
-    kept = [row for row, why in zip(rows, reasons) if not why]
+        print(f"note: {len(bad)} of {len(paths)} files are no image, such as {such}", flush=True)
+    kept = [row for row in rows if row["path"] not in bad]
     # Of all splits, and of files that were left out: a class has one number whatever is read.
     labels = {row.get("label") for rows in listed.values() for row in rows}
     classes = sorted(label for label in labels if isinstance(label, str))
     kept = [{**row, "label": classes.index(row["label"])} if classes else row for row in kept]
-    made_from = {"name": "folder", "directory": str(root), "split": split, "images": len(kept)}
+    count = len(paths) - len(bad)
+    made_from = {"name": "folder", "directory": str(root), "split": split, "images": count}
     made_from["sha256"] = files.digest({"rows": [_identity(root, row) for row in kept]})
     return FolderSource(kept, channels, image_size, made_from, tuple(bad), how)
 

@@ -63,7 +63,7 @@ class Found:
     def said(self) -> str:
         """One line of sizes and splits; what the folder holds is said as it is listed."""
         low, middle, high = np.percentile(self.sides, (0, 50, 100)).astype(int)
-        counts = ", ".join(f"{len(rows):,} {split}" for split, rows in self.rows.items())
+        counts = ", ".join(f"{len(_paths(rows)):,} {split}" for split, rows in self.rows.items())
         text = f"shorter side {low} to {high} pixels, half of them {middle} or more; {counts}"
         if self.left_out:
             (path, reason), *_ = self.left_out.items()
@@ -85,21 +85,21 @@ def look(directory: pathlib.Path, seed: int) -> Found:
     left_out: dict[str, str] = {}
     sides: list[int] = []
 
-    def side(row):
+    def side(path):
         try:
-            return min(images.shape(row["path"])[:2])
+            return min(images.shape(path)[:2])
         except images.NO_IMAGE as error:
             return error
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         for split, rows in listed.items():
-            sized = list(zip(rows, pool.map(side, rows)))
-            for row, size in sized:
+            sized = dict(zip(_paths(rows), pool.map(side, _paths(rows))))
+            for path, size in sized.items():
                 if isinstance(size, Exception):
-                    left_out[str(row["path"].relative_to(directory))] = _reason(size)
+                    left_out[str(path.relative_to(directory))] = _reason(size)
                 else:
                     sides.append(size)
-            listed[split] = [row for row, size in sized if not isinstance(size, Exception)]
+            listed[split] = [r for r in rows if not isinstance(sized[r["path"]], Exception)]
     if len(sides) < FEWEST:
         example = next((f"; {path}: {reason}" for path, reason in left_out.items()), "")
         raise ValueError(
@@ -115,12 +115,18 @@ def _bare(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "label"}
 
 
+def _paths(rows: Rows) -> list[Any]:
+    """Of the pictures, in order: each caption of one is a row."""
+    return list(dict.fromkeys(row["path"] for row in rows))
+
+
 def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _split(listed: dict[str, Rows], seed: int) -> dict[str, Rows]:
-    """The folder's own splits, or a tenth of it held out; of a class at most half."""
+    """The folder's own splits, or a tenth of its pictures held out, with all their captions; of a
+    class at most half."""
     train = listed.get("train") or next(rows for rows in listed.values() if rows)
     for name in ("validation", "test"):
         if listed.get(name) and listed[name] is not train:
@@ -130,18 +136,18 @@ def _split(listed: dict[str, Rows], seed: int) -> dict[str, Rows]:
                     f"class {stranger!r} is in the folder's {name} and not in its train: move some"
                 )
             return {"train": train, "validation": listed[name]}
-    order = np.random.default_rng(seed).permutation(len(train))
-    wanted = int(np.clip(HELD_OUT * len(train), 2, MOST_HELD_OUT))
-    left = collections.Counter(row.get("label") for row in train)
-    most, held = {name: count // 2 for name, count in left.items()}, set()
-    for i in order.tolist():
-        name = train[i].get("label")
+    labels = {row["path"]: row.get("label") for row in train}
+    paths, held = list(labels), set()
+    wanted = int(np.clip(HELD_OUT * len(paths), 2, MOST_HELD_OUT))
+    most = {name: count // 2 for name, count in collections.Counter(labels.values()).items()}
+    for i in np.random.default_rng(seed).permutation(len(paths)).tolist():
+        name = labels[paths[i]]
         if len(held) < wanted and most[name]:
             most[name] -= 1
-            held.add(i)
+            held.add(paths[i])
     return {
-        "train": [row for i, row in enumerate(train) if i not in held],
-        "validation": [train[i] for i in sorted(held)],
+        "train": [row for row in train if row["path"] not in held],
+        "validation": [row for row in train if row["path"] in held],
     }
 
 
@@ -167,7 +173,7 @@ def shrink(found: Found, directory: pathlib.Path, size: int) -> dict[str, Any]:
     with contextlib.closing(progress), _renamed(directory) as folder:
         for split, rows in found.rows.items():
             reasons = _write(rows, folder / split, size, progress, sum(counts.values()))
-            counts[split] = len(rows) - len(reasons)
+            counts[split] = sum(row["path"] not in reasons for row in rows)
             left_out |= {str(p.relative_to(found.directory)): why for p, why in reasons.items()}
         if counts["train"] < FEWEST // 2 or not counts["validation"]:
             (path, reason), *_ = left_out.items()

@@ -44,6 +44,20 @@ def test_more_than_the_limit_is_an_error(captioned):
         folder.open_folder(captioned, "train", 8, 3, max_bad_images=1)
 
 
+def test_files_are_counted_and_not_their_captions(tmp_path, capsys):
+    (tmp_path / "a.png").write_text("no image")
+    rows = [{"file_name": f"{name}.png", "text": text} for name in "ab" for text in ("x", "y")]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    with pytest.raises(ValueError, match="holds no file that is an image"):
+        folder.open_folder(tmp_path, "train", 8, max_bad_images=5)
+    picture(tmp_path / "b.png")
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = folder.open_folder(tmp_path, "train", 8, max_bad_images=1)
+    assert source.captions == ["x", "y"] and source.provenance["images"] == 1
+    assert "note: 1 of 2 files are no image" in capsys.readouterr().out
+
+
 def test_a_broken_line_is_named(captioned):
     lines = (captioned / "metadata.jsonl").read_text().splitlines()
     (captioned / "metadata.jsonl").write_text("\n".join([*lines[:2], '{"file_name": "2.png"']))

@@ -1,6 +1,7 @@
 """What lies in a folder of images: what is read as ImageFolder reads it, and what is left out."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -149,6 +150,13 @@ def test_links_to_folders_are_followed_and_not_in_circles(tmp_path):
     with pytest.raises(ValueError, match="bee/up leads back"):
         folders.list_folder(tmp_path / "set")
     (tmp_path / "set" / "bee" / "up").unlink()
+    (tmp_path / "set" / "bee" / "to").symlink_to(tmp_path / "set" / "ant")  # twice, and no circle
+    assert len(folders.list_folder(tmp_path / "set")["train"]) == 4
+    (tmp_path / "set" / "ant" / "fro").symlink_to(tmp_path / "set" / "bee")
+    with pytest.raises(ValueError, match=r"(ant/fro/to|bee/to/fro) leads back"):
+        folders.list_folder(tmp_path / "set")
+    for link in ("ant/fro", "bee/to"):
+        (tmp_path / "set" / link).unlink()
     (tmp_path / "set" / "bee" / "b.png").symlink_to("nowhere.png")
     with pytest.raises(ValueError, match=r"b\.png is no image"):
         folder.open_folder(tmp_path / "set", "train", 8)
@@ -161,7 +169,38 @@ def test_every_caption_of_a_picture_is_an_example(tmp_path, capsys):
     write_metadata(tmp_path / "metadata.jsonl", [{"file_name": "train/a.png", "text": "a fox"}])
     listed = folders.list_folder(tmp_path)["train"]
     assert [row["caption"] for row in listed] == ["a fox", ""]  # not twice what is said twice
-    assert "2 captions, 1 of them empty" in capsys.readouterr().out
+    assert "1 images (1 train); 2 captions, 1 of them empty; noth" in capsys.readouterr().out
+    source = folder.open_folder(tmp_path, "train", 8)
+    assert (len(source), source.provenance["images"]) == (2, 1)
     (tmp_path / "train" / "metadata.csv").write_text("file_name,text\na.png,red, a fox\n")
     with pytest.raises(ValueError, match=r"metadata\.csv, line 2, .*quote commas"):
+        folders.list_folder(tmp_path)
+
+
+def test_links_that_lead_nowhere_are_told_and_metadata_is_refused(tmp_path, capsys):
+    picture(tmp_path / "a.png")
+    for name in ("a.txt", "train"):
+        (tmp_path / name).symlink_to("gone")
+    assert folders.list_folder(tmp_path)["train"] == [{"path": tmp_path / "a.png"}]
+    said = capsys.readouterr().out
+    assert said.endswith("; left out: 2 links that lead nowhere, such as a.txt\n")
+    for name in ("metadata.jsonl", "metadata.parquet"):
+        (tmp_path / name).symlink_to("gone")
+        with pytest.raises(ValueError, match=f"{name} is a link that leads nowhere: mend"):
+            folders.list_folder(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    for name in ("ant", "bee"):
+        picture(tmp_path / name / "a.png")
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("bee"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ValueError, match=r"bee is a folder that cannot be read \(Permission den"):
         folders.list_folder(tmp_path)

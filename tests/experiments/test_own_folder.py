@@ -441,3 +441,26 @@ def test_an_own_split_is_kept_and_a_class_is_never_held_out_whole(tmp_path):
     for seed in range(20):
         found = look.look(images, seed)
         assert "rare" in {row["label"] for row in found.rows["train"]}
+
+
+def test_all_captions_of_a_picture_are_held_out_with_it(tmp_path):
+    captioned(images := tmp_path / "images", 30, (32, 32))
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    rows += [{**row, "text": f"seen: {row['text']}"} for row in rows]
+    (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = look.look(images, 0)
+    paths = {split: {row["path"] for row in rows} for split, rows in found.rows.items()}
+    assert {split: len(rows) for split, rows in found.rows.items()} == {
+        "train": 54,
+        "validation": 6,
+    }
+    assert not paths["train"] & paths["validation"] and len(paths["validation"]) == 3
+    assert len(found.sides) == 30 and found.said().endswith("; 27 train, 3 validation")
+    broken = min(paths["train"])
+    broken.write_bytes(broken.read_bytes()[:100])
+    known = look.shrink(found, tmp_path / "data", 8)
+    assert known["counts"] == {"train": 52, "validation": 6}
+    rows = [{**rows[1], "text": str(n)} for n in range(20)]
+    (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="has 1 pictures that can be read"):
+        look.look(images, 0)

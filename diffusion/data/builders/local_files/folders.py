@@ -32,7 +32,7 @@ SPLITS = {  # Hugging Face's words for them
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = (".txt", ".caption")  # of the same stem as an image
 COLUMNS = ("text", "caption", "prompt")  # of metadata, the first that is there
-RUBBISH = ("__MACOSX", "Thumbs.db", "desktop.ini")
+RUBBISH = ("__MACOSX", "Thumbs.db", "desktop.ini", "lost+found")
 MAX_CAPTION = 2**14  # characters; text encoders read some hundred
 
 Row = dict[str, Any]  # "path", and "caption" or "label"
@@ -41,8 +41,8 @@ Row = dict[str, Any]  # "path", and "caption" or "label"
 def list_folder(root: pathlib.Path) -> dict[str, list[Row]]:
     """By split, what there is to read. Prints what was found, and what is left out and why.
 
-    Raises ValueError, naming the file, for no images, a broken line of metadata, or captions for
-    some images only.
+    Raises ValueError, naming the file, for no images, a broken line of metadata, captions for some
+    images only, a folder that may not be read or a link that leads back.
     """
     held = sorted(_files(root))
     names = {path.relative_to(root).parts[0] for path in held if path.parent != root}
@@ -69,20 +69,36 @@ def list_folder(root: pathlib.Path) -> dict[str, list[Row]]:
     _check_alike(root, listed)
     used = {row["path"] for rows in listed.values() for row in rows} | {*beside, *metadata}
     stems = {path.with_suffix("") for path in pictures}
-    used |= {p for p in held if p.suffix in CAPTIONS and p.with_suffix("") in stems}
+    beside_them = (p for p in held if p.suffix in CAPTIONS and p.with_suffix("") in stems)
+    used |= {path for path in beside_them if not _nowhere(path)}
     print(_said(root, listed, beside, [path for path in held if path not in used]), flush=True)
     return listed
 
 
 def _files(root: pathlib.Path) -> Iterator[pathlib.Path]:
     """What is not hidden, links to folders followed. ValueError for one that leads back."""
-    for at, names, held in os.walk(root, followlinks=True):
+    above: dict[pathlib.Path, tuple[pathlib.Path, ...]] = {root: ()}  # resolved, through links
+    for at, names, held in os.walk(root, followlinks=True, onerror=_refuse):
         folder = pathlib.Path(at)
+        entered = (*above.pop(folder), folder.resolve())
         names[:] = [name for name in names if not _hidden(name)]
-        for link in (folder / name for name in names if (folder / name).is_symlink()):
-            if folder.resolve().is_relative_to(link.resolve()):
-                raise ValueError(f"{link} leads back to a folder that it is in: remove the link")
+        for path in (folder / name for name in names):
+            if path.is_symlink() and any(one.is_relative_to(path.resolve()) for one in entered):
+                raise ValueError(f"{path} leads back to a folder that it is in: remove the link")
+            above[path] = entered
         yield from (folder / name for name in held if not _hidden(name))
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(
+        f"{error.filename} is a folder that cannot be read ({error.strerror}): change its "
+        "permissions, or move it elsewhere"
+    ) from error
+
+
+def _nowhere(path: pathlib.Path) -> bool:
+    """Whether it is a link to what is not there."""
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def _check_alike(root: pathlib.Path, listed: dict[str, list[Row]]) -> None:
@@ -147,10 +163,11 @@ def _said(
     beside: list[pathlib.Path],
     rest: list[Any],
 ) -> str:
-    """One line: how many of what, and what is left out."""
+    """One line: how many of what, and what is left out. An image of two captions is one."""
     rows = [row for rows in listed.values() for row in rows]
-    counts = ", ".join(f"{len(rows)} {split}" for split, rows in listed.items())
-    parts = [f"{root}: {len(rows)} images ({counts})"]
+    held = {split: len({row["path"] for row in rows}) for split, rows in listed.items()}
+    counts = ", ".join(f"{count} {split}" for split, count in held.items())
+    parts = [f"{root}: {sum(held.values())} images ({counts})"]
     if "caption" in rows[0]:
         empty = sum(not row["caption"] for row in rows)
         parts.append(f"{len(rows)} captions" + (f", {empty} of them empty" if empty else ""))
@@ -162,10 +179,15 @@ def _said(
     if beside:
         out.append(f"{len(beside)} images beside the splits, such as {beside[0].name}")
     loose = [path for path in rest if isinstance(path, pathlib.Path)]  # and not in a tar
-    bare = [path for path in loose if path.suffix.lower() in images.SUFFIXES]
+    lost = [path for path in loose if _nowhere(path)]
+    if lost:
+        out.append(f"{len(lost)} links that lead nowhere, such as {lost[0].name}")
+    pictures = [path for path in loose if path.suffix.lower() in images.SUFFIXES]
+    bare = [path for path in pictures if not _nowhere(path)]
     if bare:
         out.append(f"{len(bare)} images that the metadata does not name, such as {bare[0].name}")
-    kinds = collections.Counter(p.suffix.lower() or p.name for p in rest if p not in set(bare))
+    told = {*lost, *bare}
+    kinds = collections.Counter(p.suffix.lower() or p.name for p in rest if p not in told)
     out += [f"{count} {kind}" for kind, count in kinds.most_common(5)]
     parts.append(f"left out: {', '.join(out)}" if out else "nothing left out")
     return "; ".join(parts)
@@ -195,6 +217,8 @@ def _metadata(path: pathlib.Path) -> Iterator[Row]:
 
 def _table(path: pathlib.Path) -> Iterable[tuple[int, Any]]:
     """(line, row) of a metadata file; a broken one is refused by name."""
+    if _nowhere(path):
+        raise ValueError(f"{path} is a link that leads nowhere: mend or remove it")
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]

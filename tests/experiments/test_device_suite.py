@@ -73,7 +73,7 @@ def test_cells_are_compiled_once_and_the_others_say_so(tmp_path, monkeypatch, ca
     }
     asked = []
 
-    def planned(config, aim):
+    def planned(config, aim, sample=False):
         asked.append((config.train.batch_size, aim))
         if aim == "v6e:2x4":
             raise ValueError("no compiler")

@@ -86,9 +86,8 @@ def read_config(workdir: pathlib.Path, flag: str = "--workdir") -> ConfigDict:
     """The resolved config of a run. Raises ValueError for a folder that holds none."""
     path = workdir / "config.json"
     if not path.is_file():
-        runs = sorted(
-            p.parent.name for p in workdir.glob("*/config.json") if '"task"' in p.read_text()
-        )
+        held = sorted(workdir.glob("*/config.json"))
+        runs = [p.parent.name for p in held if '"task"' in p.read_text(errors="replace")]
         remedy = f"name one of those in it ({', '.join(runs)})" if runs else "train one first"
         raise ValueError(f"{flag}={workdir} holds no run (no config.json): {remedy}")
     found = files.read_json(path, "restore it from a copy")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion.process import schedules
-from diffusion.process.samplers import SAMPLERS, flow, sample
+from diffusion.process.samplers import SAMPLERS, flow, grid, sample
 
 FLOW = schedules.flow()
 KEYS = jax.random.split(jax.random.key(0), 5)
@@ -144,3 +144,12 @@ def test_impossible_settings_are_refused(name, options, said):
 def test_another_path_is_refused(name):
     with pytest.raises(ValueError, match=f"sampler='{name}' is of rectified flow's path"):
         SAMPLERS[name](schedules.cosine(), 10)
+
+
+@pytest.mark.parametrize(
+    ("scale", "last"), [(1000.0, 1e-3), (100.0, 1e-2), (10.0, 1e-3), (1.0, 1e-3)]
+)
+def test_even_times_end_at_a_step_of_a_thousand_where_the_scale_counts_none(scale, last):
+    flow_of = schedules.flow(time_scale=scale)
+    times = grid.make_grid(flow_of, 4, spacing="even").times
+    np.testing.assert_allclose(times, np.linspace(1, last, 4), rtol=1e-6)
